@@ -1,0 +1,92 @@
+"""What others tell the recorder. Imports nothing heavy.
+
+JetStream: `EVENTS_STREAM`, subjects `usage.<tenant>` (`UsageEvent`) and `catalog.<run>` (`RunAdvanced`,
+`CheckpointSaved`), kept until the recorder has committed them to Postgres. The message id is the event's identity, and
+the primary keys in Postgres make recording one twice a no-op.
+"""
+
+from __future__ import annotations
+
+import uuid
+from enum import StrEnum
+
+from msgspec import Struct, field
+
+EVENTS_STREAM = "EVENTS"
+RECORDER_CONSUMER = "recorder"
+
+
+class UsageKind(StrEnum):
+    """What is counted; the unit is tokens, except for storage."""
+
+    PROMPT = "prompt"
+    CACHED_PROMPT = "cached_prompt"
+    COMPLETION = "completion"
+    TRAINING = "training"
+    STORAGE = "storage"
+
+
+class Event(Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Something that happened and has to be written down."""
+
+
+class UsageEvent(Event, frozen=True, tag="usage"):
+    """One request or operation, with the counts of every kind it used.
+
+    `event_id` is the identity of what caused it: the request's own UUIDv7, or `training_event_id`. `occurred_at` is Unix
+    time in seconds and, like the id, the same on every replay. `context_length` selects the price tier.
+    """
+
+    event_id: str
+    occurred_at: float
+    tenant_id: str
+    key_id: str
+    base_model: str
+    context_length: int
+    quantities: dict[UsageKind, int]
+    run_id: str | None = None
+    session_id: str | None = None
+    policy_version: str | None = None
+    user: str | None = None
+
+
+class RunAdvanced(Event, frozen=True, tag="run_advanced"):
+    """A run finished operation `seq` and stands at `step`."""
+
+    run_id: str
+    seq: int
+    step: int
+    occurred_at: float
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):
+    """`mode` is `training` or `inference`; saving under a name again replaces the checkpoint of that name."""
+
+    checkpoint_id: str
+    run_id: str
+    tenant_id: str
+    base_model: str
+    name: str
+    mode: str
+    step: int
+    location: str
+    size_bytes: int
+    created_at: float
+    expires_at: float | None = None
+
+
+AnyEvent = UsageEvent | RunAdvanced | CheckpointSaved
+
+
+def usage_subject(tenant_id: str) -> str:
+    return f"usage.{tenant_id}"
+
+
+def catalog_subject(run_id: str) -> str:
+    return f"catalog.{run_id}"
+
+
+def training_event_id(operation_id: str) -> str:
+    """The identity of a training operation's usage: the same however often the operation is replayed."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"river:{operation_id}"))

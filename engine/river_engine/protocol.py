@@ -1,0 +1,106 @@
+"""What others say to an engine, and what an engine says of itself. Imports nothing heavy.
+
+HTTP, on the engine's own port, every request with `Authorization: Bearer <RIVER_ENGINE_TOKEN>`:
+
+* vLLM's OpenAI routes, unchanged. `x-river-adapter` (an `AdapterRef` as JSON) names the adapter to answer with, and
+  `x-river-model` the model name the client used, which the answer repeats. Without the first, the base model answers.
+* `POST /river/sample`: `EngineSample` in, `EngineSampleResult` out, msgpack both ways.
+* `/healthz`, `/readyz`, `/metrics` without a token.
+
+NATS: an engine keeps an `EngineRecord` in the KV bucket `ENGINES_BUCKET` under its id, renewed every
+`HEARTBEAT_INTERVAL_S`, and listens on `publish_subject(base)` for `AdapterRef`s worth loading before anybody asks.
+"""
+
+from __future__ import annotations
+
+import re
+
+from msgspec import Struct, field
+
+ENGINES_BUCKET = "engines"
+HEARTBEAT_INTERVAL_S = 2.0
+HEARTBEAT_LOST_AFTER_S = 8.0
+ADAPTER_HEADER = "x-river-adapter"
+MODEL_HEADER = "x-river-model"
+
+
+def subject_token(name: str) -> str:
+    """`name` as one NATS subject token: dots, slashes and wildcards become underscores."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def publish_subject(base_model: str) -> str:
+    """Where newly published adapters of `base_model` are announced."""
+    return f"adapters.{subject_token(base_model)}"
+
+
+class AdapterRef(Struct, frozen=True, kw_only=True):
+    """One immutable adapter: `run_…@17` or a checkpoint id, and the directory URL that holds its PEFT files.
+
+    The name is never reused for other bytes: vLLM's prefix cache is keyed by it.
+    """
+
+    name: str
+    location: str
+
+
+class EngineRecord(Struct, frozen=True, kw_only=True):
+    """What a gateway needs to route to an engine. `heartbeat_at` is Unix time in seconds."""
+
+    engine_id: str
+    base_model: str
+    url: str
+    context_length: int
+    vocab_size: int
+    max_loras: int
+    max_lora_rank: int
+    heartbeat_at: float
+    resident: list[str] = field(default_factory=list[str])
+    running: int = 0
+
+
+class EngineSample(Struct, frozen=True, kw_only=True):
+    """Token-in/token-out sampling; exactly one of the two prompt fields is set. Fields as in `river_client.wire`."""
+
+    request_id: str
+    adapter: AdapterRef | None = None
+    prompts: list[str] | None = None
+    prompt_token_ids: list[list[int]] | None = None
+    num_samples: int = 1
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: list[str] = field(default_factory=list[str])
+    seed: int | None = None
+    logprobs: int | None = None
+    return_prompt_logprobs: bool = False
+
+
+class EngineSequence(Struct, frozen=True, kw_only=True):
+    """`top_logprobs[i]` lists (token, logprob), most likely first."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: str
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+class EngineSampleGroup(Struct, frozen=True, kw_only=True):
+    prompt_token_ids: list[int]
+    samples: list[EngineSequence]
+    cached_prompt_tokens: int = 0
+    prompt_logprobs: list[float | None] | None = None
+
+
+class EngineSampleResult(Struct, frozen=True, kw_only=True):
+    groups: list[EngineSampleGroup]
+
+
+class EngineError(Struct, frozen=True, kw_only=True):
+    """Body of every refusal of our own routes; `param` names the field, with its index where there is one."""
+
+    type: str
+    message: str
+    param: str | None = None

@@ -1,0 +1,1 @@
+"""Real PostgreSQL and nats-server, from their wheels, as children of the launcher."""

@@ -1,0 +1,373 @@
+"""The structs of the training API under `/river/v1`: what the SDK sends and the gateway answers.
+
+Encoded as msgpack or JSON by Content-Type and Accept. Numeric sequences travel either as plain lists or, packed and
+without loss, as `Tensor`. Every per-token field is aligned to the prediction position: index i describes the prediction
+made from position i, and the last index is ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct, field
+
+API_PREFIX = "/river/v1"
+
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+SaveMode = Literal["training", "inference"]
+StopReason = Literal["stop", "length", "abort"]
+
+
+class Wire(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every wire struct: immutable, built by keyword, defaults left out."""
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+
+class Tensor(Wire, frozen=True):
+    """A C-contiguous little-endian array: `data` holds `prod(shape)` items of `dtype`."""
+
+    dtype: Literal["int32", "int64", "float32"]
+    shape: tuple[int, ...]
+    data: bytes
+
+
+Numbers = list[float] | list[list[float]] | Tensor
+"""A list of numbers, a list of rows of numbers, or the same packed. Integers are numbers."""
+
+
+class Datum(Wire, frozen=True):
+    """One training sequence of T tokens.
+
+    `input_ids` int [T]; `target_tokens` int [T], or [T, K] for soft targets (absent: `input_ids` shifted left by one);
+    `weights` float [T] or [T, K]; `old_logprobs`, `advantages` float [T]; `attention_mask` [T] of ones and zeros, whose
+    zeros may only form a tail (padding).
+    """
+
+    input_ids: Numbers
+    target_tokens: Numbers | None = None
+    weights: Numbers | None = None
+    old_logprobs: Numbers | None = None
+    advantages: Numbers | None = None
+    attention_mask: Numbers | None = None
+
+
+class LoraConfig(Wire, frozen=True):
+    """The shape of a new adapter. The update is scaled by `alpha / rank`; `alpha` absent means 32."""
+
+    rank: int = 16
+    alpha: float | None = None
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = False
+
+
+class AdamParams(Wire, frozen=True):
+    """AdamW (Loshchilov and Hutter, 2019) for one step; `grad_clip_norm` absent means no clipping."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip_norm: float | None = None
+
+
+# ---- Sessions and runs -----------------------------------------------------------------------------------------------
+
+
+class CreateSession(Wire, frozen=True):
+    tags: dict[str, str] = field(default_factory=dict[str, str])
+    sdk_version: str | None = None
+
+
+class Session(Wire, frozen=True):
+    session_id: str
+    heartbeat_interval_s: float
+
+
+class CreateRun(Wire, frozen=True):
+    """`checkpoint` is a `river://<run>/weights/<name>` path to start from; its LoRA shape must equal `lora`."""
+
+    session_id: str
+    base_model: str
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint: str | None = None
+
+
+class Run(Wire, frozen=True):
+    """One adapter in training. Creating it is operation 0, so `<run_id>-0` can be awaited like any other."""
+
+    run_id: str
+    session_id: str
+    base_model: str
+    lora: LoraConfig
+    step: int
+    created_at: str
+    tags: dict[str, str] = field(default_factory=dict[str, str])
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+
+
+# ---- Operations ------------------------------------------------------------------------------------------------------
+
+
+class Operation(Wire, frozen=True, tag_field="kind"):
+    """One step asked for on a run."""
+
+
+class Forward(Operation, frozen=True, tag="forward"):
+    data: list[Datum]
+    loss_fn: LossName = "cross_entropy"
+    loss_config: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class ForwardBackward(Operation, frozen=True, tag="forward_backward"):
+    data: list[Datum]
+    loss_fn: LossName = "cross_entropy"
+    loss_config: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class OptimStep(Operation, frozen=True, tag="optim_step"):
+    adam: AdamParams
+
+
+class TrainStep(Operation, frozen=True, tag="train_step"):
+    """forward_backward and optim_step as one: both happen or neither."""
+
+    data: list[Datum]
+    adam: AdamParams
+    loss_fn: LossName = "cross_entropy"
+    loss_config: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class SaveWeights(Operation, frozen=True, tag="save_weights"):
+    """`training` keeps weights and optimizer under `weights/<name>`, `inference` weights under `sampler_weights/<name>`."""
+
+    name: str
+    mode: SaveMode = "training"
+    ttl_s: int | None = None
+
+
+class LoadWeights(Operation, frozen=True, tag="load_weights"):
+    path: str
+    optimizer: bool = True
+
+
+AnyOperation = Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
+
+
+class SubmitOperation(Wire, frozen=True):
+    """`seq` is 1, 2, 3… per run, assigned by the client; sending one again returns the first result."""
+
+    seq: int
+    operation: AnyOperation
+
+
+class OperationAccepted(Wire, frozen=True):
+    operation_id: str
+
+
+class OperationError(Wire, frozen=True):
+    type: str
+    message: str
+    param: str | None = None
+
+
+class OperationResult(Wire, frozen=True):
+    """`logprobs` holds one float32 [T] tensor per datum of a forward or forward_backward."""
+
+    operation_id: str
+    status: Literal["pending", "done", "failed"]
+    policy_version: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    logprobs: list[Tensor] | None = None
+    checkpoint: Checkpoint | None = None
+    training_tokens: int = 0
+    error: OperationError | None = None
+
+
+class LogMetrics(Wire, frozen=True):
+    metrics: dict[str, float]
+    step: int | None = None
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+class SampleRequest(Wire, frozen=True):
+    """`model` is a base model, a checkpoint path, `river://<run>` or an alias. Exactly one of the two prompt fields is set."""
+
+    model: str
+    prompts: list[str] | None = None
+    prompt_token_ids: list[list[int]] | None = None
+    num_samples: int = 1
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: list[str] = field(default_factory=list[str])
+    seed: int | None = None
+    logprobs: int | None = None
+    return_prompt_logprobs: bool = False
+    return_expert_routing: bool = False
+
+
+class TopLogprob(Wire, frozen=True):
+    token: int
+    logprob: float
+
+
+class SampleSequence(Wire, frozen=True):
+    """`logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: StopReason
+    top_logprobs: list[list[TopLogprob]] | None = None
+    expert_routing: Tensor | None = None
+
+
+class SampleGroup(Wire, frozen=True):
+    """The samples of one prompt; `prompt_logprobs[0]` is None, nothing precedes the first token."""
+
+    prompt_token_ids: list[int]
+    samples: list[SampleSequence]
+    prompt_logprobs: list[float | None] | None = None
+
+
+class TokenUsage(Wire, frozen=True):
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class SampleResponse(Wire, frozen=True):
+    groups: list[SampleGroup]
+    policy_version: str
+    usage: TokenUsage
+
+
+# ---- Checkpoints, aliases, models, usage, administration ------------------------------------------------------------
+
+
+class Checkpoint(Wire, frozen=True):
+    checkpoint_id: str
+    path: str
+    run_id: str
+    mode: SaveMode
+    name: str
+    base_model: str
+    policy_version: str
+    size_bytes: int
+    created_at: str
+    expires_at: str | None = None
+
+
+class CheckpointFile(Wire, frozen=True):
+    name: str
+    size_bytes: int
+
+
+class PutAlias(Wire, frozen=True):
+    """`target` is a checkpoint path or `river://<run>` to follow the run's live version."""
+
+    target: str
+
+
+class Alias(Wire, frozen=True):
+    name: str
+    target: str
+    updated_at: str
+
+
+class BaseModel(Wire, frozen=True):
+    name: str
+    context_length: int
+    vocab_size: int
+    max_lora_rank: int
+    trainable: bool
+    servable: bool
+
+
+class UsageLine(Wire, frozen=True):
+    """Sums over a period; money in nano-dollars (1e-9 USD)."""
+
+    tenant: str
+    model: str
+    kind: str
+    context_length: int
+    quantity: int
+    amount_nano_usd: int
+    events: int
+
+
+class CreateTenant(Wire, frozen=True):
+    name: str
+
+
+class Tenant(Wire, frozen=True):
+    tenant_id: str
+    name: str
+    created_at: str
+
+
+class CreateKey(Wire, frozen=True):
+    tenant: str
+    name: str = "default"
+    scopes: list[str] = field(default_factory=lambda: ["infer", "train"])
+    expires_at: str | None = None
+
+
+class ApiKey(Wire, frozen=True):
+    """`secret` is present only in the answer that created the key."""
+
+    key_id: str
+    tenant: str
+    name: str
+    prefix: str
+    scopes: list[str]
+    created_at: str
+    expires_at: str | None = None
+    revoked_at: str | None = None
+    secret: str | None = None
+
+
+class Price(Wire, frozen=True):
+    """`usd_per_million` is a decimal string; storage is priced in dollars per GB and month instead."""
+
+    model: str
+    context_length: int
+    kind: str
+    usd_per_million: str
+    valid_from: str
+    valid_to: str | None = None
+
+
+class Page(Wire, frozen=True):
+    """A list answer; exactly the field of the route's noun is filled."""
+
+    runs: list[Run] | None = None
+    checkpoints: list[Checkpoint] | None = None
+    files: list[CheckpointFile] | None = None
+    aliases: list[Alias] | None = None
+    models: list[BaseModel] | None = None
+    usage: list[UsageLine] | None = None
+    tenants: list[Tenant] | None = None
+    keys: list[ApiKey] | None = None
+    prices: list[Price] | None = None
+
+
+class ErrorBody(Wire, frozen=True):
+    """`param` names the field, with its index where there is one: `data[3].input_ids[17]`."""
+
+    type: str
+    message: str
+    param: str | None = None
+    request_id: str | None = None
+
+
+class ErrorEnvelope(Wire, frozen=True):
+    error: ErrorBody

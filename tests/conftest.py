@@ -1,0 +1,69 @@
+"""The servers that tests share: one Postgres cluster and one nats-server a session, the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from river_ops.embedded.nats import EmbeddedNats
+from river_ops.embedded.postgres import EmbeddedPostgres
+from river_ops.migrate import migrate
+from river_ops.models import TINY_MOE
+
+_TEMPLATE = "river_template"
+_database_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+    """A running cluster with a migrated template database."""
+    cluster = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), durable=False)
+    cluster.start()
+    try:
+        asyncio.run(_make_template(cluster))
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def postgres_url(postgres_cluster: EmbeddedPostgres) -> str:
+    """The URL of a fresh, migrated, empty database."""
+    name = f"test_{next(_database_numbers)}"
+    asyncio.run(_execute(postgres_cluster, f"create database {name} template {_TEMPLATE}"))
+    return postgres_cluster.url(name)
+
+
+@pytest.fixture(scope="session")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a running nats-server with JetStream; tests use names of their own in it."""
+    server = EmbeddedNats(tmp_path_factory.mktemp("nats"), durable=False)
+    server.start()
+    try:
+        yield server.url()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    """The directory of the tiny model that ships."""
+    return TINY_MOE
+
+
+async def _make_template(cluster: EmbeddedPostgres) -> None:
+    await _execute(cluster, f"create database {_TEMPLATE}")
+    await migrate(cluster.url(_TEMPLATE))
+
+
+
+async def _execute(cluster: EmbeddedPostgres, statement: str) -> None:
+    connection = await asyncpg.connect(cluster.url())
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

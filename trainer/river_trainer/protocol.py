@@ -1,0 +1,185 @@
+"""What others say to a trainer, and what a trainer says of its runs. Imports nothing heavy.
+
+JetStream:
+
+* `TRAIN_STREAM`, subjects `train.<base>.<run>`, message id `<run>:<seq>`: `TrainMessage`s, the journal of a run. It is
+  kept until the trainer has snapshotted the run and trims it.
+* `RESULTS_STREAM`, subjects `results.<operation>`, last value per subject: `TrainResult`s.
+* `BODIES_BUCKET`, an object store: any body over `BODY_INLINE_MAX_BYTES`; the message then is empty and its header
+  `BODY_HEADER` names the object.
+* `LIVE_BUCKET`, a KV bucket, key = run id: the `LiveVersion` of a run, written before the result that made it.
+* `TRAINERS_BUCKET`, a KV bucket: a `TrainerRecord` per trainer, renewed every `HEARTBEAT_INTERVAL_S`.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+from river_billing.events import CheckpointSaved
+from river_engine.protocol import AdapterRef, subject_token
+
+TRAIN_STREAM = "TRAIN"
+RESULTS_STREAM = "RESULTS"
+BODIES_BUCKET = "bodies"
+LIVE_BUCKET = "live"
+TRAINERS_BUCKET = "trainers"
+HEARTBEAT_INTERVAL_S = 2.0
+HEARTBEAT_LOST_AFTER_S = 8.0
+BODY_INLINE_MAX_BYTES = 512 * 1024
+BODY_HEADER = "River-Body"
+RESULTS_MAX_AGE_S = 7 * 24 * 3600.0
+
+
+def train_subject(base_model: str, run_id: str) -> str:
+    return f"train.{subject_token(base_model)}.{run_id}"
+
+
+def operation_id(run_id: str, seq: int) -> str:
+    return f"{run_id}-{seq}"
+
+
+def result_subject(operation: str) -> str:
+    return f"results.{operation}"
+
+
+def policy_version(run_id: str, step: int) -> str:
+    return f"{run_id}@{step}"
+
+
+class AdapterShape(Struct, frozen=True, kw_only=True):
+    """What of the base model an adapter changes; the update is scaled by `alpha / rank`."""
+
+    rank: int
+    alpha: float
+    seed: int
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+
+class Sequence(Struct, frozen=True, kw_only=True):
+    """One validated training sequence of T tokens, as little-endian bytes.
+
+    `input_ids`, `target_tokens` int32 [T] (or [T, K] targets with `weights` [T, K], K = `targets_per_token`);
+    `weights`, `old_logprobs`, `advantages` float32 [T]. Index i describes the prediction from position i; the last index
+    is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one everywhere.
+    """
+
+    input_ids: bytes
+    target_tokens: bytes | None = None
+    weights: bytes | None = None
+    old_logprobs: bytes | None = None
+    advantages: bytes | None = None
+    targets_per_token: int = 1
+
+
+class Adam(Struct, frozen=True, kw_only=True):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_clip_norm: float | None
+
+
+class Task(Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """What an operation asks the trainer to do."""
+
+
+class CreateRun(Task, frozen=True, tag="create_run"):
+    """Always seq 0. `checkpoint` is the location of a training checkpoint to start from."""
+
+    shape: AdapterShape
+    checkpoint: str | None = None
+
+
+class Forward(Task, frozen=True, tag="forward"):
+    data: list[Sequence]
+    loss_fn: str
+    loss_config: dict[str, float]
+
+
+class ForwardBackward(Task, frozen=True, tag="forward_backward"):
+    data: list[Sequence]
+    loss_fn: str
+    loss_config: dict[str, float]
+
+
+class OptimStep(Task, frozen=True, tag="optim_step"):
+    adam: Adam
+
+
+class TrainStep(Task, frozen=True, tag="train_step"):
+    data: list[Sequence]
+    loss_fn: str
+    loss_config: dict[str, float]
+    adam: Adam
+
+
+class SaveWeights(Task, frozen=True, tag="save_weights"):
+    """`mode` is `training` or `inference`."""
+
+    checkpoint_id: str
+    name: str
+    mode: str
+    ttl_s: int | None = None
+
+
+class LoadWeights(Task, frozen=True, tag="load_weights"):
+    location: str
+    optimizer: bool
+
+
+AnyTask = CreateRun | Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
+
+
+class TrainMessage(Struct, frozen=True, kw_only=True):
+    """`submitted_at` is Unix time in seconds: a replayed message bills at the time it was accepted."""
+
+    run_id: str
+    seq: int
+    tenant_id: str
+    key_id: str
+    session_id: str
+    base_model: str
+    submitted_at: float
+    task: AnyTask
+
+
+class TaskError(Struct, frozen=True, kw_only=True):
+    type: str
+    message: str
+    param: str | None = None
+
+
+class TrainResult(Struct, frozen=True, kw_only=True):
+    """`step` is the run's step after the operation; `logprobs` one float32 [T] little-endian array per sequence."""
+
+    operation_id: str
+    run_id: str
+    seq: int
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    logprobs: list[bytes] | None = None
+    training_tokens: int = 0
+    checkpoint: CheckpointSaved | None = None
+    error: TaskError | None = None
+
+
+class LiveVersion(Struct, frozen=True, kw_only=True):
+    """The newest policy version of a run and where its adapter lies."""
+
+    run_id: str
+    step: int
+    adapter: AdapterRef
+
+
+class TrainerRecord(Struct, frozen=True, kw_only=True):
+    """`heartbeat_at` is Unix time in seconds; `context_length` bounds T of a sequence."""
+
+    trainer_id: str
+    base_model: str
+    context_length: int
+    vocab_size: int
+    max_lora_rank: int
+    heartbeat_at: float
+    runs: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+
 from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
 from river_ops.migrate import migrate
@@ -58,7 +59,6 @@ def tiny_moe() -> Path:
 async def _make_template(cluster: EmbeddedPostgres) -> None:
     await _execute(cluster, f"create database {_TEMPLATE}")
     await migrate(cluster.url(_TEMPLATE))
-
 
 
 async def _execute(cluster: EmbeddedPostgres, statement: str) -> None:

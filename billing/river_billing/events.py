@@ -1,8 +1,9 @@
 """What others tell the recorder. Imports nothing heavy.
 
-JetStream: `EVENTS_STREAM`, subjects `usage.<tenant>` (`UsageEvent`) and `catalog.<run>` (`RunAdvanced`,
-`CheckpointSaved`), kept until the recorder has committed them to Postgres. The message id is the event's identity, and
-the primary keys in Postgres make recording one twice a no-op.
+JetStream: `EVENTS_STREAM`, subjects `usage.<tenant>` (`UsageEvent`) and `catalog.<run>`
+(`RunAdvanced`, `CheckpointSaved`), kept until the recorder has committed them to Postgres. The
+message id is the event's identity, and the primary keys in Postgres make recording one twice a
+no-op.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="type"):
 class UsageEvent(Event, frozen=True, tag="usage"):
     """One request or operation, with the counts of every kind it used.
 
-    `event_id` is the identity of what caused it: the request's own UUIDv7, or `training_event_id`. `occurred_at` is Unix
-    time in seconds and, like the id, the same on every replay. `context_length` selects the price tier.
+    `event_id` is the identity of what caused it: the request's own UUIDv7, or `training_event_id`.
+    `occurred_at` is Unix time in seconds and, like the id, the same on every replay.
+    `context_length` selects the price tier.
     """
 
     event_id: str
@@ -61,7 +63,7 @@ class RunAdvanced(Event, frozen=True, tag="run_advanced"):
 
 
 class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):
-    """`mode` is `training` or `inference`; saving under a name again replaces the checkpoint of that name."""
+    """`mode` is `training` or `inference`; saving under a name again replaces that checkpoint."""
 
     checkpoint_id: str
     run_id: str
@@ -80,13 +82,15 @@ AnyEvent = UsageEvent | RunAdvanced | CheckpointSaved
 
 
 def usage_subject(tenant_id: str) -> str:
+    """Where a tenant's usage is published."""
     return f"usage.{tenant_id}"
 
 
 def catalog_subject(run_id: str) -> str:
+    """Where news of a run is published."""
     return f"catalog.{run_id}"
 
 
 def training_event_id(operation_id: str) -> str:
-    """The identity of a training operation's usage: the same however often the operation is replayed."""
+    """The identity of a training operation's usage, the same on every replay."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"river:{operation_id}"))

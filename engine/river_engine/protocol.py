@@ -8,7 +8,8 @@ HTTP, on the engine's own port, every request with `Authorization: Bearer <RIVER
 * `/healthz`, `/readyz`, `/metrics` without a token.
 
 NATS: an engine keeps an `EngineRecord` in the KV bucket `ENGINES_BUCKET` under its id, renewed every
-`HEARTBEAT_INTERVAL_S`, and listens on `publish_subject(base)` for `AdapterRef`s worth loading before anybody asks.
+`HEARTBEAT_INTERVAL_S`, and listens on `publish_subject(base)` for `AdapterRef`s worth loading before anybody asks. Both
+are msgpack.
 """
 
 from __future__ import annotations

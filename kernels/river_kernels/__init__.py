@@ -1,0 +1,20 @@
+"""Many LoRA adapters over one frozen model in one pass over packed tokens. Imports only torch."""
+
+from river_kernels.attention import Packing, make_packing, packed_causal_attention
+from river_kernels.linear import lora_linear
+from river_kernels.logprobs import lora_logprobs
+from river_kernels.moe import moe_lora
+from river_kernels.segments import NO_ADAPTER, LoraPair, Segment, Segments
+
+__all__ = [
+    "NO_ADAPTER",
+    "LoraPair",
+    "Packing",
+    "Segment",
+    "Segments",
+    "lora_linear",
+    "lora_logprobs",
+    "make_packing",
+    "moe_lora",
+    "packed_causal_attention",
+]

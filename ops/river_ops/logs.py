@@ -1,4 +1,7 @@
-"""Logs as lines of JSON, or as coloured text on a terminal. Standard `logging` everywhere; structlog only writes it out."""
+"""Logs as lines of JSON, or as coloured text on a terminal.
+
+Every part logs with the standard `logging`; structlog only writes it out.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,7 @@ def configure_logging(level: int = logging.INFO) -> None:
         tail.append(structlog.processors.format_exc_info)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[*tail, renderer]
-        )
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*tail, renderer])
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -6,7 +6,6 @@ import importlib
 import sys
 
 from river_client.service import SettingsError
-
 from river_ops.logs import configure_logging
 
 ENTRY_POINTS = {

@@ -1,7 +1,7 @@
 """The whole platform as children of one process: servers, recorder, engines, trainers, gateway.
 
-    postgres, nats ──▶ migrations ──▶ recorder, engines, trainers, gateway ──▶ ready
-                                          └── each restarted when it dies ──┘
+postgres, nats ──▶ migrations ──▶ recorder, engines, trainers, gateway ──▶ ready
+                                      └── each restarted when it dies ──┘
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import asyncpg
 import httpx
-from river_client.service import read_settings
-from river_gateway.accounts import create_key, create_tenant
 
+from river_client.service import read_settings
+from river_gateway.auth import create_key, create_tenant, hash_secret, list_tenants
 from river_ops import limits
 from river_ops.children import Child, free_port, part_argv
 from river_ops.embedded.nats import EmbeddedNats
@@ -232,22 +232,33 @@ def restart_if_due(watch: _Watch, now: float) -> None:
 
 async def first_admin_key(postgres_url: str, key_file: Path) -> str:
     """The admin key of this data directory, made with its tenant on the first start."""
-    if key_file.exists():
-        return key_file.read_text().strip()
     connection = await asyncpg.connect(postgres_url)
     try:
+        if key_file.exists():
+            secret = key_file.read_text().strip()
+            known = "select exists (select from api_key where secret_hash = $1)"
+            if await connection.fetchval(known, hash_secret(secret)):
+                return secret
         async with connection.transaction():
-            tenant = await create_tenant(connection, FIRST_TENANT)
+            tenants = await list_tenants(connection)
+            if not any(tenant.name == FIRST_TENANT for tenant in tenants):
+                await create_tenant(connection, FIRST_TENANT)
             key = await create_key(
-                connection, tenant.tenant_id, name="admin", scopes=["infer", "train", "admin"]
+                connection, tenant=FIRST_TENANT, name="admin", scopes=["infer", "train", "admin"]
             )
             assert key.secret is not None
-            descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(key.secret)
+            # Written before the commit: a key that nobody can read is worse than one that was never valid.
+            write_secret(key_file, key.secret)
     finally:
         await connection.close()
     return key.secret
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Writes a file that only its owner can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
 
 
 def ready_models(client: httpx.Client) -> set[str]:

@@ -1,5 +1,6 @@
-"""What every River process does at its start: read its settings, answer health checks. Standard library and msgspec only.
+"""What every River process does at its start: read its settings, answer health checks.
 
+Standard library and msgspec only.
 It lives in the SDK because that is the one package all others may import.
 """
 
@@ -85,10 +86,17 @@ async def health_server(
                 status, body = answer(path)
                 writer.write(
                     f"HTTP/1.1 {status}\r\ncontent-type: text/plain; version=0.0.4\r\n"
-                    f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
+                    f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
+                    + body
                 )
                 await writer.drain()
-        except (TimeoutError, OSError, IndexError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        except (
+            TimeoutError,
+            OSError,
+            IndexError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+        ):
             pass  # A broken or slow probe is the prober's affair.
         finally:
             writer.close()

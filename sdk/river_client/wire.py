@@ -7,6 +7,7 @@ made from position i, and the last index is ignored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct, field
@@ -33,7 +34,7 @@ class Tensor(Wire, frozen=True):
     data: bytes
 
 
-Numbers = list[float] | list[list[float]] | Tensor
+Numbers = Sequence[float | Sequence[float]] | Tensor
 """A list of numbers, a list of rows of numbers, or the same packed. Integers are numbers."""
 
 
@@ -143,7 +144,10 @@ class TrainStep(Operation, frozen=True, tag="train_step"):
 
 
 class SaveWeights(Operation, frozen=True, tag="save_weights"):
-    """`training` keeps weights and optimizer under `weights/<name>`, `inference` weights under `sampler_weights/<name>`."""
+    """Keeps a checkpoint under `name`.
+
+    `training` keeps weights and optimizer at `weights/<name>`, `inference` the weights at `sampler_weights/<name>`.
+    """
 
     name: str
     mode: SaveMode = "training"
@@ -197,7 +201,10 @@ class LogMetrics(Wire, frozen=True):
 
 
 class SampleRequest(Wire, frozen=True):
-    """`model` is a base model, a checkpoint path, `river://<run>` or an alias. Exactly one of the two prompt fields is set."""
+    """`model` is a base model, a checkpoint path, `river://<run>` or an alias.
+
+    Exactly one of the two prompt fields is set.
+    """
 
     model: str
     prompts: list[str] | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 import asyncpg
 import nats
 import pytest
+
 from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
 from river_ops.migrate import MIGRATIONS, migrate, numbered
@@ -94,7 +95,9 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-async def test_migrations_apply_once_however_many_callers(postgres_cluster: EmbeddedPostgres) -> None:
+async def test_migrations_apply_once_however_many_callers(
+    postgres_cluster: EmbeddedPostgres,
+) -> None:
     """Several callers at once apply every file exactly once, and a later call applies none."""
     await _value(postgres_cluster.url(), "create database migrations_race")
     url = postgres_cluster.url("migrations_race")

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import httpx
 import msgspec
-from river_client.service import SettingsError
 
+from river_client.service import SettingsError
 from river_ops import limits
 from river_ops.children import ChildError
 from river_ops.commands import DATA_DIRECTORY_VARIABLE, DEFAULT_DATA_DIRECTORY

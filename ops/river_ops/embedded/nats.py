@@ -68,9 +68,7 @@ class EmbeddedNats:
             log_path=self._directory / "nats.log",
         )
         self._child.start()
-        self._child.wait_until(
-            lambda: any(ports.glob("*.ports")), timeout_s=NATS_START_TIMEOUT_S
-        )
+        self._child.wait_until(lambda: any(ports.glob("*.ports")), timeout_s=NATS_START_TIMEOUT_S)
 
     def stop(self) -> None:
         if self._child is not None:

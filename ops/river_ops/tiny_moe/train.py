@@ -70,6 +70,7 @@ COMPLETION_TOKENS_UNLIMITED = 120  # the longest answer of the corpus has fewer
 TOKENIZER_TEXTS = 4_000
 POOL_BATCHES = 16  # batches are cut from a pool this large, sorted by length
 BATCH_TEXTS = 32
+COMPLETION_TOKENS = 40  # in a completion of the corpus, on average
 LEARNING_RATE = 3e-3
 THREADS = 2
 IGNORED_LABEL = -100
@@ -88,7 +89,7 @@ def main() -> None:
     """Train, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description="Make the tiny model that ships with River.")
     parser.add_argument("--out", type=Path, required=True, help="folder the model is written to")
-    parser.add_argument("--steps", type=int, default=1_800, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=1_500, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     assert arguments.steps > 0
@@ -172,7 +173,11 @@ def pretrain(
     started = time.monotonic()
     for step, (ids_BT, labels_BT) in enumerate(islice(batches(tokenizer, seed), steps), start=1):
         # Padding is on the right, where causal attention never looks, so no mask is needed.
-        loss = model(input_ids=ids_BT, labels=labels_BT).loss
+        # A fixed divisor weighs every text alike; a mean over each batch's tokens would weigh the
+        # short answers more and teach a larger share of them than the corpus has.
+        loss = model(
+            input_ids=ids_BT, labels=labels_BT, num_items_in_batch=BATCH_TEXTS * COMPLETION_TOKENS
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

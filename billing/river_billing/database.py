@@ -1,0 +1,64 @@
+"""What billing needs of asyncpg, with types."""
+
+# asyncpg has no types of its own; the protocol below gives it those that we use.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import asyncpg
+
+from river_billing import limits
+
+OUTAGES = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a dying server looks like from the middle of a reply
+)
+"""What a statement raises when Postgres is away or going away; it may work later."""
+
+REFUSALS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+"""What a statement raises when its own values are wrong; it will never work."""
+
+
+class Connection(Protocol):
+    """An asyncpg connection, of its own or from a pool."""
+
+    async def execute(self, query: str, *args: Any) -> str:
+        """Runs a statement; returns its status, such as `UPDATE 1`."""
+        ...
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Mapping[str, Any]]:
+        """All rows."""
+        ...
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        """The first column of the first row, or None."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Any]:
+        """A transaction, or a savepoint inside one."""
+        ...
+
+
+@asynccontextmanager
+async def connected(postgres_url: str) -> AsyncGenerator[Connection]:
+    """A connection for the block, without waiting for a server that hangs.
+
+    Raises:
+        OUTAGES: Postgres is not there.
+    """
+    connection = await asyncpg.connect(
+        postgres_url,
+        timeout=limits.CONNECT_TIMEOUT_S,  # pyright: ignore[reportArgumentType] - any number will do
+        command_timeout=limits.STATEMENT_TIMEOUT_S,
+    )
+    try:
+        yield connection
+    finally:
+        connection.terminate()

@@ -1,0 +1,257 @@
+"""The recorder: moves events from JetStream into Postgres, each exactly once.
+
+* A batch is one transaction; messages are acknowledged after its commit. What is delivered again,
+  because a recorder died in between, meets its own primary key and changes nothing.
+* When NATS or Postgres goes away, both connections are dropped and opened anew, with growing
+  pauses. Events wait in the stream.
+* A message that can never be recorded is logged, counted and removed, and holds up nobody.
+"""
+
+# nats-py leaves the keyword arguments of its methods untyped.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+import nats
+import nats.errors
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
+from nats.js.api import AckPolicy, ConsumerConfig
+from prometheus_client import generate_latest
+
+from river_billing import limits, metrics
+from river_billing.catalog import advance_run, record_checkpoint
+from river_billing.database import OUTAGES, REFUSALS, Connection, connected
+from river_billing.errors import RejectedEventError
+from river_billing.events import (
+    EVENTS_STREAM,
+    RECORDER_CONSUMER,
+    AnyEvent,
+    CheckpointSaved,
+    RunAdvanced,
+    UsageEvent,
+)
+from river_billing.prices import seed_prices
+from river_billing.streams import decode, ensure_streams
+from river_billing.usage import check, ensure_partitions, moment, months_ahead, record_usage
+from river_client.service import health_server, read_settings
+
+logger = logging.getLogger("river.recorder")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """`RIVER_*` variables of the recorder; port 0 asks for a free one."""
+
+    postgres_url: str
+    nats_url: str
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An event and the message that brought it."""
+
+    message: Msg
+    event: AnyEvent
+
+
+def main() -> None:
+    """Runs the recorder until SIGTERM or SIGINT."""
+    asyncio.run(_main(read_settings(Settings)))
+
+
+async def _main(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Recorder(settings).run(stop)
+
+
+class Recorder:
+    """One recorder process; several may share the work."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ready = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Records until `stop` is set, through any number of outages."""
+        backoff_s = limits.BACKOFF_MIN_S
+        async with health_server(
+            self._settings.port,
+            ready=lambda: self._ready,
+            metrics=generate_latest,
+            host=self._settings.host,
+        ) as port:
+            logger.info("recorder listens on port %d", port)
+            while not stop.is_set():
+                try:
+                    async with (
+                        connected(self._settings.postgres_url) as connection,
+                        _nats(self._settings.nats_url) as js,
+                    ):
+                        subscription = await _prepare(connection, js)
+                        self._ready = True
+                        backoff_s = limits.BACKOFF_MIN_S
+                        await _consume(connection, subscription, stop)
+                except (*OUTAGES, nats.errors.Error) as error:
+                    self._ready = False
+                    metrics.OUTAGES.inc()
+                    logger.warning("lost a server (%r), trying again in %.1f s", error, backoff_s)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), backoff_s)
+                    backoff_s = min(2 * backoff_s, limits.BACKOFF_MAX_S)
+        self._ready = False
+
+
+@asynccontextmanager
+async def _nats(url: str) -> AsyncGenerator[JetStreamContext]:
+    """JetStream for the block; what was said is sent before it ends."""
+    client = await nats.connect(
+        url,
+        connect_timeout=limits.CONNECT_TIMEOUT_S,
+        allow_reconnect=False,  # The recorder reconnects by itself, to both servers.
+        error_cb=_log_nats_error,
+    )
+    try:
+        yield client.jetstream()
+        await client.flush()
+    finally:
+        with suppress(nats.errors.Error, OSError):
+            await client.close()
+
+
+async def _log_nats_error(error: Exception) -> None:
+    logger.warning("NATS: %s", error)
+
+
+async def _prepare(
+    connection: Connection, js: JetStreamContext
+) -> JetStreamContext.PullSubscription:
+    """Everything that recording relies on: prices, partitions, the stream and the consumer."""
+    await seed_prices(connection)
+    await ensure_partitions(connection, months_ahead(datetime.now(UTC)))
+    await ensure_streams(js)
+    return await js.pull_subscribe(
+        "",
+        durable=RECORDER_CONSUMER,
+        stream=EVENTS_STREAM,
+        config=ConsumerConfig(
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=limits.ACK_WAIT_S,
+            max_ack_pending=limits.ACK_PENDING_MAX,
+            max_deliver=-1,
+        ),
+    )
+
+
+async def _consume(
+    connection: Connection, subscription: JetStreamContext.PullSubscription, stop: asyncio.Event
+) -> None:
+    """Batches, one after another, until `stop` is set or a server is lost."""
+    while not stop.is_set():
+        try:
+            messages = await subscription.fetch(
+                limits.BATCH_EVENTS_MAX, timeout=limits.FETCH_TIMEOUT_S
+            )
+        except TimeoutError:
+            continue  # Nothing to do, or a server that is about to be found lost.
+        deliveries = [delivery for message in messages if (delivery := await _accept(message))]
+        with metrics.BATCH_SECONDS.time():
+            await record_deliveries(connection, deliveries)
+
+
+async def _accept(message: Msg) -> Delivery | None:
+    """The message's event, or None for one that can never be recorded, which is then removed."""
+    try:
+        event = decode(message.data)
+        if isinstance(event, UsageEvent):
+            check(event)
+    except RejectedEventError as error:
+        await _reject(message, str(error))
+        return None
+    return Delivery(message, event)
+
+
+async def _reject(message: Msg, reason: str) -> None:
+    metrics.REJECTED.inc()
+    extra = {"subject": message.subject, "stream_sequence": message.metadata.sequence.stream}
+    logger.error("message rejected for good: %s", reason, extra=extra)
+    await message.term()
+
+
+async def record_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> None:
+    """Commits the events of all messages, then acknowledges them.
+
+    When Postgres refuses a value, they are recorded one by one, and the one it refuses is rejected.
+    """
+    if not deliveries:
+        return
+    try:
+        unknown = await record_events(connection, [delivery.event for delivery in deliveries])
+    except REFUSALS as error:
+        if len(deliveries) == 1:
+            await _reject(deliveries[0].message, str(error))
+            return
+        for delivery in deliveries:
+            await record_deliveries(connection, [delivery])
+        return
+    except OUTAGES:
+        # Given back at once, so that nobody waits for the acknowledgement to time out.
+        for delivery in deliveries:
+            await delivery.message.nak()
+        raise
+    for delivery in deliveries:
+        if delivery.event in unknown:
+            await _retry_unknown_run(delivery)
+        else:
+            await delivery.message.ack()
+
+
+async def _retry_unknown_run(delivery: Delivery) -> None:
+    """A run is written before its first message: an unknown one is just arriving or gone."""
+    if delivery.message.metadata.num_delivered < limits.UNKNOWN_RUN_DELIVERIES_MAX:
+        await delivery.message.nak(delay=limits.UNKNOWN_RUN_DELAY_S)
+    else:
+        await _reject(delivery.message, "its run is unknown")
+
+
+async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> list[AnyEvent]:
+    """Writes all events in one transaction; returns those left out because their run is unknown.
+
+    Raises:
+        OUTAGES: nothing was written.
+    """
+    usage = [event for event in events if isinstance(event, UsageEvent)]
+    # In the order of their runs, so that two recorders cannot deadlock.
+    catalog = [event for event in events if isinstance(event, RunAdvanced | CheckpointSaved)]
+    catalog.sort(key=lambda event: event.run_id)
+    unknown: list[AnyEvent] = []
+    # Apart, because a new partition locks the whole table until its transaction ends.
+    await ensure_partitions(connection, [moment(event) for event in usage])
+    async with connection.transaction():
+        recorded = await record_usage(connection, usage)
+        for event in catalog:
+            if isinstance(event, RunAdvanced):
+                known = await advance_run(connection, event)
+            else:
+                known = await record_checkpoint(connection, event)
+            if not known:
+                unknown.append(event)
+    for model, kind in recorded.unpriced:
+        logger.error("no price for %s of %s; recorded at zero", kind, model)
+    metrics.EVENTS.inc(len(events) - len(unknown))
+    metrics.LINES.inc(recorded.lines)
+    metrics.UNPRICED.inc(len(recorded.unpriced))
+    return unknown

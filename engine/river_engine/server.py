@@ -1,0 +1,229 @@
+"""The process that serves: vLLM's engine and OpenAI application, behind our door. Started by `river_engine.main`.
+
+vLLM runs its core in one child process of this one. Nothing is served before the self-test has passed and the adapters of
+an earlier life are back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import uvicorn
+import uvloop
+from river_client.service import SettingsError
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from river_engine import limits
+from river_engine.adapter_files import model_targets
+from river_engine.adapters import AdapterStore
+from river_engine.counting import counted, share_cached_count
+from river_engine.http import EngineDoor, show_own_adapter
+from river_engine.lifeline import die_with_parent
+from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
+from river_engine.protocol import EngineRecord
+from river_engine.registration import registered
+from river_engine.sampling import Sampler
+from river_engine.selftest import SelfTestError, self_test
+from river_engine.settings import EngineSettings, read_engine_settings
+
+_log = logging.getLogger("river.engine")
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT (exit 0), the death of vLLM's core, or a failed self-test."""
+    try:
+        settings = read_engine_settings()
+    except SettingsError as error:
+        sys.exit(f"{error}")
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent:
+        die_with_parent(int(parent))
+    try:
+        sys.exit(uvloop.run(_serve(settings)))
+    except SelfTestError as error:
+        _log.critical("self-test failed: %s", error)
+        sys.exit(EXIT_UNFIT)
+
+
+def vllm_arguments(settings: EngineSettings) -> Namespace:
+    """The command line `vllm serve` would get."""
+    options = [
+        f"--model={settings.model_path}",
+        f"--served-model-name={settings.base_model}",
+        f"--host={settings.host}",
+        f"--port={settings.port}",
+        "--enable-lora",
+        f"--max-loras={settings.max_loras}",
+        f"--max-cpu-loras={settings.max_cpu_loras}",
+        f"--max-lora-rank={settings.max_lora_rank}",
+        # Adapters with fused expert tensors, as PEFT writes them.
+        "--enable-mixed-moe-lora-format",
+        # The log-probability of what was drawn under the distribution it was drawn from.
+        "--logprobs-mode=processed_logprobs",
+        f"--max-logprobs={limits.TOP_LOGPROBS_MAX}",
+        "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
+        "--disable-fastapi-docs",
+    ]
+    if settings.max_model_len:
+        options.append(f"--max-model-len={settings.max_model_len}")
+    if settings.on_cpu:
+        options += [
+            "--enforce-eager",
+            f"--dtype={settings.dtype or 'float32'}",
+            f"--kv-cache-memory-bytes={settings.kv_cache_mb * 1024 * 1024}",
+        ]
+    elif settings.dtype:
+        options.append(f"--dtype={settings.dtype}")
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+async def _serve(settings: EngineSettings) -> int:
+    """The exit code."""
+    started = time.monotonic()
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    arguments = vllm_arguments(settings)
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(_listener(settings))
+        engine = await stack.enter_async_context(build_async_engine_client(arguments))
+        assert isinstance(engine, AsyncLLM)
+        door, store = await _build(settings, arguments, engine)
+        if settings.nats_url:
+            record = _record_maker(settings, engine, store)
+            await stack.enter_async_context(registered(settings.nats_url, record, store))
+        await stack.enter_async_context(_listening(door, listener))
+        _log.info("ready", extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)})
+        return await _until_stopped(engine, stop)
+
+
+async def _build(
+    settings: EngineSettings, arguments: Namespace, engine: AsyncLLM
+) -> tuple[EngineDoor, AdapterStore]:
+    """The application, tested, with the adapters of an earlier life."""
+    config = engine.model_config
+    targets = model_targets(config.hf_text_config)
+    await self_test(
+        engine,
+        engine.generate,
+        targets,
+        vocab_size=config.get_vocab_size(),
+        exact=str(config.dtype) == "torch.float32",
+        rank_max=settings.max_lora_rank,
+    )
+    store = AdapterStore(
+        engine,
+        settings.versions_dir,
+        targets,
+        max_loras=settings.max_loras,
+        resident_max=settings.max_cpu_loras,
+        rank_max=settings.max_lora_rank,
+    )
+    await store.restore()
+    share_cached_count()
+    # From here on every token is counted, whichever route asks for it.
+    engine.generate = counted(engine.generate)
+    tasks = await engine.get_supported_tasks()
+    inner = build_app(arguments, tasks, config)
+    await init_app_state(engine, inner.state, arguments, tasks)
+    show_own_adapter(inner.state.openai_serving_models, settings.base_model)
+    sampler = Sampler(
+        engine.generate,
+        store,
+        engine.get_tokenizer(),
+        context_length=config.max_model_len,
+        vocab_size=config.get_vocab_size(),
+    )
+    door = EngineDoor(
+        inner,
+        store,
+        sampler,
+        token=settings.engine_token,
+        base_model=settings.base_model,
+        alive=lambda: not engine.errored,
+    )
+    return door, store
+
+
+def _listener(settings: EngineSettings) -> socket.socket:
+    """Bound at once, so that a port in use shows before minutes of loading; nothing is accepted yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    return listener
+
+
+@asynccontextmanager
+async def _listening(door: EngineDoor, listener: socket.socket) -> AsyncIterator[None]:
+    """Answers HTTP while the block runs; leaves running requests a few seconds at its end."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            door,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=limits.STOP_GRACE_S,
+        )
+    )
+    server.install_signal_handlers = lambda: None
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(server._serve([listener]))  # noqa: SLF001 - `serve` would take our signals
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def _record_maker(
+    settings: EngineSettings, engine: AsyncLLM, store: AdapterStore
+) -> Callable[[], EngineRecord]:
+    config = engine.model_config
+
+    def record() -> EngineRecord:
+        return EngineRecord(
+            engine_id=settings.engine_id,
+            base_model=settings.base_model,
+            url=settings.public_url,
+            context_length=config.max_model_len,
+            vocab_size=config.get_vocab_size(),
+            max_loras=settings.max_loras,
+            max_lora_rank=settings.max_lora_rank,
+            heartbeat_at=time.time(),
+            resident=store.resident(),
+            running=engine.get_num_unfinished_requests(),
+        )
+
+    return record
+
+
+async def _until_stopped(engine: AsyncLLM, stop: asyncio.Event) -> int:
+    while not engine.errored:
+        try:
+            async with asyncio.timeout(limits.ENGINE_CHECK_INTERVAL_S):
+                await stop.wait()
+        except TimeoutError:
+            continue
+        return 0
+    _log.critical("vLLM's core has died")
+    return EXIT_DEAD
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What an engine can be told from outside, as `RIVER_*` variables. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from river_client.service import SettingsError, read_settings
+
+from river_engine.limits import LORA_RANKS
+
+# Any of these files means a kernel driver for a GPU that vLLM can use.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`base_model` is the public name of the weights in the directory `model_path`.
+
+    `url` is what others reach this engine by (default: its own host and port); `engine_id` is drawn at random when empty;
+    `nats_url` empty means unregistered; `dtype` empty means float32 on a CPU and the model's own elsewhere.
+    `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded.
+    """
+
+    base_model: str
+    model_path: str
+    engine_token: str
+    host: str = "127.0.0.1"
+    port: int = 8100
+    url: str = ""
+    nats_url: str = ""
+    data_dir: str = ""
+    engine_id: str = ""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    dtype: str = ""
+    max_loras: int = 4
+    max_cpu_loras: int = 16
+    max_lora_rank: int = 32
+    max_model_len: int = 0
+    kv_cache_mb: int = 256
+
+    @property
+    def on_cpu(self) -> bool:
+        if self.device == "auto":
+            return not any(Path(driver).exists() for driver in _GPU_DRIVERS)
+        return self.device == "cpu"
+
+    @property
+    def versions_dir(self) -> Path:
+        """Where this engine keeps the adapters it serves, so that they outlive a restart of the server process."""
+        root = Path(self.data_dir) if self.data_dir else Path(tempfile.gettempdir()) / "river-engine"
+        return root / "engines" / self.engine_id
+
+    @property
+    def public_url(self) -> str:
+        return self.url or f"http://{self.host}:{self.port}"
+
+
+def read_engine_settings() -> EngineSettings:
+    """The settings from the environment.
+
+    Raises:
+        SettingsError: one is missing, malformed or out of range; the message names it.
+    """
+    settings = read_settings(EngineSettings)
+    if settings.max_lora_rank not in LORA_RANKS:
+        raise SettingsError(
+            f"RIVER_MAX_LORA_RANK={settings.max_lora_rank}: must be one of {sorted(LORA_RANKS)}"
+        )
+    if settings.max_loras < 1:
+        raise SettingsError(f"RIVER_MAX_LORAS={settings.max_loras}: must be at least 1")
+    if settings.max_cpu_loras < settings.max_loras:
+        raise SettingsError(
+            f"RIVER_MAX_CPU_LORAS={settings.max_cpu_loras}: must be at least RIVER_MAX_LORAS={settings.max_loras}"
+        )
+    if settings.kv_cache_mb < 1:
+        raise SettingsError(f"RIVER_KV_CACHE_MB={settings.kv_cache_mb}: must be at least 1")
+    if not settings.engine_token:
+        raise SettingsError("RIVER_ENGINE_TOKEN is not set")
+    return settings

@@ -1,0 +1,110 @@
+"""Numbers from the wire as numpy arrays, with every way in which they can be wrong named by field, index and limit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from river_client.wire import Tensor
+
+from river_gateway.errors import InvalidField
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from river_client.wire import Numbers
+
+    IntArray = npt.NDArray[np.int32]
+    FloatArray = npt.NDArray[np.float32]
+
+_DIMENSIONS_MAX = 2
+_DTYPES = {"int32": "<i4", "int64": "<i8", "float32": "<f4"}
+
+
+def integers(value: Numbers, field: str) -> npt.NDArray[np.int64]:
+    """Whole numbers, [T] or [T, K].
+
+    Raises:
+        InvalidField: the value is no array, or an item is not whole.
+    """
+    array = _array(value, field)
+    if array.dtype.kind == "f":
+        fractional = ~np.isfinite(array) | (array != np.floor(array)) | (np.abs(array) >= 2.0**53)
+        _refuse_first(fractional, array, field, "is not a whole number")
+        return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
+
+
+def token_ids(value: Numbers, field: str, vocab_size: int) -> IntArray:
+    """Token ids, [T] or [T, K], all within the vocabulary.
+
+    Raises:
+        InvalidField: as `integers`, or an id is not in [0, vocab_size).
+    """
+    array = integers(value, field)
+    outside = (array < 0) | (array >= vocab_size)
+    _refuse_first(outside, array, field, f"is outside the vocabulary of {vocab_size}")
+    return array.astype("<i4")
+
+
+def finite_floats(value: Numbers, field: str) -> FloatArray:
+    """Finite numbers that fit float32, [T] or [T, K].
+
+    Raises:
+        InvalidField: the value is no array, or an item is not finite.
+    """
+    array = _array(value, field)
+    with np.errstate(over="ignore"):
+        narrow = array.astype("<f4")
+    _refuse_first(np.isnan(array), array, field, "is not a number")
+    _refuse_first(~np.isfinite(narrow), array, field, "is too large for float32")
+    return narrow
+
+
+def _array(value: Numbers, field: str) -> npt.NDArray[Any]:
+    return _packed(value, field) if isinstance(value, Tensor) else _listed(value, field)
+
+
+def _packed(tensor: Tensor, field: str) -> npt.NDArray[Any]:
+    dtype = np.dtype(_DTYPES[tensor.dtype])
+    if not 1 <= len(tensor.shape) <= _DIMENSIONS_MAX or min(tensor.shape) < 0:
+        raise InvalidField(
+            f"{field}: shape {list(tensor.shape)}, must be [T] or [T, K]", param=field
+        )
+    size_bytes = math.prod(tensor.shape) * dtype.itemsize
+    if len(tensor.data) != size_bytes:
+        raise InvalidField(
+            f"{field}: {len(tensor.data)} bytes, but shape {list(tensor.shape)} of {tensor.dtype} "
+            f"takes {size_bytes}",
+            param=field,
+        )
+    return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+
+
+def _listed(rows: Any, field: str) -> npt.NDArray[Any]:
+    """Lists of numbers, or of rows of equal length."""
+    if not any(isinstance(row, list) for row in rows):
+        return np.asarray(rows, dtype=np.float64)
+    width = len(rows[0]) if isinstance(rows[0], list) else -1
+    for index, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != width:
+            got = f"{len(row)} numbers" if isinstance(row, list) else "one number"
+            want = f"{width}" if width >= 0 else "one"
+            where = f"{field}[{index}]"
+            raise InvalidField(
+                f"{where}: {got}, but {field}[0] has {want}", param=where
+            )
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)
+
+
+def _refuse_first(
+    wrong: npt.NDArray[np.bool_], array: npt.NDArray[Any], field: str, why: str
+) -> None:
+    """Raises about the first wrong item, if there is one."""
+    if not wrong.any():
+        return
+    place = np.unravel_index(int(np.argmax(wrong)), array.shape)
+    where = field + "".join(f"[{index}]" for index in place)
+    item = array[place]
+    shown = "NaN" if np.isnan(item) else f"{item:g}" if array.dtype.kind == "f" else f"{item}"
+    raise InvalidField(f"{where}: {shown} {why}", param=where)

@@ -1,0 +1,339 @@
+"""The tenant's things in Postgres: sessions, runs, checkpoints, aliases. Every query carries the tenant."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import asyncpg
+import msgspec
+from river_client import wire
+from river_trainer.protocol import policy_version
+
+from river_gateway.errors import NotFound
+from river_gateway.limits import PAGE_ROWS_MAX
+
+if TYPE_CHECKING:
+    from river_gateway.database import Database
+
+SCHEME = "river://"
+_FOLDERS = {"weights": "training", "sampler_weights": "inference"}
+_MODES = {mode: folder for folder, mode in _FOLDERS.items()}
+
+# ---- Paths -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """`river://<run>`, the live version of a run, or `river://<run>/<folder>/<name>`, a checkpoint."""
+
+    run_id: str
+    mode: str | None = None
+    name: str | None = None
+
+
+def parse_path(text: str) -> Path | None:
+    """The parts of a path, or None when `text` is none."""
+    if not text.startswith(SCHEME):
+        return None
+    parts = text.removeprefix(SCHEME).split("/")
+    if not all(parts):
+        return None
+    match parts:
+        case [run_id]:
+            return Path(run_id)
+        case [run_id, folder, name] if folder in _FOLDERS:
+            return Path(run_id, _FOLDERS[folder], name)
+        case _:
+            return None
+
+
+def checkpoint_path(run_id: str, mode: str, name: str) -> str:
+    """The path of a checkpoint."""
+    return f"{SCHEME}{run_id}/{_MODES[mode]}/{name}"
+
+
+# ---- Sessions --------------------------------------------------------------------------------------------------------
+
+_INSERT_SESSION = """
+insert into session (session_id, tenant_id, key_id, tags) values ($1, $2, $3, $4::jsonb)
+"""
+_SESSION_TAGS = """
+select tags from session where session_id = $1 and tenant_id = $2 and ended_at is null
+"""
+_BEAT_SESSION = """
+update session set heartbeat_at = now()
+where session_id = $1 and tenant_id = $2 and ended_at is null returning session_id
+"""
+_END_SESSION = """
+update session set ended_at = coalesce(ended_at, now())
+where session_id = $1 and tenant_id = $2 returning session_id
+"""
+
+
+async def insert_session(
+    database: Database, *, session_id: str, tenant_id: str, key_id: str, tags: dict[str, str]
+) -> None:
+    """Opens a session."""
+    await database.execute(_INSERT_SESSION, session_id, tenant_id, key_id, _json(tags))
+
+
+async def open_session_tags(
+    database: Database, *, session_id: str, tenant_id: str
+) -> dict[str, str]:
+    """The tags of an open session.
+
+    Raises:
+        NotFound: it is unknown or has ended.
+    """
+    tags = await database.fetchval(_SESSION_TAGS, session_id, tenant_id)
+    if tags is None:
+        raise NotFound(f"there is no open session {session_id!r}", param="session_id")
+    return msgspec.json.decode(tags, type=dict[str, str])
+
+
+async def beat_session(database: Database, *, session_id: str, tenant_id: str) -> None:
+    """Notes that the client of an open session is alive."""
+    if await database.fetchval(_BEAT_SESSION, session_id, tenant_id) is None:
+        raise NotFound(f"there is no open session {session_id!r}", param="session_id")
+
+
+async def end_session(database: Database, *, session_id: str, tenant_id: str) -> None:
+    """Ends a session; again is a no-op."""
+    if await database.fetchval(_END_SESSION, session_id, tenant_id) is None:
+        raise NotFound(f"there is no session {session_id!r}", param="session_id")
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+_RUN_COLUMNS = """
+select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq, r.step,
+       r.metrics, s.tags
+from run r join session s using (session_id)
+"""
+_INSERT_RUN = """
+insert into run (run_id, tenant_id, session_id, base_model, lora, context_length)
+values ($1, $2, $3, $4, $5::jsonb, $6) returning created_at
+"""
+_DELETE_UNSTARTED_RUN = "delete from run where run_id = $1 and last_seq < 0"
+_FIND_RUN = _RUN_COLUMNS + "where r.run_id = $1 and r.tenant_id = $2"
+_LIST_RUNS = _RUN_COLUMNS + "where r.tenant_id = $1 order by r.created_at desc, r.run_id limit $2"
+_INSERT_METRICS = """
+insert into run_metric (run_id, step, metrics)
+select run_id, coalesce($3::bigint, step), $4::jsonb from run where run_id = $1 and tenant_id = $2
+returning run_id
+"""
+
+
+class RunRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A run as stored; `context_length` is the price tier and the limit of its sequences."""
+
+    run_id: str
+    session_id: str
+    base_model: str
+    lora: wire.LoraConfig
+    context_length: int
+    created_at: str
+    last_seq: int
+    step: int
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+    def to_wire(self) -> wire.Run:
+        """The run as clients see it."""
+        return wire.Run(
+            run_id=self.run_id,
+            session_id=self.session_id,
+            base_model=self.base_model,
+            lora=self.lora,
+            step=self.step,
+            created_at=self.created_at,
+            tags=self.tags,
+            metrics=self.metrics,
+        )
+
+
+async def insert_run(
+    database: Database,
+    *,
+    run_id: str,
+    tenant_id: str,
+    session_id: str,
+    base_model: str,
+    lora: wire.LoraConfig,
+    context_length: int,
+) -> str:
+    """Writes a new run down and returns when that was."""
+    created_at = await database.fetchval(
+        _INSERT_RUN, run_id, tenant_id, session_id, base_model, _json(lora), context_length
+    )
+    return cast("dt.datetime", created_at).isoformat()
+
+
+async def delete_unstarted_run(database: Database, run_id: str) -> None:
+    """Takes back a run whose creation never reached the trainer."""
+    await database.execute(_DELETE_UNSTARTED_RUN, run_id)
+
+
+async def find_run(database: Database, *, run_id: str, tenant_id: str) -> RunRow:
+    """One run.
+
+    Raises:
+        NotFound: it is unknown.
+    """
+    row = await database.fetchrow(_FIND_RUN, run_id, tenant_id)
+    if row is None:
+        raise NotFound(f"there is no run {run_id!r}", param="run_id")
+    return _run(row)
+
+
+async def list_runs(database: Database, tenant_id: str) -> list[RunRow]:
+    """The newest runs, newest first."""
+    return [_run(row) for row in await database.fetch(_LIST_RUNS, tenant_id, PAGE_ROWS_MAX)]
+
+
+async def insert_metrics(
+    database: Database, *, run_id: str, tenant_id: str, step: int | None, metrics: dict[str, float]
+) -> None:
+    """Logs a user's own metrics at `step`, or at the run's step."""
+    if (
+        await database.fetchval(_INSERT_METRICS, run_id, tenant_id, step, _json(metrics))
+    ) is None:
+        raise NotFound(f"there is no run {run_id!r}", param="run_id")
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+_LIVE = "deleted_at is null and (expires_at is null or expires_at > now())"
+_FIND_CHECKPOINT = f"""
+select * from checkpoint
+where run_id = $1 and mode = $2 and name = $3 and tenant_id = $4 and {_LIVE}
+"""  # noqa: S608 - built from constants
+_LIST_CHECKPOINTS = f"""
+select * from checkpoint where tenant_id = $1 and {_LIVE}
+order by created_at desc, checkpoint_id limit $2
+"""  # noqa: S608 - built from constants
+_DELETE_CHECKPOINT = "update checkpoint set deleted_at = now() where checkpoint_id = $1 and tenant_id = $2"
+
+
+class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A stored checkpoint; `location` is the directory URL of its files."""
+
+    location: str
+    checkpoint: wire.Checkpoint
+
+
+async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> CheckpointRow:
+    """The live checkpoint of a path.
+
+    Raises:
+        NotFound: there is none.
+    """
+    parsed = parse_path(path)
+    row = None
+    if parsed is not None and parsed.name is not None:
+        row = await database.fetchrow(
+            _FIND_CHECKPOINT, parsed.run_id, parsed.mode, parsed.name, tenant_id
+        )
+    if row is None:
+        raise NotFound(f"there is no checkpoint {path!r}", param="path")
+    return _checkpoint(row)
+
+
+async def list_checkpoints(database: Database, tenant_id: str) -> list[CheckpointRow]:
+    """The newest live checkpoints, newest first."""
+    rows = await database.fetch(_LIST_CHECKPOINTS, tenant_id, PAGE_ROWS_MAX)
+    return [_checkpoint(row) for row in rows]
+
+
+async def delete_checkpoint(database: Database, *, checkpoint_id: str, tenant_id: str) -> None:
+    """Takes a checkpoint out of the catalog."""
+    await database.execute(_DELETE_CHECKPOINT, checkpoint_id, tenant_id)
+
+
+# ---- Aliases ---------------------------------------------------------------------------------------------------------
+
+_PUT_ALIAS = """
+insert into alias (tenant_id, name, target) values ($1, $2, $3)
+on conflict (tenant_id, name) do update set target = excluded.target, updated_at = now()
+returning *
+"""
+_FIND_ALIAS = "select * from alias where tenant_id = $1 and name = $2"
+_LIST_ALIASES = "select * from alias where tenant_id = $1 order by name limit $2"
+_DELETE_ALIAS = "delete from alias where tenant_id = $1 and name = $2 returning name"
+
+
+async def put_alias(database: Database, *, tenant_id: str, name: str, target: str) -> wire.Alias:
+    """Points a name at a target, new or anew."""
+    row = await database.fetchrow(_PUT_ALIAS, tenant_id, name, target)
+    assert row is not None
+    return _alias(row)
+
+
+async def find_alias(database: Database, *, tenant_id: str, name: str) -> wire.Alias | None:
+    """One alias."""
+    row = await database.fetchrow(_FIND_ALIAS, tenant_id, name)
+    return _alias(row) if row else None
+
+
+async def list_aliases(database: Database, tenant_id: str) -> list[wire.Alias]:
+    """The tenant's aliases by name."""
+    return [_alias(row) for row in await database.fetch(_LIST_ALIASES, tenant_id, PAGE_ROWS_MAX)]
+
+
+async def delete_alias(database: Database, *, tenant_id: str, name: str) -> None:
+    """Removes an alias.
+
+    Raises:
+        NotFound: there is none of that name.
+    """
+    if await database.fetchval(_DELETE_ALIAS, tenant_id, name) is None:
+        raise NotFound(f"there is no alias {name!r}", param="name")
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _run(row: asyncpg.Record) -> RunRow:
+    return RunRow(
+        run_id=row["run_id"],
+        session_id=row["session_id"],
+        base_model=row["base_model"],
+        lora=msgspec.json.decode(row["lora"], type=wire.LoraConfig),
+        context_length=row["context_length"],
+        created_at=row["created_at"].isoformat(),
+        last_seq=row["last_seq"],
+        step=row["step"],
+        metrics=msgspec.json.decode(row["metrics"], type=dict[str, float]),
+        tags=msgspec.json.decode(row["tags"], type=dict[str, str]),
+    )
+
+
+def _checkpoint(row: asyncpg.Record) -> CheckpointRow:
+    expires_at = cast("dt.datetime | None", row["expires_at"])
+    return CheckpointRow(
+        location=row["location"],
+        checkpoint=wire.Checkpoint(
+            checkpoint_id=row["checkpoint_id"],
+            path=checkpoint_path(row["run_id"], row["mode"], row["name"]),
+            run_id=row["run_id"],
+            mode=row["mode"],
+            name=row["name"],
+            base_model=row["base_model"],
+            policy_version=policy_version(row["run_id"], row["step"]),
+            size_bytes=row["size_bytes"],
+            created_at=row["created_at"].isoformat(),
+            expires_at=expires_at.isoformat() if expires_at else None,
+        ),
+    )
+
+
+def _alias(row: asyncpg.Record) -> wire.Alias:
+    return wire.Alias(
+        name=row["name"], target=row["target"], updated_at=row["updated_at"].isoformat()
+    )

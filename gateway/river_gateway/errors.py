@@ -1,0 +1,293 @@
+"""The gateway's one tree of errors, and its mapping to the wire in both shapes.
+
+    GatewayError
+    ├── MalformedBody        400  the body is not JSON or msgpack at all
+    ├── Unauthenticated      401
+    ├── PermissionDenied     403
+    ├── NotFound             404  unknown, or another tenant's: never told apart
+    │   └── UnknownModel     404
+    ├── ClientGone           499  nobody is left to read the answer
+    ├── Conflict             409
+    ├── TooLarge             413
+    ├── InvalidField         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
+    ├── RateLimited          429
+    ├── EngineRefused        4xx  the engine's own refusal, passed on
+    ├── NotSupported         501
+    ├── Unavailable          503  with Retry-After
+    └── StorageFull          507
+
+`/v1` speaks OpenAI's shape, everything else `river_client.wire.ErrorEnvelope`.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import msgspec
+import nats.errors
+import nats.js.errors
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from river_client import wire
+
+from river_gateway.context import context_of
+from river_gateway.limits import RETRY_AFTER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from litestar.types import ExceptionHandler
+
+logger = logging.getLogger("river.gateway")
+
+_JETSTREAM_STORAGE_FULL = frozenset({10023, 10047, 10077})
+
+
+class GatewayError(Exception):
+    """Root: `status` and `type` are the class's, `param` names the field."""
+
+    status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+    type: str = "internal_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class MalformedBody(GatewayError):
+    status = HTTPStatus.BAD_REQUEST
+    type = "invalid_request"
+
+
+class Unauthenticated(GatewayError):
+    status = HTTPStatus.UNAUTHORIZED
+    type = "authentication"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(GatewayError):
+    status = HTTPStatus.FORBIDDEN
+    type = "permission_denied"
+    code = "insufficient_scope"
+
+
+class NotFound(GatewayError):
+    status = HTTPStatus.NOT_FOUND
+    type = "not_found"
+
+
+class UnknownModel(NotFound):
+    code = "model_not_found"
+
+
+class ClientGone(GatewayError):
+    status = 499
+    type = "client_gone"
+
+
+class Conflict(GatewayError):
+    status = HTTPStatus.CONFLICT
+    type = "conflict"
+
+
+class TooLarge(GatewayError):
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    type = "too_large"
+
+
+class InvalidField(GatewayError):
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    type = "invalid_request"
+
+
+class RateLimited(GatewayError):
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    type = "rate_limited"
+
+
+class EngineRefused(GatewayError):
+    """`status` is the engine's, between 400 and 499."""
+
+    type = "invalid_request"
+
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        assert 400 <= status < 500  # noqa: PLR2004 - the range of client errors
+        super().__init__(message, param=param)
+        self.status = status
+
+
+class NotSupported(GatewayError):
+    status = HTTPStatus.NOT_IMPLEMENTED
+    type = "not_supported"
+
+
+class Unavailable(GatewayError):
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    type = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = RETRY_AFTER_S) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class StorageFull(GatewayError):
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    type = "storage_full"
+
+
+# ---- To the wire -----------------------------------------------------------------------------------------------------
+
+_OPENAI_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+
+
+def openai_body(error: GatewayError) -> dict[str, Any]:
+    """OpenAI's shape of an error."""
+    type_ = _OPENAI_TYPES.get(HTTPStatus(error.status)) if error.status in _OPENAI_TYPES else None
+    if type_ is None:
+        type_ = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": type_,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: GatewayError, request: Request[Any, Any, Any]) -> Response[bytes]:
+    """The answer to a request that failed, in the shape of its dialect."""
+    context = context_of(request.scope)
+    status = int(error.status)
+    media_type = "application/json"
+    if is_openai(request.scope["path"]):
+        if isinstance(error, InvalidField):
+            status = HTTPStatus.BAD_REQUEST
+        body = msgspec.json.encode(openai_body(error))
+    else:
+        envelope = wire.ErrorEnvelope(
+            error=wire.ErrorBody(
+                type=error.type,
+                message=error.message,
+                param=error.param,
+                request_id=context.request_id,
+            )
+        )
+        if "msgpack" in request.headers.get("accept", ""):
+            media_type = "application/msgpack"
+            body = msgspec.msgpack.encode(envelope)
+        else:
+            body = msgspec.json.encode(envelope)
+    headers: dict[str, str] = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = f"{error.retry_after_s:g}"
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    return Response(body, status_code=status, media_type=media_type, headers=headers)
+
+
+def is_openai(path: str) -> bool:
+    """Whether a path speaks OpenAI's dialect."""
+    return path == "/v1" or path.startswith("/v1/")
+
+
+# ---- From elsewhere --------------------------------------------------------------------------------------------------
+
+
+def from_jetstream(error: nats.errors.Error) -> GatewayError:
+    """What a failure of NATS means to a client."""
+    if (
+        isinstance(error, nats.js.errors.APIError)
+        and getattr(error, "err_code", None) in _JETSTREAM_STORAGE_FULL
+    ):
+        return StorageFull("the message store is full; try again when space has been made")
+    return Unavailable("the message bus is not reachable; try again")
+
+
+def _from_http_exception(error: HTTPException) -> GatewayError:
+    status = error.status_code
+    detail = error.detail or HTTPStatus(status).phrase
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return TooLarge("the body is larger than this server takes")
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFound("no such route")
+    if status == HTTPStatus.BAD_REQUEST:
+        return InvalidField(_validation_detail(error), param=_validation_param(error))
+    if HTTPStatus.BAD_REQUEST < status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        return EngineRefused(status, detail)
+    return GatewayError("internal error")
+
+
+def _validation_extra(error: HTTPException) -> Mapping[str, Any]:
+    extra = error.extra
+    if isinstance(extra, list) and extra and isinstance(extra[0], dict):
+        return extra[0]
+    return {}
+
+
+def _validation_detail(error: HTTPException) -> str:
+    return str(_validation_extra(error).get("message") or error.detail)
+
+
+def _validation_param(error: HTTPException) -> str | None:
+    key = _validation_extra(error).get("key")
+    return str(key) if key else None
+
+
+def _answer_gateway_error(request: Request[Any, Any, Any], error: GatewayError) -> Response[bytes]:
+    return error_response(error, request)
+
+
+def _answer_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    return error_response(_from_http_exception(error), request)
+
+
+def _answer_postgres(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    logger.warning("Postgres failed a request", exc_info=error, extra=context_of(request.scope).log_ids())
+    return error_response(Unavailable("the catalog is not reachable; try again"), request)
+
+
+def _answer_nats(request: Request[Any, Any, Any], error: nats.errors.Error) -> Response[bytes]:
+    logger.warning("NATS failed a request", exc_info=error, extra=context_of(request.scope).log_ids())
+    return error_response(from_jetstream(error), request)
+
+
+def _answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    logger.error("a request failed", exc_info=error, extra=context_of(request.scope).log_ids())
+    return error_response(GatewayError("internal error"), request)
+
+
+# A dying server shows up as any of these, not only as PostgresConnectionError.
+POSTGRES_AWAY: tuple[type[Exception], ...] = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.AdminShutdownError,
+    ConnectionError,
+    TimeoutError,
+)
+
+EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler[Any]] = {
+    GatewayError: _answer_gateway_error,
+    HTTPException: _answer_http_exception,
+    nats.errors.Error: _answer_nats,
+    **dict.fromkeys(POSTGRES_AWAY, _answer_postgres),
+    Exception: _answer_unexpected,
+}

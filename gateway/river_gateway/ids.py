@@ -1,0 +1,32 @@
+"""Identities made by the gateway."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+
+_TOKEN_BYTES = 10
+
+
+def new_id(kind: str) -> str:
+    """A fresh identity such as `run_9f86d081884c7d659a2f`."""
+    return f"{kind}_{secrets.token_hex(_TOKEN_BYTES)}"
+
+
+def uuid7() -> str:
+    """A version 7 UUID (RFC 9562): 48 bits of Unix milliseconds, the rest random but for version and variant."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = secrets.randbits(74)
+    value = milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    return str(uuid.UUID(int=value))
+
+
+def uuid7_time_s(identity: str) -> float:
+    """When a version 7 UUID was made, in Unix seconds."""
+    return (uuid.UUID(identity).int >> 80) / 1000
+
+
+def checkpoint_id(operation: str) -> str:
+    """The identity of the checkpoint a save operation makes: the same however often it is submitted."""
+    return f"ckpt_{uuid.uuid5(uuid.NAMESPACE_URL, f'river:checkpoint:{operation}').hex[:20]}"

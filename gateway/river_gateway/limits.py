@@ -1,0 +1,73 @@
+"""Every bound of the gateway: sizes in bytes, times in seconds, counts otherwise."""
+
+from __future__ import annotations
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+
+BODY_MAX_BYTES = 64 * 1024 * 1024
+UPSTREAM_CONCURRENT_MAX = 4096
+UPSTREAM_CONNECT_TIMEOUT_S = 5.0
+UPSTREAM_SILENCE_TIMEOUT_S = 600.0
+UPSTREAM_ATTEMPTS = 2
+SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
+RETRY_AFTER_S = 1.0
+
+# ---- Keys ------------------------------------------------------------------------------------------------------------
+
+KEY_CACHE_ENTRIES_MAX = 10_000
+KEY_CACHE_FRESH_S = 30.0
+KEY_CACHE_STALE_MAX_S = 900.0
+"""While Postgres is away, a key seen this recently still works."""
+KEY_MAX_CHARS = 256
+
+# ---- Postgres and NATS -----------------------------------------------------------------------------------------------
+
+POSTGRES_CONNECTIONS_MAX = 10
+POSTGRES_TIMEOUT_S = 10.0
+NATS_CONNECT_TIMEOUT_S = 2.0
+NATS_CONNECT_PATIENCE_S = 60.0
+NATS_RECONNECT_WAIT_S = 0.25
+NATS_ACK_TIMEOUT_S = 3.0
+WATCH_SILENCE_S = 8.0
+WATCH_RETRY_S = 0.5
+USAGE_BACKLOG_MAX = 100_000
+USAGE_RETRY_S = 0.5
+
+# ---- Sessions and operations -----------------------------------------------------------------------------------------
+
+SESSION_HEARTBEAT_INTERVAL_S = 10.0
+LONG_POLL_DEFAULT_S = 20.0
+LONG_POLL_MAX_S = 60.0
+SEQUENCES_MAX = 65_536
+SEQUENCE_TOKENS_MIN = 2
+TARGETS_PER_TOKEN_MAX = 64
+SEQ_MAX = 2**53
+METRICS_MAX = 256
+METRIC_NAME_MAX_CHARS = 128
+TAGS_MAX = 64
+TAG_MAX_CHARS = 512
+
+# ---- Names and values ------------------------------------------------------------------------------------------------
+
+NAME_MAX_CHARS = 128
+ALPHA_MAX = 1e6
+LEARNING_RATE_MAX = 10.0
+SEED_MAX = 2**63 - 1
+CHECKPOINT_TTL_MAX_S = 10 * 365 * 24 * 3600
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+SAMPLE_PROMPTS_MAX = 1024
+SAMPLES_MAX = 1024
+SAMPLE_STOPS_MAX = 16
+SAMPLE_LOGPROBS_MAX = 20
+TEMPERATURE_MAX = 100.0
+
+# ---- Lists and files -------------------------------------------------------------------------------------------------
+
+PAGE_ROWS_MAX = 1000
+FILE_CHUNK_BYTES = 1024 * 1024
+
+# ---- Stopping --------------------------------------------------------------------------------------------------------
+
+STOP_GRACE_S = 6

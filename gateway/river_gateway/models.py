@@ -1,0 +1,83 @@
+"""What a model name means to a tenant: a base model, a run's live version, a checkpoint, or an alias of one of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+from nats.js.errors import BucketNotFoundError, KeyNotFoundError
+from river_engine.protocol import AdapterRef
+from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
+
+from river_gateway import catalog
+from river_gateway.errors import NotFound, Unavailable, UnknownModel
+
+if TYPE_CHECKING:
+    from river_gateway.services import Services
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What answers: a base model and, unless it answers itself, an adapter on it."""
+
+    base_model: str
+    adapter: AdapterRef | None
+    policy_version: str
+    run_id: str | None = None
+
+
+async def resolve_model(services: Services, name: str, tenant_id: str) -> Target:
+    """The target of a model name.
+
+    Raises:
+        UnknownModel: it is nothing of this tenant's; another tenant's is not told apart from nothing.
+        Unavailable: it exists but has no version to answer with yet.
+    """
+    if name in services.engines.bases():
+        return Target(name, None, name)
+    path = name
+    if not name.startswith(catalog.SCHEME):
+        alias = await catalog.find_alias(services.pool, tenant_id=tenant_id, name=name)
+        if alias is None:
+            raise _unknown(name)
+        path = alias.target
+    try:
+        return await _resolve_path(services, path, tenant_id)
+    except NotFound:
+        raise _unknown(name) from None
+
+
+async def _resolve_path(services: Services, text: str, tenant_id: str) -> Target:
+    path = catalog.parse_path(text)
+    if path is None:
+        raise _unknown(text)
+    if path.name is None:
+        run = await catalog.find_run(services.pool, run_id=path.run_id, tenant_id=tenant_id)
+        live = await _live_version(services, run.run_id)
+        return Target(
+            run.base_model, live.adapter, policy_version(run.run_id, live.step), run.run_id
+        )
+    row = await catalog.find_checkpoint(services.pool, path=text, tenant_id=tenant_id)
+    checkpoint = row.checkpoint
+    return Target(
+        checkpoint.base_model,
+        AdapterRef(name=checkpoint.checkpoint_id, location=row.location),
+        checkpoint.policy_version,
+        checkpoint.run_id,
+    )
+
+
+async def _live_version(services: Services, run_id: str) -> LiveVersion:
+    """Asked of NATS each time, so that a version is seen as soon as the result that made it."""
+    try:
+        bucket = await services.bus.jetstream.key_value(LIVE_BUCKET)
+        entry = await bucket.get(run_id)
+    except (BucketNotFoundError, KeyNotFoundError):
+        raise Unavailable(f"the run {run_id!r} has no version yet; try again") from None
+    assert entry.value is not None
+    return msgspec.msgpack.decode(entry.value, type=LiveVersion)
+
+
+def _unknown(name: str) -> UnknownModel:
+    return UnknownModel(f"The model `{name}` does not exist or you do not have access to it.", param="model")

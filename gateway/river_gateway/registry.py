@@ -1,0 +1,156 @@
+"""Who is out there: the records that engines and trainers keep in a NATS KV bucket, watched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import msgspec
+import nats.errors
+from river_engine.protocol import ENGINES_BUCKET, EngineRecord
+from river_engine.protocol import HEARTBEAT_LOST_AFTER_S as ENGINE_LOST_AFTER_S
+from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_S
+from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
+
+from river_gateway.limits import WATCH_RETRY_S, WATCH_SILENCE_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nats.js.kv import KeyValue
+
+    from river_gateway.bus import Bus
+
+logger = logging.getLogger("river.gateway")
+
+
+class Record(Protocol):
+    """What engines' and trainers' records have in common."""
+
+    @property
+    def base_model(self) -> str: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_lora_rank(self) -> int: ...
+    @property
+    def heartbeat_at(self) -> float: ...
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+class Registry(Generic[RecordType]):
+    """A snapshot of one bucket, kept current by `watch`.
+
+    The newest record of each base model is remembered even after its writer has gone: a base that exists but has nobody
+    alive is 503, one never heard of 404.
+    """
+
+    def __init__(
+        self, bus: Bus, *, bucket: str, kind: type[RecordType], lost_after_s: float
+    ) -> None:
+        self._bus = bus
+        self._bucket = bucket
+        self._kind = kind
+        self._lost_after_s = lost_after_s
+        self._records: dict[str, RecordType] = {}
+        self._last_of_base: dict[str, RecordType] = {}
+
+    def alive(self, base_model: str | None = None) -> list[RecordType]:
+        """The records with a recent heartbeat, of one base model or of all."""
+        now = self._bus.heard_until(time.time(), self._lost_after_s)
+        return [
+            record
+            for record in self._records.values()
+            if now - record.heartbeat_at < self._lost_after_s
+            and base_model in (None, record.base_model)
+        ]
+
+    def last_of(self, base_model: str) -> RecordType | None:
+        """The newest record of a base model, whether its writer is alive or not."""
+        return self._last_of_base.get(base_model)
+
+    def bases(self) -> set[str]:
+        """Every base model ever heard of."""
+        return set(self._last_of_base)
+
+    async def watch(self) -> None:
+        """Follows the bucket until cancelled, through its creation, loss and return."""
+        while True:
+            try:
+                await self._follow(await self._bus.jetstream.key_value(self._bucket))
+            except nats.errors.Error as error:
+                logger.debug("watching %s: %s", self._bucket, error)
+            await asyncio.sleep(WATCH_RETRY_S)
+
+    async def _follow(self, bucket: KeyValue) -> None:
+        """Applies updates until there has been none for so long that the watch itself is in doubt."""
+        watcher = await bucket.watchall()
+        found: dict[str, RecordType] | None = {}  # The bucket as it is, until all of it has come.
+        try:
+            while True:
+                entry = await watcher.updates(timeout=WATCH_SILENCE_S)
+                if entry is None:
+                    if found is not None:
+                        self._records, found = found, None
+                    continue
+                record = self._decode(entry.key, entry.value) if not entry.operation else None
+                records = self._records if found is None else found
+                if record is None:
+                    records.pop(entry.key, None)
+                else:
+                    records[entry.key] = record
+                    self._remember(record)
+        finally:
+            await watcher.stop()
+
+    def _decode(self, key: str, value: bytes | None) -> RecordType | None:
+        for decode in (msgspec.msgpack.decode, msgspec.json.decode):
+            try:
+                return decode(value or b"", type=self._kind)
+            except msgspec.DecodeError:
+                continue
+        logger.error("unreadable record %s in bucket %s", key, self._bucket)
+        return None
+
+    def _remember(self, record: RecordType) -> None:
+        known = self._last_of_base.get(record.base_model)
+        if known is None or known.heartbeat_at <= record.heartbeat_at:
+            self._last_of_base[record.base_model] = record
+
+
+class Engines(Registry[EngineRecord]):
+    """The engines, and how many of our requests each is answering."""
+
+    def __init__(self, bus: Bus) -> None:
+        super().__init__(
+            bus, bucket=ENGINES_BUCKET, kind=EngineRecord, lost_after_s=ENGINE_LOST_AFTER_S
+        )
+        self.in_flight: Counter[str] = Counter()
+
+    @contextmanager
+    def occupied(self, engine_id: str) -> Iterator[None]:
+        """Counts one request on an engine while the block runs."""
+        self.in_flight[engine_id] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[engine_id] -= 1
+            if not self.in_flight[engine_id]:
+                del self.in_flight[engine_id]
+
+
+class Trainers(Registry[TrainerRecord]):
+    """The trainers."""
+
+    def __init__(self, bus: Bus) -> None:
+        super().__init__(
+            bus, bucket=TRAINERS_BUCKET, kind=TrainerRecord, lost_after_s=TRAINER_LOST_AFTER_S
+        )

@@ -1,0 +1,102 @@
+"""An engine's stream of events, forwarded to a client and metered on the way."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from litestar.response.base import ASGIResponse
+
+from river_gateway.errors import ClientGone, Unavailable, openai_body
+from river_gateway.limits import FILE_CHUNK_BYTES
+from river_gateway.sse import DONE, EventSplitter, EventTooLarge, UsageWishes, filter_event, payload_of
+from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from litestar.types import Receive, Scope, Send
+    from river_billing.events import UsageEvent
+
+    from river_gateway.metering import Meter, UsageTally
+    from river_gateway.upstream import Opened
+
+logger = logging.getLogger("river.gateway")
+
+
+class Relay(ASGIResponse):
+    """Sends the events of `opened` on, and closes it whatever happens.
+
+    The usage event is stored before the final `[DONE]` leaves, so a client that saw the end can count on the bill; one
+    that leaves earlier is billed for what the engine had reported by then.
+
+    Litestar's own `Stream` would not do: a client that leaves before its generator has started never runs the
+    generator's clean-up.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        *,
+        meter: Meter,
+        tally: UsageTally,
+        wishes: UsageWishes,
+        event: Callable[[], UsageEvent | None],
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(media_type="text/event-stream", headers=dict(headers))
+        self._opened = opened
+        self._meter = meter
+        self._tally = tally
+        self._wishes = wishes
+        self._event = event
+        self._settled = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        try:
+            await unless_client_leaves(receive, self._forward(send))
+        except ClientGone:
+            logger.debug("a client left its stream")
+        finally:
+            self._opened.close()
+            if not self._settled:
+                self._meter.record_later(self._event())
+
+    async def _forward(self, send: Send) -> None:
+        headers: list[tuple[bytes, bytes]] = list(self.encoded_headers())
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        splitter = EventSplitter()
+        try:
+            async for data in self._opened.response.content.iter_chunked(FILE_CHUNK_BYTES):
+                for_client: list[bytes] = []
+                for event in splitter.feed(data):
+                    if payload_of(event) == DONE:
+                        await self._settle()
+                    shown = filter_event(event, self._tally, self._wishes)
+                    if shown is not None:
+                        for_client.append(shown + b"\n\n")
+                if for_client:
+                    await _send_body(send, b"".join(for_client))
+        except (*ENGINE_LOST, EventTooLarge) as error:
+            logger.warning("a stream broke: %s", error)
+            await self._settle()
+            lost = Unavailable("the engine was lost in the middle of the answer")
+            await _send_body(send, b"data: " + msgspec.json.encode(openai_body(lost)) + b"\n\n")
+        await self._settle()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _settle(self) -> None:
+        if not self._settled:
+            await self._meter.record(self._event())
+            self._settled = True
+
+    def encoded_headers(self) -> list[Any]:
+        """The headers as ASGI sends them; a stream has no length."""
+        return [
+            *((name, value) for name, value in self.headers.encode() if name != b"content-length"),
+        ]
+
+
+async def _send_body(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,107 @@
+"""Everything a request may need, opened once for the process, and the tasks that keep it current."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import nats.errors
+from river_billing.streams import ensure_streams
+
+from river_gateway.auth import KeyCache
+from river_gateway.bus import Bus
+from river_gateway.database import open_pool
+from river_gateway.limits import USAGE_RETRY_S
+from river_gateway.metering import Meter
+from river_gateway.registry import Engines, Trainers
+from river_gateway.telemetry import Telemetry
+from river_gateway.upstream import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import asyncpg
+
+    from river_gateway.settings import Settings
+
+logger = logging.getLogger("river.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """`stopping` is set when the process has been asked to end: long polls answer at once."""
+
+    settings: Settings
+    pool: asyncpg.Pool[asyncpg.Record]
+    bus: Bus
+    keys: KeyCache
+    engines: Engines
+    trainers: Trainers
+    upstream: Upstream
+    meter: Meter
+    telemetry: Telemetry
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def ready(self) -> str | None:
+        """None when requests can be answered, else what is missing."""
+        if not self.bus.connected:
+            return "NATS is not reachable"
+        await self.pool.fetchval("select 1")
+        if not self.engines.alive():
+            return "no engine has registered"
+        return None
+
+
+@asynccontextmanager
+async def open_services(settings: Settings) -> AsyncIterator[Services]:
+    """Opens everything, runs the background tasks while the block runs, and leaves no usage event behind if NATS takes it."""
+    bus = Bus()
+    await bus.connect(settings.nats_url)
+    pool = await open_pool(settings.postgres_url)
+    telemetry = Telemetry()
+    engines = Engines(bus)
+    services = Services(
+        settings=settings,
+        pool=pool,
+        bus=bus,
+        keys=KeyCache(pool),
+        engines=engines,
+        trainers=Trainers(bus),
+        upstream=Upstream(engines, token=settings.engine_token),
+        meter=Meter(bus, telemetry),
+        telemetry=telemetry,
+    )
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(services.engines.watch(), name="engines"),
+                tasks.create_task(services.trainers.watch(), name="trainers"),
+                tasks.create_task(services.meter.drain(), name="usage"),
+                tasks.create_task(_make_event_stream(bus), name="event stream"),
+            ]
+            try:
+                yield services
+            finally:
+                for task in background:
+                    task.cancel()
+        if not await services.meter.flush():
+            logger.error("%d usage events were not delivered", services.meter.waiting)
+    finally:
+        await services.upstream.close()
+        await pool.close()
+        await bus.close()
+
+
+async def _make_event_stream(bus: Bus) -> None:
+    """Makes sure that usage has somewhere to go even before the first recorder has started."""
+    while True:
+        try:
+            await ensure_streams(bus.jetstream)
+        except nats.errors.Error as error:
+            logger.warning("the event stream cannot be made: %s", error)
+            await asyncio.sleep(USAGE_RETRY_S)
+        else:
+            return

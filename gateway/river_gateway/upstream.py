@@ -1,0 +1,212 @@
+"""Asking an engine: choosing one, one more try before the first byte, and never working for a client that has left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import aiohttp
+import msgspec
+from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, EngineError
+
+from river_gateway.errors import ClientGone, EngineRefused, RateLimited, Unavailable
+from river_gateway.limits import (
+    RETRY_AFTER_S,
+    UPSTREAM_ATTEMPTS,
+    UPSTREAM_CONCURRENT_MAX,
+    UPSTREAM_CONNECT_TIMEOUT_S,
+    UPSTREAM_SILENCE_TIMEOUT_S,
+)
+from river_gateway.routing import choose_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from litestar.types import Receive
+    from river_engine.protocol import EngineRecord
+
+    from river_gateway.models import Target
+    from river_gateway.registry import Engines
+
+logger = logging.getLogger("river.gateway")
+
+ENGINE_LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
+"""What a request raises when its engine dies or falls silent."""
+
+ResultType = TypeVar("ResultType")
+
+
+@dataclass(slots=True)
+class Opened:
+    """An engine's answer whose head has been read. `close` it, or the engine goes on working."""
+
+    response: aiohttp.ClientResponse
+    engine: EngineRecord
+    _held: ExitStack
+
+    def close(self) -> None:
+        """Ends the request: the connection of an answer not read to its end is cut, which cancels the engine's work."""
+        self.response.close()
+        self._held.close()
+
+
+class Upstream:
+    """The engines as HTTP servers."""
+
+    def __init__(self, engines: Engines, *, token: str) -> None:
+        self._engines = engines
+        self._outstanding = 0
+        self._session = aiohttp.ClientSession(
+            # The pool is unlimited (its default of 100 throttles); UPSTREAM_CONCURRENT_MAX is the bound.
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=UPSTREAM_CONNECT_TIMEOUT_S,
+                sock_read=UPSTREAM_SILENCE_TIMEOUT_S,
+            ),
+            headers={"authorization": f"Bearer {token}"},
+            auto_decompress=False,
+            skip_auto_headers=("accept-encoding",),
+        )
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def open(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        target: Target,
+        request_id: str,
+        content_type: str,
+        model_name: str | None = None,
+    ) -> Opened:
+        """Posts to an engine of the target's base model and returns its answer once that is a success.
+
+        An engine that cannot be reached or answers 503 is replaced by another, once.
+
+        Raises:
+            EngineRefused: the engine found fault with the request.
+            RateLimited: too many requests are outstanding.
+            Unavailable: no engine answers.
+        """
+        if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
+            raise RateLimited("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
+        headers = {"content-type": content_type, "x-request-id": request_id}
+        if target.adapter is not None:
+            headers[ADAPTER_HEADER] = msgspec.json.encode(target.adapter).decode()
+        if model_name is not None:
+            headers[MODEL_HEADER] = model_name
+        tried: set[str] = set()
+        for _ in range(UPSTREAM_ATTEMPTS):
+            engine = choose_engine(
+                self._engines.alive(target.base_model),
+                base_model=target.base_model,
+                adapter=target.adapter.name if target.adapter else None,
+                in_flight=self._engines.in_flight,
+                excluded=tried,
+            )
+            if engine is None:
+                break
+            tried.add(engine.engine_id)
+            opened = await self._attempt(engine, path, body, headers)
+            if opened is not None:
+                return opened
+        raise Unavailable(f"no engine of {target.base_model!r} answers at the moment; try again")
+
+    async def _attempt(
+        self, engine: EngineRecord, path: str, body: bytes, headers: dict[str, str]
+    ) -> Opened | None:
+        """One engine's successful answer, or None when another should be asked."""
+        with ExitStack() as held:
+            held.enter_context(self._engines.occupied(engine.engine_id))
+            self._outstanding += 1
+            held.callback(self._release)
+            try:
+                response = await self._session.post(
+                    engine.url.rstrip("/") + path, data=body, headers=headers
+                )
+                held.callback(response.close)
+                if response.status == HTTPStatus.OK:
+                    return Opened(response, engine, held.pop_all())
+                if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    logger.warning("engine %s is not ready", engine.engine_id)
+                    return None
+                await _raise_refusal(response)
+            except ENGINE_LOST as error:
+                logger.warning("engine %s is lost: %s", engine.engine_id, error)
+            return None
+
+    def _release(self) -> None:
+        self._outstanding -= 1
+        assert self._outstanding >= 0
+
+
+async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
+    """Turns an engine's error answer into ours. What is not the request's fault never shows the engine's words."""
+    body = await response.read()
+    refusal = _parse_refusal(body)
+    status = response.status
+    logger.info("engine answered %d", status)
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        raise RateLimited("the engine is busy", retry_after_s=RETRY_AFTER_S)
+    own_fault = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    if own_fault or not HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise Unavailable("the engine failed; try again")
+    raise EngineRefused(status, refusal.message, param=refusal.param)
+
+
+def _parse_refusal(body: bytes) -> EngineError:
+    """The error of an engine, in vLLM's shape (JSON) or in that of our own routes (msgpack)."""
+    fallback = EngineError(type="invalid_request", message="the engine refused the request")
+    try:
+        if body[:1] == b"{":
+            parsed = msgspec.json.decode(body, type=dict[str, Any])
+        else:
+            parsed = msgspec.msgpack.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return fallback
+    inner = parsed.get("error", parsed)
+    if not isinstance(inner, dict):
+        return fallback
+    fields = cast("dict[str, Any]", inner)
+    param = fields.get("param")
+    return EngineError(
+        type="invalid_request",
+        message=str(fields.get("message") or fallback.message),
+        param=param if isinstance(param, str) else None,
+    )
+
+
+async def unless_client_leaves(
+    receive: Receive, work: Coroutine[Any, Any, ResultType]
+) -> ResultType:
+    """The result of `work`, which is cancelled as soon as the client disconnects; the body must have been read.
+
+    No ASGI server cancels a handler whose client has gone, so it is raced against the disconnect message.
+
+    Raises:
+        ClientGone: the client left first.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone("the client closed the connection")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

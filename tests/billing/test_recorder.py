@@ -1,0 +1,231 @@
+"""The recorder between a real nats-server and a real Postgres, killed and starved."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest_asyncio
+from nats.js import JetStreamContext
+from support.billing import (
+    OCCURRED_AT,
+    TINY,
+    add_run,
+    database,
+    make_event,
+    random_events,
+    totals,
+)
+
+from river_billing.events import EVENTS_STREAM, AnyEvent, CheckpointSaved, RunAdvanced
+from river_billing.recorder import Recorder, Settings
+from river_billing.streams import encode, ensure_streams, publish
+from river_ops.embedded.nats import EmbeddedNats
+
+WAIT_S = 60.0
+MAIN = "from river_billing.recorder import main; main()"
+
+
+@pytest_asyncio.fixture
+async def js(nats_url: str) -> AsyncGenerator[JetStreamContext]:
+    """JetStream with an empty event stream."""
+    client = await nats.connect(nats_url)
+    stream = client.jetstream()
+    await ensure_streams(stream)
+    await stream.purge_stream(EVENTS_STREAM)
+    yield stream
+    await client.close()
+
+
+async def publish_all(js: JetStreamContext, events: Sequence[AnyEvent]) -> None:
+    """Publishes in order, a hundred at a time."""
+    for start in range(0, len(events), 100):
+        await asyncio.gather(*(publish(js, event) for event in events[start : start + 100]))
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Waits, in bounds."""
+    async with asyncio.timeout(WAIT_S):
+        while not await condition():  # noqa: ASYNC110 - other processes send no events
+            await asyncio.sleep(0.05)
+
+
+async def drained(js: JetStreamContext) -> bool:
+    """Whether every event has been committed or given up."""
+    return (await js.stream_info(EVENTS_STREAM)).state.messages == 0
+
+
+@asynccontextmanager
+async def recording(postgres_url: str, nats_url: str) -> AsyncGenerator[asyncio.Task[None]]:
+    """A recorder in this process."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(
+        Recorder(Settings(postgres_url=postgres_url, nats_url=nats_url)).run(stop)
+    )
+    try:
+        yield task
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, WAIT_S)
+
+
+def expected_totals(events: Sequence[Any]) -> tuple[int, int]:
+    """Lines and quantity."""
+    return (
+        sum(1 for event in events for count in event.quantities.values() if count),
+        sum(sum(event.quantities.values()) for event in events),
+    )
+
+
+async def test_a_killed_recorder_loses_and_doubles_nothing(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """A kill -9 in the middle, a restart, and a replay of everything end in the same sums."""
+    events = random_events(4000, seed=4)
+    environment = {
+        **os.environ,
+        "RIVER_POSTGRES_URL": postgres_url,
+        "RIVER_NATS_URL": nats_url,
+        "RIVER_PORT": "0",
+    }
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", MAIN], env=environment)
+
+    async with database(postgres_url) as connection:
+        count = "select count(*) from usage_event"
+
+        async def some() -> bool:
+            return await connection.fetchval(count) > 0
+
+        await publish_all(js, events)
+        process = start()
+        try:
+            await until(some)
+        finally:
+            process.kill()
+            process.wait()
+        process = start()
+        try:
+            await until(lambda: drained(js))
+            expected = expected_totals(events)
+            first = await totals(connection)
+            assert first[:2] == expected
+            # Under other message ids, so that JetStream lets them through.
+            for event in events[:1000]:
+                await js.publish("usage.again", encode(event))
+            await until(lambda: drained(js))
+            assert await totals(connection) == first
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, WAIT_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+async def test_jetstream_drops_a_repeated_message(js: JetStreamContext) -> None:
+    """The message id is the event's identity."""
+    event = random_events(1, seed=5)[0]
+    await publish(js, event)
+    await publish(js, event)
+    assert (await js.stream_info(EVENTS_STREAM)).state.messages == 1
+
+
+async def test_one_bad_message_holds_up_nobody(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """Bytes that are no event, impossible values and values that Postgres refuses are removed."""
+    good = random_events(20, seed=6)
+    await js.publish("usage.x", b"\xff not an event")
+    await publish(js, make_event(1, occurred_at=float("inf"), prompt=1))
+    await js.publish("usage.x", encode(make_event(2, tenant_id="ten\x00", prompt=1)))
+    await publish_all(js, good)
+    async with recording(postgres_url, nats_url), database(postgres_url) as connection:
+        await until(lambda: drained(js))
+        assert (await totals(connection))[:2] == expected_totals(good)
+
+
+async def test_catalog_events_reach_their_tables(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """Progress and checkpoints are written; news of a run that is not there are dropped at last."""
+    checkpoint = CheckpointSaved(
+        checkpoint_id="ckpt_1",
+        run_id="run_1",
+        tenant_id="ten_a",
+        base_model=TINY,
+        name="final",
+        mode="training",
+        step=1,
+        location="file:///x",
+        size_bytes=1,
+        created_at=OCCURRED_AT,
+    )
+    async with database(postgres_url) as connection:
+        await add_run(connection)
+        await publish(js, RunAdvanced(run_id="run_1", seq=2, step=1, occurred_at=OCCURRED_AT))
+        await publish(js, RunAdvanced(run_id="run_0", seq=1, step=1, occurred_at=OCCURRED_AT))
+        await publish(js, checkpoint)
+        async with recording(postgres_url, nats_url):
+            await until(lambda: drained(js))
+        assert await connection.fetchval("select step from run") == 1
+        assert await connection.fetchval("select name from checkpoint") == "final"
+
+
+async def test_an_outage_of_postgres_only_delays(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """Connections cut and refused for a while: everything is there afterwards."""
+    events = random_events(600, seed=7)
+    name = postgres_url.rsplit("/", 1)[1]
+    async with (
+        database(postgres_url.removesuffix(name) + "postgres") as administrator,
+        recording(postgres_url, nats_url) as task,
+    ):
+        await publish_all(js, events[:300])
+        await until(lambda: drained(js))
+        await administrator.execute(f"alter database {name} allow_connections false")
+        await administrator.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name
+        )
+        await publish_all(js, events[300:])
+        await asyncio.sleep(1.0)
+        assert not task.done()
+        assert not await drained(js)
+        await administrator.execute(f"alter database {name} allow_connections true")
+        await until(lambda: drained(js))
+    async with database(postgres_url) as connection:
+        assert (await totals(connection))[:2] == expected_totals(events)
+
+
+async def test_an_outage_of_nats_only_delays(postgres_url: str, tmp_path: Path) -> None:
+    """A nats-server that is killed and comes back still has, and then delivers, every event."""
+    server = EmbeddedNats(tmp_path)
+    server.start()
+    events = random_events(40, seed=8)
+    try:
+        async with recording(postgres_url, server.url()):
+            client = await nats.connect(server.url())
+            await ensure_streams(client.jetstream())
+            await publish_all(client.jetstream(), events)
+            await client.close()
+            assert server.child.process is not None
+            server.child.process.kill()
+            server.child.process.wait()
+            await asyncio.sleep(0.5)
+            server.start()
+            client = await nats.connect(server.url())
+            await until(lambda: drained(client.jetstream()))
+            await client.close()
+    finally:
+        server.stop()
+    async with database(postgres_url) as connection:
+        assert (await totals(connection))[:2] == expected_totals(events)

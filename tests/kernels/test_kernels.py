@@ -1,0 +1,265 @@
+"""The CPU path against naive float64 loops, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from river_kernels import (
+    NO_ADAPTER,
+    LoraPair,
+    Segment,
+    Segments,
+    lora_linear,
+    lora_logprobs,
+    make_packing,
+    moe_lora,
+    packed_causal_attention,
+)
+from torch.nn import functional
+
+SEGMENTS: Segments = (
+    Segment(0, 0, 7),
+    Segment(NO_ADAPTER, 7, 12),
+    Segment(2, 12, 12),
+    Segment(1, 12, 31),
+    Segment(0, 31, 33),
+)
+RANKS = (4, 1, 3)
+TOKENS = 33
+TOLERANCE = 2e-6
+
+
+def relative_error(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    assert actual is not None
+    if expected is None:
+        return float(actual.detach().abs().max())
+    difference = (actual.detach().double() - expected.detach().double()).norm()
+    return float(difference / expected.detach().double().norm().clamp_min(1e-9))
+
+
+def make_pairs(
+    generator: torch.Generator, *, inputs: int, outputs: int, experts: int | None = None
+) -> list[LoraPair | None]:
+    lead = () if experts is None else (experts,)
+    return [
+        LoraPair(
+            torch.randn(*lead, rank, inputs, generator=generator).requires_grad_(),
+            torch.randn(*lead, outputs, rank, generator=generator).requires_grad_(),
+            scale=2.0 / rank,
+        )
+        for rank in RANKS
+    ]
+
+
+def in_double(pairs: list[LoraPair | None]) -> list[LoraPair | None]:
+    return [
+        None
+        if pair is None
+        else LoraPair(
+            pair.a.detach().double().requires_grad_(),
+            pair.b.detach().double().requires_grad_(),
+            pair.scale,
+        )
+        for pair in pairs
+    ]
+
+
+def check_gradients(pairs: list[LoraPair | None], naive: list[LoraPair | None]) -> None:
+    for pair, expected in zip(pairs, naive, strict=True):
+        if pair is None or expected is None:
+            continue
+        for tensor, reference in ((pair.a, expected.a), (pair.b, expected.b)):
+            if reference.grad is None:
+                assert tensor.grad is None or not tensor.grad.any()
+            else:
+                assert relative_error(tensor.grad, reference.grad) < TOLERANCE
+
+
+def naive_linear(
+    x: torch.Tensor, weight: torch.Tensor, segments: Segments, pairs: list[LoraPair | None]
+) -> torch.Tensor:
+    rows = [x[:0] @ weight.T]
+    for segment in segments:
+        for token in range(segment.start, segment.end):
+            row = x[token] @ weight.T
+            pair = None if segment.slot < 0 else pairs[segment.slot]
+            if pair is not None:
+                row = row + pair.scale * (pair.b @ (pair.a @ x[token]))
+            rows.append(row[None])
+    return torch.cat(rows)
+
+
+def naive_moe(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    segments: Segments,
+    gate_up_pairs: list[LoraPair | None],
+    down_pairs: list[LoraPair | None],
+) -> torch.Tensor:
+    def expert_linear(
+        row: torch.Tensor, weight: torch.Tensor, pair: LoraPair | None, expert: int
+    ) -> torch.Tensor:
+        out = weight[expert] @ row
+        if pair is not None:
+            out = out + pair.scale * (pair.b[expert] @ (pair.a[expert] @ row))
+        return out
+
+    rows: list[torch.Tensor] = []
+    for segment in segments:
+        first = None if segment.slot < 0 else gate_up_pairs[segment.slot]
+        second = None if segment.slot < 0 else down_pairs[segment.slot]
+        for token in range(segment.start, segment.end):
+            total = torch.zeros_like(x[token])
+            for k in range(chosen.shape[1]):
+                expert = int(chosen[token, k])
+                gate, up = expert_linear(x[token], gate_up, first, expert).chunk(2)
+                out = expert_linear(functional.silu(gate) * up, down, second, expert)
+                total = total + weights[token, k] * out
+            rows.append(total)
+    return torch.stack(rows)
+
+
+def test_linear_equals_a_loop_over_tokens() -> None:
+    """Values and gradients of a mixed batch are those of the per-token formula."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, 24, generator=generator).requires_grad_()
+    weight = torch.randn(20, 24, generator=generator)
+    pairs = make_pairs(generator, inputs=24, outputs=20)
+    upstream = torch.randn(TOKENS, 20, generator=generator)
+    y = lora_linear(x, weight, SEGMENTS, pairs)
+    y.backward(upstream)
+
+    x64, pairs64 = x.detach().double().requires_grad_(), in_double(pairs)
+    expected = naive_linear(x64, weight.double(), SEGMENTS, pairs64)
+    expected.backward(upstream.double())
+    assert relative_error(y, expected) < TOLERANCE
+    assert relative_error(x.grad, x64.grad) < TOLERANCE
+    check_gradients(pairs, pairs64)
+
+
+def test_moe_equals_a_loop_over_tokens() -> None:
+    """Values and gradients of a mixed batch are those of the formula, with an expert nobody chose."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, inner, experts, top = 16, 12, 6, 2
+    x = torch.randn(TOKENS, hidden, generator=generator).requires_grad_()
+    chosen = torch.rand(TOKENS, experts - 1, generator=generator).topk(top).indices
+    weights = torch.rand(TOKENS, top, generator=generator).requires_grad_()
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
+    down = torch.randn(experts, hidden, inner, generator=generator)
+    first = make_pairs(generator, inputs=hidden, outputs=2 * inner, experts=experts)
+    second = make_pairs(generator, inputs=inner, outputs=hidden, experts=experts)
+    second[1] = None
+    upstream = torch.randn(TOKENS, hidden, generator=generator)
+    y = moe_lora(x, chosen, weights, gate_up, down, SEGMENTS, first, second)
+    y.backward(upstream)
+
+    x64, weights64 = (tensor.detach().double().requires_grad_() for tensor in (x, weights))
+    first64, second64 = in_double(first), in_double(second)
+    expected = naive_moe(
+        x64, chosen, weights64, gate_up.double(), down.double(), SEGMENTS, first64, second64
+    )
+    expected.backward(upstream.double())
+    assert relative_error(y, expected) < TOLERANCE
+    assert relative_error(x.grad, x64.grad) < TOLERANCE
+    assert relative_error(weights.grad, weights64.grad) < TOLERANCE
+    check_gradients(first, first64)
+    check_gradients(second, second64)
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 1024])
+def test_logprobs_equal_log_softmax(chunk_tokens: int) -> None:
+    """Chunked log-probabilities, entropy and gradients are those of a full log-softmax."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, 24, generator=generator).requires_grad_()
+    weight = torch.randn(50, 24, generator=generator)
+    targets = torch.randint(50, (TOKENS,), generator=generator)
+    pairs = make_pairs(generator, inputs=24, outputs=50)
+    upstream = torch.randn(TOKENS, generator=generator)
+    logprobs, entropy = lora_logprobs(
+        hidden, weight, targets, SEGMENTS, pairs, chunk_tokens=chunk_tokens
+    )
+    logprobs.backward(upstream)
+
+    hidden64, pairs64 = hidden.detach().double().requires_grad_(), in_double(pairs)
+    full = naive_linear(hidden64, weight.double(), SEGMENTS, pairs64).log_softmax(1)
+    expected = full.gather(1, targets[:, None])[:, 0]
+    expected.backward(upstream.double())
+    assert relative_error(logprobs, expected) < TOLERANCE
+    assert relative_error(entropy, -(full.exp() * full).sum(1)) < TOLERANCE
+    assert relative_error(hidden.grad, hidden64.grad) < TOLERANCE
+    check_gradients(pairs, pairs64)
+
+
+def test_packed_attention_equals_each_sequence_alone() -> None:
+    """No sequence sees another, whatever lengths are packed together; gradients too."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = (5, 1, 40, 17, 16, 3)
+    tokens = sum(lengths)
+    query = torch.randn(tokens, 4, 8, generator=generator).requires_grad_()
+    key = torch.randn(tokens, 2, 8, generator=generator).requires_grad_()
+    value = torch.randn(tokens, 2, 8, generator=generator).requires_grad_()
+    upstream = torch.randn(tokens, 4, 8, generator=generator)
+    out = packed_causal_attention(query, key, value, make_packing(lengths), scale=0.3)
+    out.backward(upstream)
+
+    copies = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    start, rows = 0, []
+    for length in lengths:
+        q, k, v = (tensor[start : start + length].transpose(0, 1) for tensor in copies)
+        k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+        scores = (q @ k.transpose(1, 2)) * 0.3
+        mask = torch.ones(length, length).triu(1).bool()
+        rows.append((scores.masked_fill(mask, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+        start += length
+    expected = torch.cat(rows)
+    expected.backward(upstream.double())
+    assert relative_error(out, expected) < TOLERANCE
+    for tensor, copy in zip((query, key, value), copies, strict=True):
+        assert relative_error(tensor.grad, copy.grad) < TOLERANCE
+
+
+def test_an_adapter_gets_the_same_alone_and_in_company() -> None:
+    """What one adapter computes does not change with the others in the batch."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, inner, experts = 16, 12, 4
+    x = torch.randn(TOKENS, hidden, generator=generator)
+    chosen = torch.rand(TOKENS, experts, generator=generator).topk(2).indices
+    weights = torch.rand(TOKENS, 2, generator=generator)
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
+    down = torch.randn(experts, hidden, inner, generator=generator)
+    first = make_pairs(generator, inputs=hidden, outputs=2 * inner, experts=experts)
+    second = make_pairs(generator, inputs=inner, outputs=hidden, experts=experts)
+
+    def gradients(rows: slice, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+        out = moe_lora(
+            x[rows], chosen[rows], weights[rows], gate_up, down, segments, first, second
+        )
+        pair = first[1]
+        assert pair is not None
+        here = slice(segments[-2].start, segments[-2].end) if len(segments) > 1 else slice(None)
+        (grad,) = torch.autograd.grad(out[here].square().sum(), pair.a)
+        return out[here], grad
+
+    mixed = gradients(slice(0, TOKENS), SEGMENTS)
+    alone = gradients(slice(12, 31), (Segment(1, 0, 19),))
+    for together, by_itself in zip(mixed, alone, strict=True):
+        assert relative_error(together, by_itself) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [(Segment(0, 0, 3),), (Segment(0, 1, 4),), (Segment(1, 0, 4),)],
+    ids=["too few", "gap", "unknown slot"],
+)
+def test_wrong_segments_are_refused(segments: Segments) -> None:
+    """Segments that do not cover the tokens or name no adapter are a bug of the caller."""
+    call: Callable[[], torch.Tensor] = lambda: lora_linear(  # noqa: E731  # one line for raises
+        torch.zeros(4, 2), torch.zeros(3, 2), segments, [None]
+    )
+    with pytest.raises(AssertionError):
+        call()

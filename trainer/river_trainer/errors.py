@@ -1,0 +1,63 @@
+"""What can go wrong in the trainer.
+
+    TrainerError
+    └── TaskFailedError            an operation cannot be done; becomes the error of its result
+        ├── InvalidTaskError       what was asked is wrong
+        ├── NonFiniteError         the numbers left the range of floats
+        ├── NoGradientsError       an optimizer step without a backward before it
+        ├── RunUnavailableError    the run was never created
+        └── StoreError             the checkpoint store did not take or give the files
+
+Whatever fails leaves its run as it was before.
+"""
+
+from __future__ import annotations
+
+from river_trainer.protocol import TaskError
+
+
+class TrainerError(Exception):
+    """Root of all errors of this package."""
+
+
+class TaskFailedError(TrainerError):
+    """An operation that cannot be done; `param` names the field at fault."""
+
+    type = "internal"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def as_task_error(self) -> TaskError:
+        return TaskError(type=self.type, message=str(self), param=self.param)
+
+
+class InvalidTaskError(TaskFailedError):
+    """A field of the operation has a value that the trainer cannot work with."""
+
+    type = "invalid_request"
+
+
+class NonFiniteError(TaskFailedError):
+    """A loss or a gradient is infinite or not a number."""
+
+    type = "non_finite"
+
+
+class NoGradientsError(TaskFailedError):
+    """There is nothing to step on."""
+
+    type = "no_gradients"
+
+
+class RunUnavailableError(TaskFailedError):
+    """The run's creation failed, so there is nothing to train."""
+
+    type = "run_unavailable"
+
+
+class StoreError(TaskFailedError):
+    """Files could not be written or read."""
+
+    type = "storage_failed"

@@ -1,0 +1,138 @@
+"""Adapters as the files that PEFT and vLLM load: `adapter_config.json` and `adapter_model.safetensors`.
+
+Written by us and not through PEFT, which needs the whole model for it and saves lm_head's base matrix along.
+
+The trap in PEFT's layout of expert parameters: A is stored as [E * r, in] with the expert slowest, B as [out, r * E]
+with the expert *fastest*. The two parameters of one experts module nest, so `gate_up_proj` hides under `base_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from river_trainer.adapter import Adapter, a_name, b_name, tensor_shapes
+from river_trainer.errors import InvalidTaskError
+from river_trainer.protocol import AdapterShape
+from river_trainer.sites import Group, Site, trained_sites
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What of PEFT's configuration decides about the tensors."""
+
+    r: int
+    lora_alpha: float
+    peft_type: str = "LORA"
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+def export_adapter(adapter: Adapter, *, base_model: str) -> dict[str, bytes]:
+    """The files of `adapter`, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for site in adapter.sites:
+        a, b = (adapter.tensors[name(site)].detach() for name in (a_name, b_name))
+        if site.experts is not None:
+            a = a.flatten(0, 1)  # (E * r, in)
+            b = b.permute(1, 2, 0).flatten(1, 2)  # (out, r * E)
+        tensors[f"{site.peft_prefix}.lora_A.weight"] = a.contiguous()
+        tensors[f"{site.peft_prefix}.lora_B.weight"] = b.contiguous()
+    config = msgspec.json.encode(_config(adapter, base_model))
+    return {
+        CONFIG_FILE: msgspec.json.format(config, indent=2),
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def import_adapter(
+    files: Mapping[str, bytes], sites: tuple[Site, ...], *, seed: int
+) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
+    """The shape and the tensors of an adapter in PEFT's layout; PEFT keeps no seed.
+
+    Raises:
+        InvalidTaskError: a file is missing or broken, or the adapter is none that this base model can train.
+    """
+    try:
+        config = msgspec.json.decode(files[CONFIG_FILE], type=PeftConfig)
+        stored = load(files[WEIGHTS_FILE])
+    except KeyError as error:
+        raise InvalidTaskError(f"the checkpoint has no file {error}") from error
+    except (msgspec.DecodeError, SafetensorError) as error:
+        raise InvalidTaskError(f"the checkpoint's adapter cannot be read: {error}") from error
+    if config.peft_type != "LORA" or config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise InvalidTaskError("the checkpoint's adapter is not a plain LoRA of one rank and alpha")
+    present = {site.group for site in sites if f"{site.peft_prefix}.lora_A.weight" in stored}
+    shape = AdapterShape(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        seed=seed,
+        train_attn=Group.ATTENTION in present,
+        train_mlp=Group.MLP in present,
+        train_unembed=Group.UNEMBED in present,
+    )
+    return shape, _unpack(stored, trained_sites(sites, shape), shape.rank)
+
+
+def _unpack(
+    stored: Mapping[str, torch.Tensor], sites: tuple[Site, ...], rank: int
+) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    known: set[str] = set()
+    for site in sites:
+        shapes = tensor_shapes((site,), rank)
+        for key, name in (("lora_A", a_name(site)), ("lora_B", b_name(site))):
+            stored_name = f"{site.peft_prefix}.{key}.weight"
+            known.add(stored_name)
+            if stored_name not in stored:
+                raise InvalidTaskError(f"the checkpoint's adapter lacks {stored_name}")
+            tensor = stored[stored_name].float()
+            expected = shapes[name]
+            if tensor.numel() != torch.Size(expected).numel():
+                raise InvalidTaskError(f"{stored_name} has the shape {tuple(tensor.shape)}")
+            if site.experts is None:
+                tensor = tensor.reshape(expected)
+            elif key == "lora_A":
+                tensor = tensor.reshape(expected)
+            else:
+                tensor = tensor.reshape(site.outputs, rank, site.experts).permute(2, 0, 1)
+            tensors[name] = tensor.contiguous()
+    unknown = sorted(stored.keys() - known)
+    if unknown:
+        raise InvalidTaskError(f"the checkpoint's adapter changes {unknown[0]}, which is not trained here")
+    return tensors
+
+
+def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
+    modules = sorted({site.target for site in adapter.sites if site.experts is None})
+    parameters = sorted({site.target for site in adapter.sites if site.experts is not None})
+    alpha = adapter.shape.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.shape.rank,
+        # PEFT takes any number; vLLM asks for an integer where it is one.
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+    }

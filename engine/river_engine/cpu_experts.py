@@ -72,22 +72,33 @@ class MergedLoRAExperts(LoRAExpertsMixin):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         activation: MoEActivation,
-        *rest: Any,
+        **rest: Any,
     ) -> None:
         """Writes the experts' output [M, H] for `hidden_states` [M, H], routed by `topk_weights`, `topk_ids` [M, K]."""
+        skip_weights: bool = rest["apply_router_weight_on_input"]
         for slot, rows in self._groups(hidden_states.shape[0]):
-            inputs = (hidden_states, topk_weights, topk_ids)
+            x, weights, ids = hidden_states, topk_weights, topk_ids
             if rows is not None:
-                inputs = tuple(tensor.index_select(0, rows) for tensor in inputs)
+                x, weights, ids = (tensor.index_select(0, rows) for tensor in (x, weights, ids))
+            dtype = torch.float32 if slot >= 0 else output.dtype
+            direct = rows is None and output.dtype == dtype
+            part = output if direct else torch.empty(x.shape, dtype=dtype)
             if slot >= 0:
-                part = self._adapted(slot, *inputs, activation, skip_weights=bool(rest[-1]))
+                self._apply_adapter(slot, part, x, weights, ids, activation, skip_weights=skip_weights)
             else:
-                part = output if rows is None else torch.empty_like(inputs[0])
-                x, weights, ids = inputs
-                super().apply(part, x, w1, w2, weights, ids, activation, *rest)  # type: ignore[misc]
+                super().apply(  # type: ignore[misc]
+                    output=part,
+                    hidden_states=x,
+                    w1=w1,
+                    w2=w2,
+                    topk_weights=weights,
+                    topk_ids=ids,
+                    activation=activation,
+                    **rest,
+                )
             if rows is not None:
                 output.index_copy_(0, rows, part.to(output.dtype))
-            elif part is not output:
+            elif not direct:
                 output.copy_(part)
 
     def _groups(self, row_count: int) -> list[RowGroup]:
@@ -127,21 +138,21 @@ class MergedLoRAExperts(LoRAExpertsMixin):
         )
         return True
 
-    def _adapted(
+    def _apply_adapter(
         self,
         slot: int,
+        output: torch.Tensor,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         activation: MoEActivation,
         *,
         skip_weights: bool,
-    ) -> torch.Tensor:
-        """The experts' output for rows of one adapter, float32."""
+    ) -> None:
+        """Writes the experts' output for rows of one adapter, float32."""
         merged = self._merged[slot]
-        out = torch.empty(x.shape, dtype=torch.float32)
         cpu_fused_moe(
-            out,
+            output,
             x.float(),
             merged.w13,
             merged.w2,
@@ -153,7 +164,6 @@ class MergedLoRAExperts(LoRAExpertsMixin):
             _ISA,
             skip_weights,
         )
-        return out
 
 
 class X86LoRAExperts(MergedLoRAExperts, X86CPUUnquantizedExperts):

@@ -95,7 +95,9 @@ class Supervisor:
 
     def _run_server(self) -> int:
         """Runs one server to its end; on a signal, asks it to stop and then makes it."""
-        server = subprocess.Popen([sys.executable, "-m", "river_engine.server"], env=self._environment)
+        # Not with -m: processes that vLLM spawns import the main module again.
+        command = [sys.executable, "-c", "from river_engine.server import main; main()"]
+        server = subprocess.Popen(command, env=self._environment)
         stop_at: float | None = None
         while True:
             try:

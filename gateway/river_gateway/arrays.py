@@ -6,12 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from river_client.wire import Tensor
 
-from river_gateway.errors import InvalidField
+from river_client.wire import Tensor
+from river_gateway.errors import InvalidFieldError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
     from river_client.wire import Numbers
 
     IntArray = npt.NDArray[np.int32]
@@ -25,7 +26,7 @@ def integers(value: Numbers, field: str) -> npt.NDArray[np.int64]:
     """Whole numbers, [T] or [T, K].
 
     Raises:
-        InvalidField: the value is no array, or an item is not whole.
+        InvalidFieldError: the value is no array, or an item is not whole.
     """
     array = _array(value, field)
     if array.dtype.kind == "f":
@@ -39,7 +40,7 @@ def token_ids(value: Numbers, field: str, vocab_size: int) -> IntArray:
     """Token ids, [T] or [T, K], all within the vocabulary.
 
     Raises:
-        InvalidField: as `integers`, or an id is not in [0, vocab_size).
+        InvalidFieldError: as `integers`, or an id is not in [0, vocab_size).
     """
     array = integers(value, field)
     outside = (array < 0) | (array >= vocab_size)
@@ -51,7 +52,7 @@ def finite_floats(value: Numbers, field: str) -> FloatArray:
     """Finite numbers that fit float32, [T] or [T, K].
 
     Raises:
-        InvalidField: the value is no array, or an item is not finite.
+        InvalidFieldError: the value is no array, or an item is not finite.
     """
     array = _array(value, field)
     with np.errstate(over="ignore"):
@@ -68,12 +69,12 @@ def _array(value: Numbers, field: str) -> npt.NDArray[Any]:
 def _packed(tensor: Tensor, field: str) -> npt.NDArray[Any]:
     dtype = np.dtype(_DTYPES[tensor.dtype])
     if not 1 <= len(tensor.shape) <= _DIMENSIONS_MAX or min(tensor.shape) < 0:
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{field}: shape {list(tensor.shape)}, must be [T] or [T, K]", param=field
         )
     size_bytes = math.prod(tensor.shape) * dtype.itemsize
     if len(tensor.data) != size_bytes:
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{field}: {len(tensor.data)} bytes, but shape {list(tensor.shape)} of {tensor.dtype} "
             f"takes {size_bytes}",
             param=field,
@@ -91,9 +92,7 @@ def _listed(rows: Any, field: str) -> npt.NDArray[Any]:
             got = f"{len(row)} numbers" if isinstance(row, list) else "one number"
             want = f"{width}" if width >= 0 else "one"
             where = f"{field}[{index}]"
-            raise InvalidField(
-                f"{where}: {got}, but {field}[0] has {want}", param=where
-            )
+            raise InvalidFieldError(f"{where}: {got}, but {field}[0] has {want}", param=where)
     return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)
 
 
@@ -107,4 +106,4 @@ def _refuse_first(
     where = field + "".join(f"[{index}]" for index in place)
     item = array[place]
     shown = "NaN" if np.isnan(item) else f"{item:g}" if array.dtype.kind == "f" else f"{item}"
-    raise InvalidField(f"{where}: {shown} {why}", param=where)
+    raise InvalidFieldError(f"{where}: {shown} {why}", param=where)

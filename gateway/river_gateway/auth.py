@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
-from river_client.wire import ApiKey, Tenant
 
+from river_client.wire import ApiKey, Tenant
 from river_gateway.context import context_of
 from river_gateway.errors import (
     POSTGRES_AWAY,
-    Conflict,
-    InvalidField,
-    NotFound,
-    PermissionDenied,
-    Unauthenticated,
-    Unavailable,
+    ConflictError,
+    InvalidFieldError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from river_gateway.ids import new_id
 from river_gateway.limits import (
@@ -79,20 +79,20 @@ class KeyCache:
         """The principal of an `Authorization` header.
 
         Raises:
-            Unauthenticated: it is missing, unknown, expired or revoked.
-            Unavailable: Postgres is away and the key was not seen lately.
+            UnauthenticatedError: it is missing, unknown, expired or revoked.
+            UnavailableError: Postgres is away and the key was not seen lately.
         """
         scheme, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()
         if scheme.lower() != "bearer" or not secret:
-            raise Unauthenticated("no API key: send `Authorization: Bearer <key>`")
+            raise UnauthenticatedError("no API key: send `Authorization: Bearer <key>`")
         if not secret.startswith(KEY_PREFIXES) or len(secret) > KEY_MAX_CHARS:
-            raise Unauthenticated("the API key is not valid")
+            raise UnauthenticatedError("the API key is not valid")
         principal = await self._find(hash_secret(secret))
         if principal is None:
-            raise Unauthenticated("the API key is not valid")
+            raise UnauthenticatedError("the API key is not valid")
         if principal.expires_at is not None and principal.expires_at <= time.time():
-            raise Unauthenticated("the API key has expired")
+            raise UnauthenticatedError("the API key has expired")
         return principal
 
     def forget(self, secret_hash: bytes) -> None:
@@ -110,7 +110,7 @@ class KeyCache:
         except POSTGRES_AWAY as error:
             if cached and age_s < KEY_CACHE_STALE_MAX_S:
                 return cached[0]
-            raise Unavailable("keys cannot be checked at the moment; try again") from error
+            raise UnavailableError("keys cannot be checked at the moment; try again") from error
         principal = _principal(row) if row else None
         self._entries[secret_hash] = (principal, time.monotonic())
         self._entries.move_to_end(secret_hash)
@@ -151,7 +151,7 @@ def requires(
         context_of(connection.scope).tenant_id = principal.tenant_id
         if not principal.scopes & set(scopes):
             needed = " or ".join(f"`{scope}`" for scope in scopes)
-            raise PermissionDenied(f"the API key lacks the scope {needed}")
+            raise PermissionDeniedError(f"the API key lacks the scope {needed}")
         connection.scope["state"][_PRINCIPAL] = principal
 
     return guard
@@ -183,14 +183,14 @@ async def create_tenant(database: Database, name: str) -> Tenant:
     """A new tenant.
 
     Raises:
-        InvalidField: the name is empty or too long.
-        Conflict: the name is taken.
+        InvalidFieldError: the name is empty or too long.
+        ConflictError: the name is taken.
     """
     _check_name(name, "name")
     try:
         row = await database.fetchrow(_INSERT_TENANT, new_id("ten"), name)
     except asyncpg.UniqueViolationError:
-        raise Conflict(f"there is a tenant named {name!r} already", param="name") from None
+        raise ConflictError(f"there is a tenant named {name!r} already", param="name") from None
     assert row is not None
     return _tenant(row)
 
@@ -211,19 +211,19 @@ async def create_key(
     """A new key of a tenant, given by id or name; the only answer that ever has `secret`.
 
     Raises:
-        NotFound: there is no such tenant.
-        InvalidField: a scope is unknown, or `expires_at` is no ISO 8601 time with an offset.
+        NotFoundError: there is no such tenant.
+        InvalidFieldError: a scope is unknown, or `expires_at` is no ISO 8601 time with an offset.
     """
     _check_name(name, "name")
     for index, scope in enumerate(scopes):
         if scope not in SCOPES:
-            raise InvalidField(
+            raise InvalidFieldError(
                 f"{scope!r} is not a scope; there are {', '.join(SCOPES)}", param=f"scopes[{index}]"
             )
     expires = parse_time(expires_at, "expires_at") if expires_at is not None else None
     tenant_id = await database.fetchval(_FIND_TENANT, tenant)
     if tenant_id is None:
-        raise NotFound(f"there is no tenant {tenant!r}", param="tenant")
+        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
     secret = KEY_PREFIXES[0] + secrets.token_urlsafe(_SECRET_BYTES)
     row = await database.fetchrow(
         _INSERT_KEY,
@@ -243,7 +243,7 @@ async def list_keys(database: Database, tenant: str | None) -> list[ApiKey]:
     """The keys of one tenant, given by id or name, or of all, oldest first, without their secrets."""
     tenant_id = await database.fetchval(_FIND_TENANT, tenant) if tenant is not None else None
     if tenant is not None and tenant_id is None:
-        raise NotFound(f"there is no tenant {tenant!r}", param="tenant")
+        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
     return [_api_key(row) for row in await database.fetch(_LIST_KEYS, tenant_id, PAGE_ROWS_MAX)]
 
 
@@ -251,11 +251,11 @@ async def revoke_key(database: Database, key_id: str) -> bytes:
     """Ends a key; doing it again changes nothing. Returns the hash of its secret.
 
     Raises:
-        NotFound: there is no such key.
+        NotFoundError: there is no such key.
     """
     secret_hash = await database.fetchval(_REVOKE_KEY, key_id)
     if secret_hash is None:
-        raise NotFound(f"there is no key {key_id!r}")
+        raise NotFoundError(f"there is no key {key_id!r}")
     return cast("bytes", secret_hash)
 
 
@@ -263,20 +263,20 @@ def parse_time(text: str, param: str) -> dt.datetime:
     """An ISO 8601 time with its offset.
 
     Raises:
-        InvalidField: it is none.
+        InvalidFieldError: it is none.
     """
     try:
         time_ = dt.datetime.fromisoformat(text)
     except ValueError:
-        raise InvalidField(f"{param}: {text!r} is no ISO 8601 time", param=param) from None
+        raise InvalidFieldError(f"{param}: {text!r} is no ISO 8601 time", param=param) from None
     if time_.tzinfo is None:
-        raise InvalidField(f"{param}: {text!r} has no offset from UTC", param=param)
+        raise InvalidFieldError(f"{param}: {text!r} has no offset from UTC", param=param)
     return time_
 
 
 def _check_name(name: str, param: str) -> None:
     if not 0 < len(name.strip()) <= NAME_MAX_CHARS:
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{param}: {len(name)} characters, must be 1 to {NAME_MAX_CHARS}", param=param
         )
 

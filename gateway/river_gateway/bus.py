@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import nats
 from nats.errors import NoServersError
 
-from river_gateway.errors import Unavailable
+from river_gateway.errors import UnavailableError
 from river_gateway.limits import (
     NATS_ACK_TIMEOUT_S,
     NATS_CONNECT_PATIENCE_S,
@@ -101,18 +101,27 @@ class Bus:
         *,
         message_id: str,
         headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Publishes to JetStream and returns once it is stored; the same `message_id` again is stored once.
+    ) -> bool:
+        """Publishes to JetStream and returns once it is stored; False when `message_id` had been stored before.
 
         Raises:
-            Unavailable: the connection is down.
+            UnavailableError: the connection is down.
             nats.errors.Error: no stream took it, or none answered in time.
         """
-        if not self.connected:
-            raise Unavailable("the message bus is not reachable; try again")
-        await self.jetstream.publish(
+        self.require()
+        stored = await self.jetstream.publish(
             subject, payload, headers={"Nats-Msg-Id": message_id, **(headers or {})}
         )
+        return not stored.duplicate
+
+    def require(self) -> None:
+        """Fails at once where waiting for a lost connection would only end in a timeout.
+
+        Raises:
+            UnavailableError: the connection is down.
+        """
+        if not self.connected:
+            raise UnavailableError("the message bus is not reachable; try again")
 
     def heard_until(self, now: float, grace_s: float) -> float:
         """The moment up to which silence means anything: while the connection is down, and for `grace_s` after, when it was lost.

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 import msgspec
+
 from river_client import wire
+from river_gateway.errors import NotFoundError
+from river_gateway.limits import PAGE_ROWS_MAX
 from river_trainer.protocol import policy_version
 
-from river_gateway.errors import NotFound
-from river_gateway.limits import PAGE_ROWS_MAX
-
 if TYPE_CHECKING:
+    from river_billing.events import CheckpointSaved
     from river_gateway.database import Database
 
 SCHEME = "river://"
@@ -85,24 +86,24 @@ async def open_session_tags(
     """The tags of an open session.
 
     Raises:
-        NotFound: it is unknown or has ended.
+        NotFoundError: it is unknown or has ended.
     """
     tags = await database.fetchval(_SESSION_TAGS, session_id, tenant_id)
     if tags is None:
-        raise NotFound(f"there is no open session {session_id!r}", param="session_id")
+        raise NotFoundError(f"there is no open session {session_id!r}", param="session_id")
     return msgspec.json.decode(tags, type=dict[str, str])
 
 
 async def beat_session(database: Database, *, session_id: str, tenant_id: str) -> None:
     """Notes that the client of an open session is alive."""
     if await database.fetchval(_BEAT_SESSION, session_id, tenant_id) is None:
-        raise NotFound(f"there is no open session {session_id!r}", param="session_id")
+        raise NotFoundError(f"there is no open session {session_id!r}", param="session_id")
 
 
 async def end_session(database: Database, *, session_id: str, tenant_id: str) -> None:
     """Ends a session; again is a no-op."""
     if await database.fetchval(_END_SESSION, session_id, tenant_id) is None:
-        raise NotFound(f"there is no session {session_id!r}", param="session_id")
+        raise NotFoundError(f"there is no session {session_id!r}", param="session_id")
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -180,11 +181,11 @@ async def find_run(database: Database, *, run_id: str, tenant_id: str) -> RunRow
     """One run.
 
     Raises:
-        NotFound: it is unknown.
+        NotFoundError: it is unknown.
     """
     row = await database.fetchrow(_FIND_RUN, run_id, tenant_id)
     if row is None:
-        raise NotFound(f"there is no run {run_id!r}", param="run_id")
+        raise NotFoundError(f"there is no run {run_id!r}", param="run_id")
     return _run(row)
 
 
@@ -197,10 +198,8 @@ async def insert_metrics(
     database: Database, *, run_id: str, tenant_id: str, step: int | None, metrics: dict[str, float]
 ) -> None:
     """Logs a user's own metrics at `step`, or at the run's step."""
-    if (
-        await database.fetchval(_INSERT_METRICS, run_id, tenant_id, step, _json(metrics))
-    ) is None:
-        raise NotFound(f"there is no run {run_id!r}", param="run_id")
+    if (await database.fetchval(_INSERT_METRICS, run_id, tenant_id, step, _json(metrics))) is None:
+        raise NotFoundError(f"there is no run {run_id!r}", param="run_id")
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -214,7 +213,9 @@ _LIST_CHECKPOINTS = f"""
 select * from checkpoint where tenant_id = $1 and {_LIVE}
 order by created_at desc, checkpoint_id limit $2
 """  # noqa: S608 - built from constants
-_DELETE_CHECKPOINT = "update checkpoint set deleted_at = now() where checkpoint_id = $1 and tenant_id = $2"
+_DELETE_CHECKPOINT = (
+    "update checkpoint set deleted_at = now() where checkpoint_id = $1 and tenant_id = $2"
+)
 
 
 class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,11 +225,31 @@ class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: wire.Checkpoint
 
 
+def saved_checkpoint(saved: CheckpointSaved) -> wire.Checkpoint:
+    """A checkpoint as its event describes it."""
+
+    def iso(unix_time_s: float) -> str:
+        return dt.datetime.fromtimestamp(unix_time_s, dt.UTC).isoformat()
+
+    return wire.Checkpoint(
+        checkpoint_id=saved.checkpoint_id,
+        path=checkpoint_path(saved.run_id, saved.mode, saved.name),
+        run_id=saved.run_id,
+        mode="training" if saved.mode == "training" else "inference",
+        name=saved.name,
+        base_model=saved.base_model,
+        policy_version=policy_version(saved.run_id, saved.step),
+        size_bytes=saved.size_bytes,
+        created_at=iso(saved.created_at),
+        expires_at=iso(saved.expires_at) if saved.expires_at is not None else None,
+    )
+
+
 async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> CheckpointRow:
     """The live checkpoint of a path.
 
     Raises:
-        NotFound: there is none.
+        NotFoundError: there is none.
     """
     parsed = parse_path(path)
     row = None
@@ -237,7 +258,7 @@ async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> C
             _FIND_CHECKPOINT, parsed.run_id, parsed.mode, parsed.name, tenant_id
         )
     if row is None:
-        raise NotFound(f"there is no checkpoint {path!r}", param="path")
+        raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
     return _checkpoint(row)
 
 
@@ -286,10 +307,10 @@ async def delete_alias(database: Database, *, tenant_id: str, name: str) -> None
     """Removes an alias.
 
     Raises:
-        NotFound: there is none of that name.
+        NotFoundError: there is none of that name.
     """
     if await database.fetchval(_DELETE_ALIAS, tenant_id, name) is None:
-        raise NotFound(f"there is no alias {name!r}", param="name")
+        raise NotFoundError(f"there is no alias {name!r}", param="name")
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request, Response
 
-from river_gateway.errors import InvalidField, MalformedBody
+from river_gateway.errors import InvalidFieldError, MalformedBodyError
 
 MSGPACK = "application/msgpack"
 JSON = "application/json"
@@ -31,8 +31,8 @@ class WireRequest(Request[Any, Any, Any]):
         """The body as the handler's own struct.
 
         Raises:
-            MalformedBody: it is not in the encoding it claims.
-            InvalidField: it does not fit the struct; names the field by its path.
+            MalformedBodyError: it is not in the encoding it claims.
+            InvalidFieldError: it does not fit the struct; names the field by its path.
         """
         field = self.route_handler.parsed_fn_signature.parameters.get("data")
         assert field is not None
@@ -49,7 +49,7 @@ def decode_body(body: bytes, kind: type[StructType], content_type: str) -> Struc
         raise _invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         encoding = "msgpack" if is_msgpack(content_type) else "JSON"
-        raise MalformedBody(f"the body is not valid {encoding}: {error}") from None
+        raise MalformedBodyError(f"the body is not valid {encoding}: {error}") from None
 
 
 def is_msgpack(media_type: str) -> bool:
@@ -66,7 +66,7 @@ def reply(
     return Response(msgspec.json.encode(value), media_type=JSON, status_code=status)  # type: ignore[return-value]
 
 
-def _invalid_field(error: str) -> InvalidField:
+def _invalid_field(error: str) -> InvalidFieldError:
     match = _ERROR_PATH.match(error)
     assert match is not None
     message = match["message"]
@@ -75,4 +75,4 @@ def _invalid_field(error: str) -> InvalidField:
     missing = _MISSING_FIELD.search(message)
     if missing is not None:
         param = f"{param}.{missing['name']}" if param and param != "operation" else missing["name"]
-    return InvalidField(f"{param}: {message}" if param else message, param=param or None)
+    return InvalidFieldError(f"{param}: {message}" if param else message, param=param or None)

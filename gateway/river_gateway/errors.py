@@ -1,20 +1,20 @@
 """The gateway's one tree of errors, and its mapping to the wire in both shapes.
 
     GatewayError
-    ├── MalformedBody        400  the body is not JSON or msgpack at all
-    ├── Unauthenticated      401
-    ├── PermissionDenied     403
-    ├── NotFound             404  unknown, or another tenant's: never told apart
-    │   └── UnknownModel     404
-    ├── ClientGone           499  nobody is left to read the answer
-    ├── Conflict             409
-    ├── TooLarge             413
-    ├── InvalidField         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
-    ├── RateLimited          429
-    ├── EngineRefused        4xx  the engine's own refusal, passed on
-    ├── NotSupported         501
-    ├── Unavailable          503  with Retry-After
-    └── StorageFull          507
+    ├── MalformedBodyError        400  the body is not JSON or msgpack at all
+    ├── UnauthenticatedError      401
+    ├── PermissionDeniedError     403
+    ├── NotFoundError             404  unknown, or another tenant's: never told apart
+    │   └── UnknownModelError     404
+    ├── ClientGoneError           499  nobody is left to read the answer
+    ├── ConflictError             409
+    ├── TooLargeError             413
+    ├── InvalidFieldError         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
+    ├── RateLimitedError          429
+    ├── EngineRefusedError        4xx  the engine's own refusal, passed on
+    ├── NotSupportedError         501
+    ├── UnavailableError          503  with Retry-After
+    └── StorageFullError          507
 
 `/v1` speaks OpenAI's shape, everything else `river_client.wire.ErrorEnvelope`.
 """
@@ -31,8 +31,8 @@ import nats.errors
 import nats.js.errors
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
-from river_client import wire
 
+from river_client import wire
 from river_gateway.context import context_of
 from river_gateway.limits import RETRY_AFTER_S
 
@@ -66,58 +66,58 @@ class GatewayError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class MalformedBody(GatewayError):
+class MalformedBodyError(GatewayError):
     status = HTTPStatus.BAD_REQUEST
     type = "invalid_request"
 
 
-class Unauthenticated(GatewayError):
+class UnauthenticatedError(GatewayError):
     status = HTTPStatus.UNAUTHORIZED
     type = "authentication"
     code = "invalid_api_key"
 
 
-class PermissionDenied(GatewayError):
+class PermissionDeniedError(GatewayError):
     status = HTTPStatus.FORBIDDEN
     type = "permission_denied"
     code = "insufficient_scope"
 
 
-class NotFound(GatewayError):
+class NotFoundError(GatewayError):
     status = HTTPStatus.NOT_FOUND
     type = "not_found"
 
 
-class UnknownModel(NotFound):
+class UnknownModelError(NotFoundError):
     code = "model_not_found"
 
 
-class ClientGone(GatewayError):
+class ClientGoneError(GatewayError):
     status = 499
     type = "client_gone"
 
 
-class Conflict(GatewayError):
+class ConflictError(GatewayError):
     status = HTTPStatus.CONFLICT
     type = "conflict"
 
 
-class TooLarge(GatewayError):
+class TooLargeError(GatewayError):
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     type = "too_large"
 
 
-class InvalidField(GatewayError):
+class InvalidFieldError(GatewayError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     type = "invalid_request"
 
 
-class RateLimited(GatewayError):
+class RateLimitedError(GatewayError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "rate_limited"
 
 
-class EngineRefused(GatewayError):
+class EngineRefusedError(GatewayError):
     """`status` is the engine's, between 400 and 499."""
 
     type = "invalid_request"
@@ -128,12 +128,12 @@ class EngineRefused(GatewayError):
         self.status = status
 
 
-class NotSupported(GatewayError):
+class NotSupportedError(GatewayError):
     status = HTTPStatus.NOT_IMPLEMENTED
     type = "not_supported"
 
 
-class Unavailable(GatewayError):
+class UnavailableError(GatewayError):
     status = HTTPStatus.SERVICE_UNAVAILABLE
     type = "unavailable"
 
@@ -141,7 +141,7 @@ class Unavailable(GatewayError):
         super().__init__(message, retry_after_s=retry_after_s)
 
 
-class StorageFull(GatewayError):
+class StorageFullError(GatewayError):
     status = HTTPStatus.INSUFFICIENT_STORAGE
     type = "storage_full"
 
@@ -159,7 +159,11 @@ def openai_body(error: GatewayError) -> dict[str, Any]:
     """OpenAI's shape of an error."""
     type_ = _OPENAI_TYPES.get(HTTPStatus(error.status)) if error.status in _OPENAI_TYPES else None
     if type_ is None:
-        type_ = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        type_ = (
+            "server_error"
+            if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            else "invalid_request_error"
+        )
     return {
         "error": {
             "message": error.message,
@@ -176,7 +180,7 @@ def error_response(error: GatewayError, request: Request[Any, Any, Any]) -> Resp
     status = int(error.status)
     media_type = "application/json"
     if is_openai(request.scope["path"]):
-        if isinstance(error, InvalidField):
+        if isinstance(error, InvalidFieldError):
             status = HTTPStatus.BAD_REQUEST
         body = msgspec.json.encode(openai_body(error))
     else:
@@ -196,7 +200,7 @@ def error_response(error: GatewayError, request: Request[Any, Any, Any]) -> Resp
     headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = f"{error.retry_after_s:g}"
-    if isinstance(error, Unauthenticated):
+    if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
     return Response(body, status_code=status, media_type=media_type, headers=headers)
 
@@ -215,21 +219,21 @@ def from_jetstream(error: nats.errors.Error) -> GatewayError:
         isinstance(error, nats.js.errors.APIError)
         and getattr(error, "err_code", None) in _JETSTREAM_STORAGE_FULL
     ):
-        return StorageFull("the message store is full; try again when space has been made")
-    return Unavailable("the message bus is not reachable; try again")
+        return StorageFullError("the message store is full; try again when space has been made")
+    return UnavailableError("the message bus is not reachable; try again")
 
 
 def _from_http_exception(error: HTTPException) -> GatewayError:
     status = error.status_code
     detail = error.detail or HTTPStatus(status).phrase
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return TooLarge("the body is larger than this server takes")
+        return TooLargeError("the body is larger than this server takes")
     if status == HTTPStatus.NOT_FOUND:
-        return NotFound("no such route")
+        return NotFoundError("no such route")
     if status == HTTPStatus.BAD_REQUEST:
-        return InvalidField(_validation_detail(error), param=_validation_param(error))
+        return InvalidFieldError(_validation_detail(error), param=_validation_param(error))
     if HTTPStatus.BAD_REQUEST < status < HTTPStatus.INTERNAL_SERVER_ERROR:
-        return EngineRefused(status, detail)
+        return EngineRefusedError(status, detail)
     return GatewayError("internal error")
 
 
@@ -253,17 +257,23 @@ def _answer_gateway_error(request: Request[Any, Any, Any], error: GatewayError) 
     return error_response(error, request)
 
 
-def _answer_http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+def _answer_http_exception(
+    request: Request[Any, Any, Any], error: HTTPException
+) -> Response[bytes]:
     return error_response(_from_http_exception(error), request)
 
 
 def _answer_postgres(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    logger.warning("Postgres failed a request", exc_info=error, extra=context_of(request.scope).log_ids())
-    return error_response(Unavailable("the catalog is not reachable; try again"), request)
+    logger.warning(
+        "Postgres failed a request", exc_info=error, extra=context_of(request.scope).log_ids()
+    )
+    return error_response(UnavailableError("the catalog is not reachable; try again"), request)
 
 
 def _answer_nats(request: Request[Any, Any, Any], error: nats.errors.Error) -> Response[bytes]:
-    logger.warning("NATS failed a request", exc_info=error, extra=context_of(request.scope).log_ids())
+    logger.warning(
+        "NATS failed a request", exc_info=error, extra=context_of(request.scope).log_ids()
+    )
     return error_response(from_jetstream(error), request)
 
 

@@ -18,7 +18,9 @@ def uuid7() -> str:
     """A version 7 UUID (RFC 9562): 48 bits of Unix milliseconds, the rest random but for version and variant."""
     milliseconds = time.time_ns() // 1_000_000
     random = secrets.randbits(74)
-    value = milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    value = (
+        milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62 | random & (1 << 62) - 1
+    )
     return str(uuid.UUID(int=value))
 
 

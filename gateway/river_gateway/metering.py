@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import nats.errors
+
 from river_billing import streams
 from river_billing.events import UsageEvent, UsageKind
-
-from river_gateway.errors import Unavailable
+from river_gateway.errors import UnavailableError
 from river_gateway.ids import uuid7_time_s
 from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
 
@@ -60,7 +60,8 @@ class UsageTally:
     """Adds up one request's usage.
 
     The engine's running counts are per choice, and per prompt for a completion of several prompts, whose choices are
-    numbered through: choice i belongs to prompt `i // choices_per_prompt`. Its last chunk, without choices, has the sum.
+    numbered through: choice i belongs to prompt `i // choices_per_prompt`. The last chunk, without choices, has the
+    sum.
     """
 
     choices_per_prompt: int = 1
@@ -142,10 +143,10 @@ class Meter:
         """Refuses new work when what it uses could no longer be remembered.
 
         Raises:
-            Unavailable: the backlog is full.
+            UnavailableError: the backlog is full.
         """
         if len(self._backlog) >= USAGE_BACKLOG_MAX:
-            raise Unavailable("usage cannot be recorded at the moment; try again")
+            raise UnavailableError("usage cannot be recorded at the moment; try again")
 
     async def record(self, event: UsageEvent | None) -> None:
         """Returns once the event is stored, or once it is in the backlog because NATS cannot store it now."""
@@ -153,7 +154,7 @@ class Meter:
             return
         try:
             await self._publish(event)
-        except (nats.errors.Error, Unavailable, TimeoutError) as error:
+        except (nats.errors.Error, UnavailableError, TimeoutError) as error:
             logger.warning("usage event waits: %s", error, extra={"request": event.event_id})
             self.record_later(event)
         else:
@@ -171,7 +172,7 @@ class Meter:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while not await self.flush():
+            while not await self.flush():  # noqa: ASYNC110 - polls NATS, not a variable
                 await asyncio.sleep(USAGE_RETRY_S)
 
     async def flush(self) -> bool:
@@ -180,7 +181,7 @@ class Meter:
             event = self._backlog[0]
             try:
                 await self._publish(event)
-            except (nats.errors.Error, Unavailable, TimeoutError):
+            except (nats.errors.Error, UnavailableError, TimeoutError):
                 return False
             if self._backlog and self._backlog[0] is event:
                 self._backlog.popleft()
@@ -194,6 +195,5 @@ class Meter:
         return len(self._backlog)
 
     async def _publish(self, event: UsageEvent) -> None:
-        if not self._bus.connected:
-            raise Unavailable("the message bus is not reachable")
+        self._bus.require()
         await streams.publish(self._bus.jetstream, event)

@@ -1,4 +1,4 @@
-"""What a model name means to a tenant: a base model, a run's live version, a checkpoint, or an alias of one of these."""
+"""What a model name means to a tenant: a base model, a run's live version, a checkpoint, or an alias of these."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from nats.js.errors import BucketNotFoundError, KeyNotFoundError
-from river_engine.protocol import AdapterRef
-from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
 
+from river_engine.protocol import AdapterRef
 from river_gateway import catalog
-from river_gateway.errors import NotFound, Unavailable, UnknownModel
+from river_gateway.errors import NotFoundError, UnavailableError, UnknownModelError
+from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
 
 if TYPE_CHECKING:
     from river_gateway.services import Services
@@ -31,8 +31,8 @@ async def resolve_model(services: Services, name: str, tenant_id: str) -> Target
     """The target of a model name.
 
     Raises:
-        UnknownModel: it is nothing of this tenant's; another tenant's is not told apart from nothing.
-        Unavailable: it exists but has no version to answer with yet.
+        UnknownModelError: it is nothing of this tenant's; another tenant's is not told apart from nothing.
+        UnavailableError: it exists but has no version to answer with yet.
     """
     if name in services.engines.bases():
         return Target(name, None, name)
@@ -44,7 +44,7 @@ async def resolve_model(services: Services, name: str, tenant_id: str) -> Target
         path = alias.target
     try:
         return await _resolve_path(services, path, tenant_id)
-    except NotFound:
+    except NotFoundError:
         raise _unknown(name) from None
 
 
@@ -74,10 +74,12 @@ async def _live_version(services: Services, run_id: str) -> LiveVersion:
         bucket = await services.bus.jetstream.key_value(LIVE_BUCKET)
         entry = await bucket.get(run_id)
     except (BucketNotFoundError, KeyNotFoundError):
-        raise Unavailable(f"the run {run_id!r} has no version yet; try again") from None
+        raise UnavailableError(f"the run {run_id!r} has no version yet; try again") from None
     assert entry.value is not None
     return msgspec.msgpack.decode(entry.value, type=LiveVersion)
 
 
-def _unknown(name: str) -> UnknownModel:
-    return UnknownModel(f"The model `{name}` does not exist or you do not have access to it.", param="model")
+def _unknown(name: str) -> UnknownModelError:
+    return UnknownModelError(
+        f"The model `{name}` does not exist or you do not have access to it.", param="model"
+    )

@@ -1,7 +1,7 @@
 """OpenAI's API: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
 
-A completion's body goes to the engine as it came but for `model` and `stream_options`; the engine's answer comes back as
-it is, but for usage that the client has not asked for.
+A completion's body goes to the engine as it came but for `model` and `stream_options`; the engine's answer comes back
+as it is, but for usage that the client has not asked for.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from urllib.parse import unquote
 import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.response.base import ASGIResponse
-from river_billing.events import UsageEvent
-from river_client.wire import SampleRequest  # noqa: F401
 
+from river_billing.events import UsageEvent
 from river_gateway import catalog
 from river_gateway.auth import Principal, principal_of, requires
 from river_gateway.context import context_of
-from river_gateway.errors import MalformedBody, InvalidField, NotSupported, Unavailable
+from river_gateway.errors import (
+    InvalidFieldError,
+    MalformedBodyError,
+    NotSupportedError,
+    UnavailableError,
+)
 from river_gateway.metering import Chunk, UsageTally, usage_event
 from river_gateway.models import Target, resolve_model
 from river_gateway.relay import Relay
@@ -78,8 +82,8 @@ def understand(body: bytes) -> Understood:
     """Reads a completion's body.
 
     Raises:
-        MalformedBody: it is no JSON object.
-        InvalidField: a field has the wrong type.
+        MalformedBodyError: it is no JSON object.
+        InvalidFieldError: a field has the wrong type.
     """
     try:
         return _understood_decoder.decode(body)
@@ -88,9 +92,9 @@ def understand(body: bytes) -> Understood:
         param = path.rstrip("`") or ("model" if "`model`" in message else None)
         if param == "model" and not path:
             message = "you must provide a model parameter"
-        raise InvalidField(message, param=param) from None
+        raise InvalidFieldError(message, param=param) from None
     except msgspec.DecodeError as error:
-        raise MalformedBody(f"the body is not valid JSON: {error}") from None
+        raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
 
 
 def engine_body(body: bytes, asked: Understood, base_model: str) -> bytes:
@@ -98,7 +102,9 @@ def engine_body(body: bytes, asked: Understood, base_model: str) -> bytes:
     fields = _fields_decoder.decode(body)
     fields["model"] = msgspec.Raw(msgspec.json.encode(base_model))
     if asked.stream:
-        options = msgspec.json.decode(fields.get("stream_options", b"null"), type=dict[str, Any] | None)
+        options = msgspec.json.decode(
+            fields.get("stream_options", b"null"), type=dict[str, Any] | None
+        )
         fields["stream_options"] = msgspec.Raw(
             msgspec.json.encode(
                 {**(options or {}), "include_usage": True, "continuous_usage_stats": True}
@@ -125,7 +131,7 @@ async def completions(request: AnyRequest) -> ASGIResponse:
 @post("/embeddings", guards=[requires("infer")], status_code=200)
 async def embeddings(request: AnyRequest) -> Response[bytes]:  # noqa: ARG001 - refused unread
     """Not offered by any engine here."""
-    raise NotSupported("embeddings are not supported")
+    raise NotSupportedError("embeddings are not supported")
 
 
 async def _complete(request: AnyRequest, path: str) -> ASGIResponse:
@@ -196,7 +202,7 @@ async def _answer_whole(
     try:
         body = await unless_client_leaves(request.receive, opened.response.read())
     except ENGINE_LOST:
-        raise Unavailable("the engine was lost in the middle of the answer") from None
+        raise UnavailableError("the engine was lost in the middle of the answer") from None
     finally:
         opened.close()
     tally = UsageTally()
@@ -228,9 +234,7 @@ async def list_models(request: AnyRequest) -> Response[bytes]:
     services = cast("Services", request.app.state.services)
     tenant_id = principal_of(request).tenant_id
     models = [_model(name) for name in sorted(_served_bases(services))]
-    models += [
-        _model(alias.name) for alias in await catalog.list_aliases(services.pool, tenant_id)
-    ]
+    models += [_model(alias.name) for alias in await catalog.list_aliases(services.pool, tenant_id)]
     models += [
         _model(row.checkpoint.path)
         for row in await catalog.list_checkpoints(services.pool, tenant_id)

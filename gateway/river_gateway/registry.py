@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
 import nats.errors
+
 from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_engine.protocol import HEARTBEAT_LOST_AFTER_S as ENGINE_LOST_AFTER_S
+from river_gateway.limits import WATCH_RETRY_S, WATCH_SILENCE_S
 from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_S
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
-
-from river_gateway.limits import WATCH_RETRY_S, WATCH_SILENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from litestar.response.base import ASGIResponse
 
-from river_gateway.errors import ClientGone, Unavailable, openai_body
+from river_gateway.errors import ClientGoneError, UnavailableError, openai_body
 from river_gateway.limits import FILE_CHUNK_BYTES
-from river_gateway.sse import DONE, EventSplitter, EventTooLarge, UsageWishes, filter_event, payload_of
+from river_gateway.sse import (
+    DONE,
+    EventSplitter,
+    EventTooLargeError,
+    UsageWishes,
+    filter_event,
+    payload_of,
+)
 from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from litestar.types import Receive, Scope, Send
-    from river_billing.events import UsageEvent
 
+    from river_billing.events import UsageEvent
     from river_gateway.metering import Meter, UsageTally
     from river_gateway.upstream import Opened
 
@@ -56,7 +63,7 @@ class Relay(ASGIResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         try:
             await unless_client_leaves(receive, self._forward(send))
-        except ClientGone:
+        except ClientGoneError:
             logger.debug("a client left its stream")
         finally:
             self._opened.close()
@@ -78,10 +85,10 @@ class Relay(ASGIResponse):
                         for_client.append(shown + b"\n\n")
                 if for_client:
                     await _send_body(send, b"".join(for_client))
-        except (*ENGINE_LOST, EventTooLarge) as error:
+        except (*ENGINE_LOST, EventTooLargeError) as error:
             logger.warning("a stream broke: %s", error)
             await self._settle()
-            lost = Unavailable("the engine was lost in the middle of the answer")
+            lost = UnavailableError("the engine was lost in the middle of the answer")
             await _send_body(send, b"data: " + msgspec.json.encode(openai_body(lost)) + b"\n\n")
         await self._settle()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -20,9 +20,9 @@ def choose_engine(
 ) -> EngineRecord | None:
     """The engine of `base_model` to ask, or None when there is none.
 
-    An engine that holds the adapter comes first, then the one with the least outstanding: the greater of what the engine
-    reported, which counts other gateways' requests but is seconds old, and of what we have there now. Equal ones are
-    taken by id, so that an idle stack keeps its prefix cache in one place.
+    An engine that holds the adapter comes first, then the one with the least outstanding: the greater of what the
+    engine reported, which counts other gateways' requests but is seconds old, and of what we have there now. Equal ones
+    are taken by id, so that an idle stack keeps its prefix cache in one place.
     """
 
     def rank(engine: EngineRecord) -> tuple[bool, int, str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import nats.errors
-from river_billing.streams import ensure_streams
 
+from river_billing.streams import ensure_streams
 from river_gateway.auth import KeyCache
 from river_gateway.bus import Bus
 from river_gateway.database import open_pool
@@ -57,7 +57,10 @@ class Services:
 
 @asynccontextmanager
 async def open_services(settings: Settings) -> AsyncIterator[Services]:
-    """Opens everything, runs the background tasks while the block runs, and leaves no usage event behind if NATS takes it."""
+    """Opens everything and runs the background tasks while the block runs.
+
+    Usage events still waiting at the end are sent if NATS takes them.
+    """
     bus = Bus()
     await bus.connect(settings.nats_url)
     pool = await open_pool(settings.postgres_url)

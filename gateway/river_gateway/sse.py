@@ -16,7 +16,7 @@ _chunk_decoder = msgspec.json.Decoder(Chunk)
 _raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-class EventTooLarge(ValueError):
+class EventTooLargeError(ValueError):
     """An event of the engine never ended."""
 
 
@@ -30,11 +30,11 @@ class EventSplitter:
         """The events completed by `data`, without their blank line.
 
         Raises:
-            EventTooLarge: more than `SSE_EVENT_MAX_BYTES` came without one.
+            EventTooLargeError: more than `SSE_EVENT_MAX_BYTES` came without one.
         """
         *events, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
         if len(self._rest) > SSE_EVENT_MAX_BYTES:
-            raise EventTooLarge(f"an event of more than {SSE_EVENT_MAX_BYTES} bytes")
+            raise EventTooLargeError(f"an event of more than {SSE_EVENT_MAX_BYTES} bytes")
         return events
 
 

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiohttp
 import msgspec
-from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, EngineError
 
-from river_gateway.errors import ClientGone, EngineRefused, RateLimited, Unavailable
+from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, EngineError
+from river_gateway.errors import (
+    ClientGoneError,
+    EngineRefusedError,
+    RateLimitedError,
+    UnavailableError,
+)
 from river_gateway.limits import (
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
@@ -27,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from litestar.types import Receive
-    from river_engine.protocol import EngineRecord
 
+    from river_engine.protocol import EngineRecord
     from river_gateway.models import Target
     from river_gateway.registry import Engines
 
@@ -92,12 +97,12 @@ class Upstream:
         An engine that cannot be reached or answers 503 is replaced by another, once.
 
         Raises:
-            EngineRefused: the engine found fault with the request.
-            RateLimited: too many requests are outstanding.
-            Unavailable: no engine answers.
+            EngineRefusedError: the engine found fault with the request.
+            RateLimitedError: too many requests are outstanding.
+            UnavailableError: no engine answers.
         """
         if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
-            raise RateLimited("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
+            raise RateLimitedError("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
         headers = {"content-type": content_type, "x-request-id": request_id}
         if target.adapter is not None:
             headers[ADAPTER_HEADER] = msgspec.json.encode(target.adapter).decode()
@@ -118,7 +123,9 @@ class Upstream:
             opened = await self._attempt(engine, path, body, headers)
             if opened is not None:
                 return opened
-        raise Unavailable(f"no engine of {target.base_model!r} answers at the moment; try again")
+        raise UnavailableError(
+            f"no engine of {target.base_model!r} answers at the moment; try again"
+        )
 
     async def _attempt(
         self, engine: EngineRecord, path: str, body: bytes, headers: dict[str, str]
@@ -155,11 +162,11 @@ async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
     status = response.status
     logger.info("engine answered %d", status)
     if status == HTTPStatus.TOO_MANY_REQUESTS:
-        raise RateLimited("the engine is busy", retry_after_s=RETRY_AFTER_S)
+        raise RateLimitedError("the engine is busy", retry_after_s=RETRY_AFTER_S)
     own_fault = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
     if own_fault or not HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
-        raise Unavailable("the engine failed; try again")
-    raise EngineRefused(status, refusal.message, param=refusal.param)
+        raise UnavailableError("the engine failed; try again")
+    raise EngineRefusedError(status, refusal.message, param=refusal.param)
 
 
 def _parse_refusal(body: bytes) -> EngineError:
@@ -192,7 +199,7 @@ async def unless_client_leaves(
     No ASGI server cancels a handler whose client has gone, so it is raced against the disconnect message.
 
     Raises:
-        ClientGone: the client left first.
+        ClientGoneError: the client left first.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
@@ -200,7 +207,7 @@ async def unless_client_leaves(
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone("the client closed the connection")
+        raise ClientGoneError("the client closed the connection")
     finally:
         for task in (working, leaving):
             task.cancel()

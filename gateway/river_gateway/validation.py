@@ -1,5 +1,6 @@
-"""Everything a training or sampling request must satisfy before it is accepted: pure functions from wire structs to the
-trainer's, raising `InvalidField` with the field, the index and the limit.
+"""Everything a training or sampling request must satisfy before it is accepted.
+
+Pure functions from wire structs to the trainer's, raising `InvalidFieldError` with the field, the index and the limit.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from river_trainer import protocol
 
 from river_gateway.arrays import finite_floats, integers, token_ids
-from river_gateway.errors import InvalidField
+from river_gateway.errors import InvalidFieldError
 from river_gateway.limits import (
     ALPHA_MAX,
     CHECKPOINT_TTL_MAX_S,
@@ -34,9 +34,11 @@ from river_gateway.limits import (
     TARGETS_PER_TOKEN_MAX,
     TEMPERATURE_MAX,
 )
+from river_trainer import protocol
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
     from river_client import wire
 
 _DEFAULT_ALPHA = 32.0
@@ -51,23 +53,11 @@ class Limits:
     vocab_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What a loss reads: fields that must be there, and keys of `loss_config` with their (low, high), both included."""
-
-    required: tuple[str, ...]
-    config: dict[str, tuple[float, float]]
-
-
-_POLICY_INPUTS = ("old_logprobs", "advantages")
-_RATIO = (0.0, 1e6)
-LOSSES = {
-    "cross_entropy": Loss((), {}),
-    "importance_sampling": Loss(_POLICY_INPUTS, {}),
-    "ppo": Loss(_POLICY_INPUTS, {"clip_low": _RATIO, "clip_high": _RATIO}),
-    "cispo": Loss(_POLICY_INPUTS, {"eps_max": _RATIO}),
-    "dro": Loss(_POLICY_INPUTS, {"beta": _RATIO}),
+LOSS_INPUTS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "importance_sampling": ("old_logprobs", "advantages"),
 }
+"""The losses there are, and the optional fields of a sequence that each cannot do without."""
 
 # ---- Training data ---------------------------------------------------------------------------------------------------
 
@@ -76,40 +66,36 @@ def sequences(data: list[wire.Datum], loss_fn: str, limits: Limits) -> list[prot
     """The data of a forward or forward_backward, checked whole and cut to their attention masks.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     if not data:
-        raise InvalidField("data: empty, must hold at least one sequence", param="data")
+        raise InvalidFieldError("data: empty, must hold at least one sequence", param="data")
     if len(data) > SEQUENCES_MAX:
-        raise InvalidField(f"data: {len(data)} sequences, at most {SEQUENCES_MAX}", param="data")
-    loss = LOSSES[loss_fn]
-    return [
-        _sequence(datum, f"data[{index}]", loss_fn, loss, limits)
-        for index, datum in enumerate(data)
-    ]
+        raise InvalidFieldError(
+            f"data: {len(data)} sequences, at most {SEQUENCES_MAX}", param="data"
+        )
+    return [_sequence(datum, f"data[{index}]", loss_fn, limits) for index, datum in enumerate(data)]
 
 
-def _sequence(
-    datum: wire.Datum, where: str, loss_fn: str, loss: Loss, limits: Limits
-) -> protocol.Sequence:
-    for field in loss.required:
+def _sequence(datum: wire.Datum, where: str, loss_fn: str, limits: Limits) -> protocol.Sequence:
+    for field in LOSS_INPUTS[loss_fn]:
         if getattr(datum, field) is None:
             place = f"{where}.{field}"
-            raise InvalidField(f"{place}: missing, the loss {loss_fn} needs it", param=place)
+            raise InvalidFieldError(f"{place}: missing, the loss {loss_fn} needs it", param=place)
     ids = token_ids(datum.input_ids, f"{where}.input_ids", limits.vocab_size)
     if ids.ndim != 1:
         place = f"{where}.input_ids"
-        raise InvalidField(f"{place}: shape {list(ids.shape)}, must be [T]", param=place)
+        raise InvalidFieldError(f"{place}: shape {list(ids.shape)}, must be [T]", param=place)
     length = len(ids)
     kept = _kept_length(datum, where, length)
     if kept < SEQUENCE_TOKENS_MIN:
         place = f"{where}.input_ids"
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{place}: {kept} tokens, must be at least {SEQUENCE_TOKENS_MIN}", param=place
         )
     if kept > limits.context_length:
         place = f"{where}.input_ids"
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{place}: {kept} tokens, the context length is {limits.context_length}", param=place
         )
     targets, weights, width = _targets(datum, where, length, limits)
@@ -133,11 +119,11 @@ def _kept_length(datum: wire.Datum, where: str, length: int) -> int:
     odd = np.flatnonzero((mask != 0) & (mask != 1))
     if odd.size:
         place = f"{field}[{odd[0]}]"
-        raise InvalidField(f"{place}: {mask[odd[0]]}, must be 0 or 1", param=place)
+        raise InvalidFieldError(f"{place}: {mask[odd[0]]}, must be 0 or 1", param=place)
     kept = int(mask.sum())
     if not mask[:kept].all():
         place = f"{field}[{int(np.argmin(mask))}]"
-        raise InvalidField(f"{place}: 0 before a 1, zeros may only form a tail", param=place)
+        raise InvalidFieldError(f"{place}: 0 before a 1, zeros may only form a tail", param=place)
     return kept
 
 
@@ -155,13 +141,13 @@ def _targets(
             width = targets.shape[1]
             _check_shape(targets, (length, width), field)
             if not 1 <= width <= TARGETS_PER_TOKEN_MAX:
-                raise InvalidField(
+                raise InvalidFieldError(
                     f"{field}: {width} targets a token, must be 1 to {TARGETS_PER_TOKEN_MAX}",
                     param=field,
                 )
             if datum.weights is None:
                 place = f"{where}.weights"
-                raise InvalidField(
+                raise InvalidFieldError(
                     f"{place}: missing, soft targets need a weight each", param=place
                 )
     if datum.weights is None:
@@ -183,16 +169,14 @@ def _per_token(
     return array
 
 
-def _check_shape(
-    array: npt.NDArray[np.generic], wanted: tuple[int, ...], field: str
-) -> None:
+def _check_shape(array: npt.NDArray[np.generic], wanted: tuple[int, ...], field: str) -> None:
     if array.shape == wanted:
         return
     if array.ndim == len(wanted) == 1:
         message = f"{field}: {array.shape[0]} values for {wanted[0]} input_ids"
     else:
         message = f"{field}: shape {list(array.shape)}, must be {list(wanted)}"
-    raise InvalidField(message, param=field)
+    raise InvalidFieldError(message, param=field)
 
 
 def _cut(array: npt.NDArray[np.generic] | None, length: int) -> bytes | None:
@@ -202,27 +186,29 @@ def _cut(array: npt.NDArray[np.generic] | None, length: int) -> bytes | None:
 # ---- Settings of operations ------------------------------------------------------------------------------------------
 
 
-def loss_config(loss_fn: str, config: dict[str, float]) -> dict[str, float]:
-    """The settings of a loss: known keys, finite and in range.
+def loss(loss_fn: str, config: dict[str, float]) -> None:
+    """Checks that a loss is offered and that its settings are its own.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: it is not, or they are not.
     """
-    known = LOSSES[loss_fn].config
-    for key, value in config.items():
+    if loss_fn not in LOSS_INPUTS:
+        names = ", ".join(LOSS_INPUTS)
+        raise InvalidFieldError(
+            f"loss_fn: {loss_fn!r} is not offered, there are {names}", param="loss_fn"
+        )
+    for key in config:
         field = f"loss_config.{key}"
-        if key not in known:
-            names = ", ".join(known) or "none"
-            raise InvalidField(f"{field}: unknown to the loss {loss_fn}, it has {names}", param=field)
-        in_range(value, field, *known[key])
-    return config
+        raise InvalidFieldError(
+            f"{field}: unknown, the loss {loss_fn} has no settings", param=field
+        )
 
 
 def adam(params: wire.AdamParams) -> protocol.Adam:
     """The optimizer's settings, finite and in range.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     below_one = math.nextafter(1.0, 0.0)
     in_range(params.lr, "adam.lr", 0.0, LEARNING_RATE_MAX)
@@ -233,7 +219,9 @@ def adam(params: wire.AdamParams) -> protocol.Adam:
     if params.grad_clip_norm is not None:
         in_range(params.grad_clip_norm, "adam.grad_clip_norm", math.ulp(0.0), math.inf)
         if math.isinf(params.grad_clip_norm):
-            raise InvalidField("adam.grad_clip_norm: inf, leave it out", param="adam.grad_clip_norm")
+            raise InvalidFieldError(
+                "adam.grad_clip_norm: inf, leave it out", param="adam.grad_clip_norm"
+            )
     return protocol.Adam(
         lr=params.lr,
         beta1=params.beta1,
@@ -248,7 +236,7 @@ def adapter_shape(lora: wire.LoraConfig, rank_max: int) -> protocol.AdapterShape
     """The shape of a new adapter; a seed is drawn where none was given.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     in_range(lora.rank, "lora.rank", 1, rank_max)
     alpha = _DEFAULT_ALPHA if lora.alpha is None else lora.alpha
@@ -256,7 +244,9 @@ def adapter_shape(lora: wire.LoraConfig, rank_max: int) -> protocol.AdapterShape
     if lora.seed is not None:
         in_range(lora.seed, "lora.seed", 0, SEED_MAX)
     if not (lora.train_attn or lora.train_mlp or lora.train_unembed):
-        raise InvalidField("lora: at least one of train_attn, train_mlp, train_unembed", param="lora")
+        raise InvalidFieldError(
+            "lora: at least one of train_attn, train_mlp, train_unembed", param="lora"
+        )
     return protocol.AdapterShape(
         rank=lora.rank,
         alpha=alpha,
@@ -271,10 +261,10 @@ def name(value: str, field: str) -> str:
     """A name that can stand in a path: letters, digits and `._:-`.
 
     Raises:
-        InvalidField: it cannot.
+        InvalidFieldError: it cannot.
     """
     if not _NAME.fullmatch(value) or len(value) > NAME_MAX_CHARS:
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{field}: {value[:NAME_MAX_CHARS]!r} must be 1 to {NAME_MAX_CHARS} letters, digits and ._:- "
             "beginning with a letter or digit",
             param=field,
@@ -286,7 +276,7 @@ def ttl_s(value: int | None) -> int | None:
     """How long a checkpoint is to live, in seconds; None is for ever.
 
     Raises:
-        InvalidField: it is out of range.
+        InvalidFieldError: it is out of range.
     """
     if value is not None:
         in_range(value, "ttl_s", 1, CHECKPOINT_TTL_MAX_S)
@@ -297,18 +287,20 @@ def metrics(values: dict[str, float]) -> dict[str, float]:
     """A user's own metrics: not too many, with names of bounded length and finite values.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     if not 1 <= len(values) <= METRICS_MAX:
-        raise InvalidField(f"metrics: {len(values)}, must be 1 to {METRICS_MAX}", param="metrics")
+        raise InvalidFieldError(
+            f"metrics: {len(values)}, must be 1 to {METRICS_MAX}", param="metrics"
+        )
     for key, value in values.items():
         field = f"metrics.{key[:METRIC_NAME_MAX_CHARS]}"
         if not 1 <= len(key) <= METRIC_NAME_MAX_CHARS:
-            raise InvalidField(
+            raise InvalidFieldError(
                 f"{field}: a name has 1 to {METRIC_NAME_MAX_CHARS} characters", param=field
             )
         if not math.isfinite(value):
-            raise InvalidField(f"{field}: {value}, must be finite", param=field)
+            raise InvalidFieldError(f"{field}: {value}, must be finite", param=field)
     return values
 
 
@@ -316,14 +308,14 @@ def tags(values: dict[str, str]) -> dict[str, str]:
     """A session's tags: not too many and not too long.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     if len(values) > TAGS_MAX:
-        raise InvalidField(f"tags: {len(values)}, at most {TAGS_MAX}", param="tags")
+        raise InvalidFieldError(f"tags: {len(values)}, at most {TAGS_MAX}", param="tags")
     for key, value in values.items():
         if len(key) > TAG_MAX_CHARS or len(value) > TAG_MAX_CHARS:
             field = f"tags.{key[:TAG_MAX_CHARS]}"
-            raise InvalidField(f"{field}: at most {TAG_MAX_CHARS} characters", param=field)
+            raise InvalidFieldError(f"{field}: at most {TAG_MAX_CHARS} characters", param=field)
     return values
 
 
@@ -331,11 +323,11 @@ def in_range(value: float, field: str, low: float, high: float) -> None:
     """Refuses a number outside [low, high], NaN included.
 
     Raises:
-        InvalidField: with the field and the limits.
+        InvalidFieldError: with the field and the limits.
     """
     if not low <= value <= high:
         limits = f"must be {low:.6g} to {high:.6g}"
-        raise InvalidField(f"{field}: {value}, {limits}", param=field)
+        raise InvalidFieldError(f"{field}: {value}, {limits}", param=field)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -345,10 +337,12 @@ def sample_request(request: wire.SampleRequest, limits: Limits) -> None:
     """Checks a sampling request against the base model's limits.
 
     Raises:
-        InvalidField: see the module.
+        InvalidFieldError: see the module.
     """
     if (request.prompts is None) == (request.prompt_token_ids is None):
-        raise InvalidField("exactly one of prompts and prompt_token_ids must be given", param="prompts")
+        raise InvalidFieldError(
+            "exactly one of prompts and prompt_token_ids must be given", param="prompts"
+        )
     _check_prompts(request, limits)
     in_range(request.num_samples, "num_samples", 1, SAMPLES_MAX)
     in_range(request.max_tokens, "max_tokens", 1, limits.context_length)
@@ -361,10 +355,12 @@ def sample_request(request: wire.SampleRequest, limits: Limits) -> None:
     if request.logprobs is not None:
         in_range(request.logprobs, "logprobs", 0, SAMPLE_LOGPROBS_MAX)
     if len(request.stop) > SAMPLE_STOPS_MAX:
-        raise InvalidField(f"stop: {len(request.stop)}, at most {SAMPLE_STOPS_MAX}", param="stop")
+        raise InvalidFieldError(
+            f"stop: {len(request.stop)}, at most {SAMPLE_STOPS_MAX}", param="stop"
+        )
     for index, stop in enumerate(request.stop):
         if not stop:
-            raise InvalidField(f"stop[{index}]: empty", param=f"stop[{index}]")
+            raise InvalidFieldError(f"stop[{index}]: empty", param=f"stop[{index}]")
 
 
 def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
@@ -372,18 +368,18 @@ def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
     prompts = request.prompts if request.prompts is not None else request.prompt_token_ids
     assert prompts is not None
     if not 1 <= len(prompts) <= SAMPLE_PROMPTS_MAX:
-        raise InvalidField(
+        raise InvalidFieldError(
             f"{field}: {len(prompts)} prompts, must be 1 to {SAMPLE_PROMPTS_MAX}", param=field
         )
     for index, prompt in enumerate(prompts):
         where = f"{field}[{index}]"
         if not prompt:
-            raise InvalidField(f"{where}: empty", param=where)
+            raise InvalidFieldError(f"{where}: empty", param=where)
     for index, ids in enumerate(request.prompt_token_ids or ()):
         where = f"prompt_token_ids[{index}]"
         token_ids(ids, where, limits.vocab_size)
         if len(ids) + request.max_tokens > limits.context_length:
-            raise InvalidField(
+            raise InvalidFieldError(
                 f"{where}: {len(ids)} tokens and max_tokens {request.max_tokens} are more than the "
                 f"context length of {limits.context_length}",
                 param=where,

@@ -87,4 +87,4 @@ def curve_text(curve: list[tuple[int, float]]) -> str:
     plotext.xlabel("step")
     steps, rewards = zip(*curve, strict=True)
     plotext.plot(list(steps), list(rewards), marker="braille")
-    return plotext.build()
+    return plotext.uncolorize(plotext.build())

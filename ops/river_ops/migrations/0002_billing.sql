@@ -56,14 +56,12 @@ create trigger price_untruncated before truncate on price execute function refus
 -- smallest tier that holds the context, or the largest there is.
 create function price_in_force(base_model text, event_context_length integer, event_kind text, at timestamptz)
 returns table (price_id bigint, nano_usd_per_unit numeric) language sql stable as $$
-  with named as (
-    select array[base_model, regexp_replace(base_model, '^.*/', ''), '*'] as names
-  )
   select p.price_id, p.nano_usd_per_unit
-  from price p, named n
-  where p.model = any (n.names) and p.kind = event_kind
-    and p.valid_from <= at and (p.valid_to is null or at < p.valid_to)
-  order by array_position(n.names, p.model),
+  from price p
+  where p.model = any (array[base_model, regexp_replace(base_model, '^.*/', ''), '*'])
+    and p.kind = event_kind and p.valid_from <= at and (p.valid_to is null or at < p.valid_to)
+  order by p.model = base_model desc,
+           p.model = '*',
            p.context_length < event_context_length,
            abs(p.context_length - event_context_length)
   limit 1
@@ -86,7 +84,7 @@ create table usage_event (
   policy_version  text,
   context_length  integer not null check (context_length > 0),
   quantity        bigint not null check (quantity > 0),
-  price_id        bigint references price,
+  price_id        bigint,                               -- of `price`, whose rows never go
   amount_nano_usd bigint not null check (amount_nano_usd >= 0),
   recorded_at     timestamptz not null default now(),
   primary key (event_id, kind, occurred_at)

@@ -1,0 +1,82 @@
+"""The web application: every route, the errors of each dialect, and the envelope around it all."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, cast
+
+from litestar import Litestar, Request, Response, Router, get
+from litestar.datastructures import State
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.types import ASGIApp
+
+from river_client.wire import API_PREFIX
+from river_gateway.admin_api import ADMIN_HANDLERS
+from river_gateway.catalog_api import CATALOG_HANDLERS
+from river_gateway.codec import WireRequest
+from river_gateway.context import Envelope
+from river_gateway.errors import EXCEPTION_HANDLERS, POSTGRES_AWAY
+from river_gateway.limits import BODY_MAX_BYTES
+from river_gateway.openai_api import openai_router
+from river_gateway.services import Services
+from river_gateway.training_api import TRAINING_HANDLERS
+
+_TEXT = "text/plain; version=0.0.4"
+
+
+@get("/healthz", media_type=_TEXT, include_in_schema=False)
+async def healthz() -> bytes:
+    """Alive."""
+    return b"ok\n"
+
+
+@get("/readyz", media_type=_TEXT, include_in_schema=False)
+async def readyz(request: Request[Any, Any, Any]) -> Response[bytes]:
+    """Ready to answer, or what is missing."""
+    services = cast("Services", request.app.state.services)
+    try:
+        missing = await services.ready()
+    except POSTGRES_AWAY:
+        missing = "Postgres is not reachable"
+    if missing is None:
+        return Response(b"ready\n", media_type=_TEXT)
+    return Response(
+        f"{missing}\n".encode(), media_type=_TEXT, status_code=HTTPStatus.SERVICE_UNAVAILABLE
+    )
+
+
+@get("/metrics", media_type=_TEXT, include_in_schema=False)
+async def metrics(request: Request[Any, Any, Any]) -> bytes:
+    """For Prometheus."""
+    return cast("Services", request.app.state.services).telemetry.render()
+
+
+def create_litestar(services: Services) -> Litestar:
+    """The routes, without the envelope."""
+    river_router = Router(
+        API_PREFIX,
+        route_handlers=[*TRAINING_HANDLERS, *CATALOG_HANDLERS, *ADMIN_HANDLERS],
+        tags=["River"],
+    )
+    return Litestar(
+        route_handlers=[healthz, readyz, metrics, openai_router, river_router],
+        request_class=WireRequest,
+        exception_handlers=EXCEPTION_HANDLERS,
+        request_max_body_size=BODY_MAX_BYTES,
+        state=State({"services": services}),
+        openapi_config=OpenAPIConfig(
+            title="River",
+            version="1",
+            path="/schema",
+            # The schema itself only: pages that show it load their scripts from elsewhere.
+            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+        ),
+        # The app is told by its own envelope, not by Litestar's.
+        logging_config=None,
+    )
+
+
+def create_app(services: Services) -> ASGIApp:
+    """The whole application."""
+    return cast("ASGIApp", Envelope(cast("ASGIApp", create_litestar(services)), services.telemetry))

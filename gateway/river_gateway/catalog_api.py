@@ -1,0 +1,236 @@
+"""The training API under `/river/v1`: checkpoints and their files, aliases, models, usage, prices."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Annotated, Any, cast
+
+from litestar import Response, delete, get, put
+from litestar.params import Parameter
+from litestar.response import Stream
+
+from river_billing.prices import list_prices
+from river_billing.usage import usage_lines
+from river_client import wire
+from river_gateway import catalog, validation
+from river_gateway.auth import parse_time, principal_of, requires
+from river_gateway.codec import WireRequest, reply
+from river_gateway.context import context_of
+from river_gateway.errors import (
+    ConflictError,
+    InvalidFieldError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+from river_gateway.files import (
+    ByteRange,
+    delete_files,
+    find_file,
+    list_files,
+    parse_range,
+    read_file,
+)
+from river_gateway.services import Services
+
+logger = logging.getLogger("river.gateway")
+
+_EITHER = [requires("train", "infer")]
+
+
+def services_of(request: WireRequest) -> Services:
+    """What the app was opened with."""
+    return cast("Services", request.app.state.services)
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@get("/checkpoints", guards=_EITHER)
+async def get_checkpoints(request: WireRequest, path: str | None = None) -> Response[wire.Page]:
+    """The tenant's live checkpoints, newest first, or the one of `path`."""
+    pool, tenant_id = services_of(request).pool, principal_of(request).tenant_id
+    if path is None:
+        rows = await catalog.list_checkpoints(pool, tenant_id)
+    else:
+        rows = [await catalog.find_checkpoint(pool, path=path, tenant_id=tenant_id)]
+    return reply(request, wire.Page(checkpoints=[row.checkpoint for row in rows]))
+
+
+@delete("/checkpoints", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
+async def delete_checkpoint(request: WireRequest, path: str) -> None:
+    """Deletes a checkpoint and its files."""
+    services, tenant_id = services_of(request), principal_of(request).tenant_id
+    row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
+    await catalog.delete_checkpoint(
+        services.pool, checkpoint_id=row.checkpoint.checkpoint_id, tenant_id=tenant_id
+    )
+    root = services.settings.store_url
+    # Only what lies under the configured store is ours to delete.
+    if root is None or not row.location.startswith(root.rstrip("/") + "/"):
+        logger.info(
+            "files of a deleted checkpoint are left", extra=context_of(request.scope).log_ids()
+        )
+        return
+    try:
+        await delete_files(row.location)
+    except UnavailableError as error:
+        logger.warning(
+            "files of a deleted checkpoint are left: %s",
+            error.message,
+            extra=context_of(request.scope).log_ids(),
+        )
+
+
+@get("/checkpoints/files", guards=_EITHER)
+async def get_checkpoint_files(request: WireRequest, path: str) -> Response[wire.Page]:
+    """The files of a checkpoint."""
+    row = await catalog.find_checkpoint(
+        services_of(request).pool, path=path, tenant_id=principal_of(request).tenant_id
+    )
+    return reply(request, wire.Page(files=await list_files(row.location)))
+
+
+@get("/checkpoints/file", guards=_EITHER, media_type="application/octet-stream")
+async def get_checkpoint_file(
+    request: WireRequest,
+    path: str,
+    name: str,
+    byte_range: Annotated[str | None, Parameter(header="Range", required=False)] = None,
+) -> Stream:
+    """A file of a checkpoint, or a part of it, for downloads that can be resumed."""
+    row = await catalog.find_checkpoint(
+        services_of(request).pool, path=path, tenant_id=principal_of(request).tenant_id
+    )
+    file = await find_file(row.location, name)
+    part = ByteRange(0, file.size_bytes, file.size_bytes)
+    headers = {"accept-ranges": "bytes"}
+    if byte_range is not None:
+        part = parse_range(byte_range, file.size_bytes)
+        headers["content-range"] = part.content_range
+    headers["content-length"] = str(part.end - part.start)
+    return Stream(
+        read_file(row.location, file.name, part),
+        status_code=HTTPStatus.OK if byte_range is None else HTTPStatus.PARTIAL_CONTENT,
+        media_type="application/octet-stream",
+        headers=headers,
+    )
+
+
+# ---- Aliases ---------------------------------------------------------------------------------------------------------
+
+
+@get("/aliases", guards=_EITHER)
+async def get_aliases(request: WireRequest) -> Response[wire.Page]:
+    """The tenant's aliases, by name."""
+    aliases = await catalog.list_aliases(services_of(request).pool, principal_of(request).tenant_id)
+    return reply(request, wire.Page(aliases=aliases))
+
+
+@put("/aliases/{name:str}", guards=[requires("train")])
+async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
+    """Points a name at a checkpoint, or at a run to follow its live version: promote and roll back are this one write."""
+    services, tenant_id = services_of(request), principal_of(request).tenant_id
+    validation.name(name, "name")
+    if name in services.engines.bases() | services.trainers.bases():
+        raise ConflictError(f"{name!r} is the name of a base model", param="name")
+    target = catalog.parse_path(data.target)
+    if target is None:
+        raise InvalidFieldError(
+            f"target: {data.target!r} must be river://<run> or the path of a checkpoint",
+            param="target",
+        )
+    try:
+        if target.name is None:
+            await catalog.find_run(services.pool, run_id=target.run_id, tenant_id=tenant_id)
+        else:
+            await catalog.find_checkpoint(services.pool, path=data.target, tenant_id=tenant_id)
+    except NotFoundError as error:
+        raise NotFoundError(error.message, param="target") from None
+    alias = await catalog.put_alias(
+        services.pool, tenant_id=tenant_id, name=name, target=data.target
+    )
+    return reply(request, alias)
+
+
+@delete("/aliases/{name:str}", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
+async def delete_alias(request: WireRequest, name: str) -> None:
+    """Removes an alias; what it pointed at stays."""
+    await catalog.delete_alias(
+        services_of(request).pool, tenant_id=principal_of(request).tenant_id, name=name
+    )
+
+
+# ---- Models, usage, prices -------------------------------------------------------------------------------------------
+
+
+@get("/models", guards=_EITHER)
+async def get_models(request: WireRequest) -> Response[wire.Page]:
+    """The base models, with what they can take and whether they can be trained and served at the moment."""
+    services = services_of(request)
+    names = sorted(services.engines.bases() | services.trainers.bases())
+    return reply(request, wire.Page(models=[_base_model(services, name) for name in names]))
+
+
+def _base_model(services: Services, name: str) -> wire.BaseModel:
+    known = [
+        record
+        for record in (services.engines.last_of(name), services.trainers.last_of(name))
+        if record is not None
+    ]
+    assert known
+    return wire.BaseModel(
+        name=name,
+        context_length=min(record.context_length for record in known),
+        vocab_size=known[0].vocab_size,
+        max_lora_rank=min(record.max_lora_rank for record in known),
+        trainable=bool(services.trainers.alive(name)),
+        servable=bool(services.engines.alive(name)),
+    )
+
+
+@get("/usage", guards=[requires("train", "infer", "admin")])
+async def get_usage(
+    request: WireRequest,
+    since: str | None = None,
+    until: str | None = None,
+    tenant: str | None = None,
+) -> Response[wire.Page]:
+    """What was used and what it cost, in whole hours. `tenant` is for admins: a tenant's id, or `*` for all."""
+    principal = principal_of(request)
+    tenant_id: str | None = principal.tenant_id
+    if tenant is not None:
+        if "admin" not in principal.scopes:
+            raise PermissionDeniedError("only the scope `admin` may ask for another tenant's usage")
+        tenant_id = None if tenant == "*" else tenant
+    async with services_of(request).pool.acquire() as connection:
+        lines = await usage_lines(
+            connection,
+            tenant_id=tenant_id,
+            since=parse_time(since, "since") if since else None,
+            until=parse_time(until, "until") if until else None,
+        )
+    return reply(request, wire.Page(usage=lines))
+
+
+@get("/prices", guards=[requires("train", "infer", "admin")])
+async def get_prices(request: WireRequest) -> Response[wire.Page]:
+    """Every price that is or was in force."""
+    async with services_of(request).pool.acquire() as connection:
+        prices = await list_prices(connection)
+    return reply(request, wire.Page(prices=prices))
+
+
+CATALOG_HANDLERS: list[Any] = [
+    get_checkpoints,
+    delete_checkpoint,
+    get_checkpoint_files,
+    get_checkpoint_file,
+    get_aliases,
+    put_alias,
+    delete_alias,
+    get_models,
+    get_usage,
+    get_prices,
+]

@@ -1,0 +1,80 @@
+"""The gateway's process: settings, services, one web server, and a clean stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+from nats.errors import NoServersError
+
+from river_client.service import SettingsError, read_settings
+from river_gateway.app import create_app
+from river_gateway.limits import STOP_GRACE_S
+from river_gateway.services import open_services
+from river_gateway.settings import Settings
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from river_gateway.services import Services
+
+logger = logging.getLogger("river.gateway")
+
+
+def main() -> None:
+    """Runs the gateway until SIGTERM or SIGINT."""
+    try:
+        settings = read_settings(Settings)
+    except SettingsError as error:
+        sys.exit(str(error))
+    # uvicorn raises the signal that stopped it once more when it is done; by then it has served its purpose.
+    signal.signal(signal.SIGTERM, _ignore)
+    signal.signal(signal.SIGINT, _ignore)
+    try:
+        uvloop.run(serve(settings))
+    except NoServersError:
+        sys.exit(f"no NATS server at {settings.nats_url}")
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until told to stop, then lets answers in progress end within `STOP_GRACE_S`."""
+    async with open_services(settings) as services:
+        config = uvicorn.Config(
+            create_app(services),
+            host=settings.host,
+            port=settings.port,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=STOP_GRACE_S,
+        )
+        logger.info("gateway on http://%s:%d", settings.host, settings.port)
+        await GatewayServer(config, services).serve()
+
+
+class GatewayServer(uvicorn.Server):
+    """Tells the services first, so that long polls end at once and do not use up the grace."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:
+        """Called by uvicorn when it begins to stop."""
+        self._services.stopping.set()
+        await super().shutdown(sockets)  # type: ignore[arg-type]
+
+
+def _ignore(_signal: int, _frame: FrameType | None) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Training operations on their way: into the journal of their run, and their results back out.
+
+An operation is accepted once JetStream has stored it under the message id `<run>:<seq>`; the same again is stored once
+and answered by the first result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import nats.errors
+from nats.js.errors import NotFoundError
+
+from river_billing.catalog import record_checkpoint
+from river_client import wire
+from river_gateway import catalog, validation
+from river_gateway.errors import InvalidFieldError, NotFoundError, UnavailableError
+from river_gateway.ids import checkpoint_id
+from river_gateway.limits import SEQ_MAX
+from river_trainer import protocol
+
+if TYPE_CHECKING:
+    from river_gateway.auth import Principal
+    from river_gateway.catalog import RunRow
+    from river_gateway.services import Services
+
+_OPERATION_ID = re.compile(r"(?P<run>run_[A-Za-z0-9]+)-(?P<seq>0|[1-9][0-9]{0,15})")
+
+# ---- Tasks -----------------------------------------------------------------------------------------------------------
+
+
+async def make_task(
+    services: Services, run: RunRow, tenant_id: str, submitted: wire.SubmitOperation
+) -> protocol.AnyTask:
+    """The trainer's task of a submitted operation, everything about it checked.
+
+    Raises:
+        InvalidFieldError: a field is wrong.
+        NotFoundError: a checkpoint is unknown.
+        UnavailableError: no trainer of the base model was ever heard of.
+    """
+    validation.in_range(submitted.seq, "seq", 1, SEQ_MAX)
+    match submitted.operation:
+        case wire.SaveWeights() as save:
+            return protocol.SaveWeights(
+                checkpoint_id=checkpoint_id(protocol.operation_id(run.run_id, submitted.seq)),
+                name=validation.name(save.name, "name"),
+                mode=save.mode,
+                ttl_s=validation.ttl_s(save.ttl_s),
+            )
+        case wire.LoadWeights() as load:
+            location = await loadable_checkpoint(
+                services,
+                load.path,
+                tenant_id,
+                field="path",
+                base_model=run.base_model,
+                lora=run.lora,
+                with_optimizer=load.optimizer,
+            )
+            return protocol.LoadWeights(location=location, optimizer=load.optimizer)
+        case _:
+            limits = _limits(services, run)
+            # Checking millions of numbers must not hold up everybody else's requests.
+            return await asyncio.to_thread(_data_task, submitted.operation, limits)
+
+
+def _data_task(
+    operation: wire.Forward | wire.ForwardBackward | wire.OptimStep | wire.TrainStep,
+    limits: validation.Limits,
+) -> protocol.AnyTask:
+    if isinstance(operation, wire.OptimStep):
+        return protocol.OptimStep(adam=validation.adam(operation.adam))
+    loss_fn, config = operation.loss_fn, operation.loss_config
+    validation.loss(loss_fn, config)
+    match operation:
+        case wire.TrainStep():
+            adam = validation.adam(operation.adam)
+            data = validation.sequences(operation.data, loss_fn, limits)
+            return protocol.TrainStep(data=data, loss_fn=loss_fn, loss_config=config, adam=adam)
+        case wire.ForwardBackward():
+            data = validation.sequences(operation.data, loss_fn, limits)
+            return protocol.ForwardBackward(data=data, loss_fn=loss_fn, loss_config=config)
+        case wire.Forward():
+            data = validation.sequences(operation.data, loss_fn, limits)
+            return protocol.Forward(data=data, loss_fn=loss_fn, loss_config=config)
+
+
+def _limits(services: Services, run: RunRow) -> validation.Limits:
+    """The limits of a run's data. A trainer that has died keeps its limits: its successor will be like it."""
+    trainer = services.trainers.last_of(run.base_model)
+    if trainer is None:
+        raise UnavailableError(f"no trainer of {run.base_model!r} has registered yet; try again")
+    return validation.Limits(context_length=run.context_length, vocab_size=trainer.vocab_size)
+
+
+async def loadable_checkpoint(
+    services: Services,
+    path: str,
+    tenant_id: str,
+    *,
+    field: str,
+    base_model: str,
+    lora: wire.LoraConfig,
+    with_optimizer: bool,
+) -> str:
+    """The location of a checkpoint that fits a run.
+
+    Raises:
+        NotFoundError: it is unknown.
+        InvalidFieldError: it is of another base model or shape, or holds no optimizer though one is wanted.
+    """
+    row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
+    checkpoint = row.checkpoint
+    if with_optimizer and checkpoint.mode != "training":
+        raise InvalidFieldError(
+            f"{field}: {path} holds no optimizer state, only checkpoints under weights/ do",
+            param=field,
+        )
+    source = await catalog.find_run(services.pool, run_id=checkpoint.run_id, tenant_id=tenant_id)
+    for what, have, want in (
+        ("base model", source.base_model, base_model),
+        ("LoRA shape", _shape(source.lora), _shape(lora)),
+    ):
+        if have != want:
+            raise InvalidFieldError(
+                f"{field}: {path} has another {what}: {have}, not {want}", param=field
+            )
+    return row.location
+
+
+def _shape(lora: wire.LoraConfig) -> str:
+    parts = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
+    trained = "+".join(part for part, is_trained in parts.items() if is_trained)
+    return f"rank {lora.rank}, alpha {lora.alpha}, {trained}"
+
+
+# ---- In --------------------------------------------------------------------------------------------------------------
+
+
+async def publish_task(
+    services: Services, run: RunRow, principal: Principal, seq: int, task: protocol.AnyTask
+) -> str:
+    """Stores a task in its run's journal and returns the operation's id.
+
+    Raises:
+        UnavailableError: the connection is down.
+        nats.errors.Error: JetStream did not store it.
+    """
+    message = protocol.TrainMessage(
+        run_id=run.run_id,
+        seq=seq,
+        tenant_id=principal.tenant_id,
+        key_id=principal.key_id,
+        session_id=run.session_id,
+        base_model=run.base_model,
+        submitted_at=time.time(),
+        task=task,
+    )
+    body = msgspec.msgpack.encode(message)
+    operation = protocol.operation_id(run.run_id, seq)
+    subject = protocol.train_subject(run.base_model, run.run_id)
+    message_id = f"{run.run_id}:{seq}"
+    if len(body) <= protocol.BODY_INLINE_MAX_BYTES:
+        await services.bus.publish(subject, body, message_id=message_id)
+        return operation
+    services.bus.require()
+    bucket = await services.bus.jetstream.object_store(protocol.BODIES_BUCKET)
+    # A name of its own for each submission: a duplicate must not overwrite what the trainer may be reading.
+    name = f"{operation}.{secrets.token_hex(4)}"
+    await bucket.put(name, body)
+    stored = await services.bus.publish(
+        subject, b"", message_id=message_id, headers={protocol.BODY_HEADER: name}
+    )
+    if not stored:
+        await bucket.delete(name)
+    return operation
+
+
+# ---- Out -------------------------------------------------------------------------------------------------------------
+
+
+def split_operation_id(operation: str) -> tuple[str, int]:
+    """The run and seq of an operation id.
+
+    Raises:
+        NotFoundError: it is none.
+    """
+    match = _OPERATION_ID.fullmatch(operation)
+    if match is None:
+        raise NotFoundError(f"there is no operation {operation!r}")
+    return match["run"], int(match["seq"])
+
+
+async def await_result(
+    services: Services, operation: str, timeout_s: float
+) -> wire.OperationResult:
+    """The result of an operation, waiting up to `timeout_s` for it; then its status is `pending`.
+
+    A checkpoint that the operation made is in the catalog when this returns.
+    """
+    payload = await _await_payload(services, operation, timeout_s)
+    if payload is None:
+        return wire.OperationResult(operation_id=operation, status="pending")
+    result = msgspec.msgpack.decode(payload, type=protocol.TrainResult)
+    if result.checkpoint is not None:
+        async with services.pool.acquire() as connection:
+            await record_checkpoint(connection, result.checkpoint)
+    return to_wire(result)
+
+
+async def _await_payload(services: Services, operation: str, timeout_s: float) -> bytes | None:
+    services.bus.require()
+    subject = protocol.result_subject(operation)
+    # Subscribed before looking, so that a result between the two is not missed.
+    subscription = await services.bus.client.subscribe(subject)
+    try:
+        stored = await _last_payload(services, subject)
+        if stored is not None or timeout_s <= 0 or services.stopping.is_set():
+            return stored
+        arriving = asyncio.ensure_future(subscription.next_msg(timeout=timeout_s))
+        stopping = asyncio.ensure_future(services.stopping.wait())
+        try:
+            await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return arriving.result().data if arriving.done() else None
+        except nats.errors.TimeoutError:
+            return None
+        finally:
+            arriving.cancel()
+            stopping.cancel()
+            await asyncio.gather(arriving, stopping, return_exceptions=True)
+    finally:
+        await subscription.unsubscribe()
+
+
+async def _last_payload(services: Services, subject: str) -> bytes | None:
+    try:
+        message = await services.bus.jetstream.get_last_msg(protocol.RESULTS_STREAM, subject)
+    except NotFoundError:
+        return None  # No such result, or no trainer has made the stream yet.
+    return message.data
+
+
+def to_wire(result: protocol.TrainResult) -> wire.OperationResult:
+    """A trainer's result as clients see it."""
+    error, saved = result.error, result.checkpoint
+    return wire.OperationResult(
+        operation_id=result.operation_id,
+        status="failed" if error else "done",
+        policy_version=protocol.policy_version(result.run_id, result.step),
+        metrics=result.metrics,
+        logprobs=_tensors(result.logprobs),
+        checkpoint=catalog.saved_checkpoint(saved) if saved else None,
+        training_tokens=result.training_tokens,
+        error=wire.OperationError(type=error.type, message=error.message, param=error.param)
+        if error
+        else None,
+    )
+
+
+def _tensors(logprobs: list[bytes] | None) -> list[wire.Tensor] | None:
+    if logprobs is None:
+        return None
+    return [wire.Tensor(dtype="float32", shape=(len(data) // 4,), data=data) for data in logprobs]

@@ -1,0 +1,357 @@
+"""The training API under `/river/v1`: sessions, runs, operations, sampling."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, cast
+
+import msgspec
+import nats.errors
+from litestar import Response, delete, get, post
+
+from river_billing.events import UsageKind
+from river_client import wire
+from river_engine.protocol import (
+    EngineSample,
+    EngineSampleGroup,
+    EngineSampleResult,
+    EngineSequence,
+)
+from river_gateway import catalog, operations, validation
+from river_gateway.auth import principal_of, requires
+from river_gateway.catalog import RunRow
+from river_gateway.codec import MSGPACK, WireRequest, reply
+from river_gateway.context import context_of
+from river_gateway.errors import (
+    InvalidFieldError,
+    NotFoundError,
+    NotSupportedError,
+    UnavailableError,
+)
+from river_gateway.ids import new_id
+from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
+from river_gateway.metering import usage_event
+from river_gateway.models import Target, resolve_model
+from river_gateway.services import Services
+from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
+from river_trainer import protocol
+
+
+def services_of(request: WireRequest) -> Services:
+    """What the app was opened with."""
+    return cast("Services", request.app.state.services)
+
+
+# ---- Sessions --------------------------------------------------------------------------------------------------------
+
+
+@post("/sessions", guards=[requires("train")], status_code=HTTPStatus.CREATED)
+async def create_session(request: WireRequest, data: wire.CreateSession) -> Response[wire.Session]:
+    """Opens a session; its client is expected to send heartbeats."""
+    principal = principal_of(request)
+    session = wire.Session(
+        session_id=new_id("ses"), heartbeat_interval_s=SESSION_HEARTBEAT_INTERVAL_S
+    )
+    await catalog.insert_session(
+        services_of(request).pool,
+        session_id=session.session_id,
+        tenant_id=principal.tenant_id,
+        key_id=principal.key_id,
+        tags=validation.tags(data.tags),
+    )
+    return reply(request, session, status=HTTPStatus.CREATED)
+
+
+@post(
+    "/sessions/{session_id:str}/heartbeat",
+    guards=[requires("train")],
+    status_code=HTTPStatus.NO_CONTENT,
+)
+async def beat_session(request: WireRequest, session_id: str) -> None:
+    """Says that the client of a session is alive."""
+    await catalog.beat_session(
+        services_of(request).pool,
+        session_id=session_id,
+        tenant_id=principal_of(request).tenant_id,
+    )
+
+
+@delete("/sessions/{session_id:str}", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
+async def end_session(request: WireRequest, session_id: str) -> None:
+    """Ends a session; its runs and checkpoints stay."""
+    await catalog.end_session(
+        services_of(request).pool,
+        session_id=session_id,
+        tenant_id=principal_of(request).tenant_id,
+    )
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@post("/runs", guards=[requires("train")], status_code=HTTPStatus.CREATED)
+async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wire.Run]:
+    """Opens a run. The trainer makes its adapter as operation 0, which can be awaited."""
+    services, principal = services_of(request), principal_of(request)
+    tags = await catalog.open_session_tags(
+        services.pool, session_id=data.session_id, tenant_id=principal.tenant_id
+    )
+    trainer = services.trainers.last_of(data.base_model)
+    if trainer is None:
+        raise _no_trainer(services, data.base_model)
+    shape = validation.adapter_shape(data.lora, _rank_max(services, trainer))
+    lora = msgspec.structs.replace(data.lora, alpha=shape.alpha, seed=shape.seed)
+    location = None
+    if data.checkpoint is not None:
+        location = await operations.loadable_checkpoint(
+            services,
+            data.checkpoint,
+            principal.tenant_id,
+            field="checkpoint",
+            base_model=data.base_model,
+            lora=lora,
+            with_optimizer=True,
+        )
+    run_id = new_id("run")
+    created_at = await catalog.insert_run(
+        services.pool,
+        run_id=run_id,
+        tenant_id=principal.tenant_id,
+        session_id=data.session_id,
+        base_model=data.base_model,
+        lora=lora,
+        context_length=trainer.context_length,
+    )
+    run = RunRow(
+        run_id=run_id,
+        session_id=data.session_id,
+        base_model=data.base_model,
+        lora=lora,
+        context_length=trainer.context_length,
+        created_at=created_at,
+        last_seq=-1,
+        step=0,
+        metrics={},
+        tags=tags,
+    )
+    try:
+        task = protocol.CreateRun(shape=shape, checkpoint=location)
+        await operations.publish_task(services, run, principal, 0, task)
+    except (nats.errors.Error, UnavailableError):
+        await catalog.delete_unstarted_run(services.pool, run_id)
+        raise
+    return reply(request, run.to_wire(), status=HTTPStatus.CREATED)
+
+
+def _no_trainer(services: Services, base_model: str) -> NotFoundError | InvalidFieldError:
+    if base_model in services.engines.bases():
+        return InvalidFieldError(
+            f"base_model: {base_model!r} cannot be trained here", param="base_model"
+        )
+    return NotFoundError(f"there is no base model {base_model!r}", param="base_model")
+
+
+def _rank_max(services: Services, trainer: protocol.TrainerRecord) -> int:
+    """What both the trainer and the engines of a base can hold."""
+    engine = services.engines.last_of(trainer.base_model)
+    return min(trainer.max_lora_rank, engine.max_lora_rank if engine else trainer.max_lora_rank)
+
+
+@get("/runs", guards=[requires("train", "infer")])
+async def list_runs(request: WireRequest) -> Response[wire.Page]:
+    """The tenant's runs, newest first."""
+    rows = await catalog.list_runs(services_of(request).pool, principal_of(request).tenant_id)
+    return reply(request, wire.Page(runs=[row.to_wire() for row in rows]))
+
+
+@get("/runs/{run_id:str}", guards=[requires("train", "infer")])
+async def get_run(request: WireRequest, run_id: str) -> Response[wire.Run]:
+    """One run."""
+    run = await _own_run(request, run_id)
+    return reply(request, run.to_wire())
+
+
+@post("/runs/{run_id:str}/metrics", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
+async def log_metrics(request: WireRequest, run_id: str, data: wire.LogMetrics) -> None:
+    """Keeps a user's own metrics with a run."""
+    if data.step is not None:
+        validation.in_range(data.step, "step", 0, 2**53)
+    await catalog.insert_metrics(
+        services_of(request).pool,
+        run_id=run_id,
+        tenant_id=principal_of(request).tenant_id,
+        step=data.step,
+        metrics=validation.metrics(data.metrics),
+    )
+
+
+async def _own_run(request: WireRequest, run_id: str) -> RunRow:
+    return await catalog.find_run(
+        services_of(request).pool, run_id=run_id, tenant_id=principal_of(request).tenant_id
+    )
+
+
+# ---- Operations ------------------------------------------------------------------------------------------------------
+
+
+@post("/runs/{run_id:str}/operations", guards=[requires("train")], status_code=HTTPStatus.ACCEPTED)
+async def submit_operation(
+    request: WireRequest, run_id: str, data: wire.SubmitOperation
+) -> Response[wire.OperationAccepted]:
+    """Accepts an operation, once it is known to be right and durably stored."""
+    services, principal = services_of(request), principal_of(request)
+    run = await _own_run(request, run_id)
+    task = await operations.make_task(services, run, principal.tenant_id, data)
+    operation = await operations.publish_task(services, run, principal, data.seq, task)
+    return reply(
+        request, wire.OperationAccepted(operation_id=operation), status=HTTPStatus.ACCEPTED
+    )
+
+
+@get("/operations/{operation_id:str}", guards=[requires("train")])
+async def get_operation(
+    request: WireRequest, operation_id: str, timeout_s: float = LONG_POLL_DEFAULT_S
+) -> Response[wire.OperationResult]:
+    """The result of an operation, waiting up to `timeout_s` for it; `pending` when there is none by then."""
+    validation.in_range(timeout_s, "timeout_s", 0, LONG_POLL_MAX_S)
+    services = services_of(request)
+    run_id, seq = operations.split_operation_id(operation_id)
+    run = await _own_run(request, run_id)
+    # What is already written down as done has a result now or, its time being up, never again.
+    wait_s = 0.0 if seq <= run.last_seq else timeout_s
+    result = await unless_client_leaves(
+        request.receive, operations.await_result(services, operation_id, wait_s)
+    )
+    if result.status == "pending" and seq <= run.last_seq:
+        raise NotFoundError(f"the result of operation {operation_id!r} is no longer kept")
+    return reply(request, result)
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+@post("/sample", guards=[requires("infer")], status_code=HTTPStatus.OK)
+async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wire.SampleResponse]:
+    """Draws samples of one policy version, token in and token out."""
+    services, principal = services_of(request), principal_of(request)
+    services.meter.admit()
+    if data.return_expert_routing:
+        raise NotSupportedError("the engines do not report expert routing")
+    target = await resolve_model(services, data.model, principal.tenant_id)
+    known = services.engines.last_of(target.base_model)
+    if known is None:
+        raise UnavailableError(f"no engine of {target.base_model!r} has registered yet; try again")
+    validation.sample_request(
+        data, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
+    )
+    request_id = context_of(request.scope).request_id
+    result, context_length = await unless_client_leaves(
+        request.receive, _ask_engine(services, target, data, request_id)
+    )
+    usage = _usage(result)
+    await services.meter.record(
+        usage_event(
+            request_id=request_id,
+            principal=principal,
+            target=target,
+            context_length=context_length,
+            quantities={
+                UsageKind.PROMPT: usage.prompt_tokens - usage.cached_prompt_tokens,
+                UsageKind.CACHED_PROMPT: usage.cached_prompt_tokens,
+                UsageKind.COMPLETION: usage.completion_tokens,
+            },
+        )
+    )
+    return reply(
+        request,
+        wire.SampleResponse(
+            groups=[_group(group) for group in result.groups],
+            policy_version=target.policy_version,
+            usage=usage,
+        ),
+    )
+
+
+async def _ask_engine(
+    services: Services, target: Target, asked: wire.SampleRequest, request_id: str
+) -> tuple[EngineSampleResult, int]:
+    """The engine's samples and its context length."""
+    body = EngineSample(
+        request_id=request_id,
+        adapter=target.adapter,
+        prompts=asked.prompts,
+        prompt_token_ids=asked.prompt_token_ids,
+        num_samples=asked.num_samples,
+        max_tokens=asked.max_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        stop=asked.stop,
+        seed=asked.seed,
+        logprobs=asked.logprobs,
+        return_prompt_logprobs=asked.return_prompt_logprobs,
+    )
+    opened = await services.upstream.open(
+        "/river/sample",
+        msgspec.msgpack.encode(body),
+        target=target,
+        request_id=request_id,
+        content_type=MSGPACK,
+    )
+    try:
+        answer = await opened.response.read()
+    except ENGINE_LOST:
+        raise UnavailableError("the engine was lost in the middle of the answer") from None
+    finally:
+        opened.close()
+    result = msgspec.msgpack.decode(answer, type=EngineSampleResult)
+    return result, opened.engine.context_length
+
+
+def _usage(result: EngineSampleResult) -> wire.TokenUsage:
+    """`prompt_tokens` are all prompt tokens, the cached ones included; a prompt counts once for all its samples."""
+    return wire.TokenUsage(
+        prompt_tokens=sum(len(group.prompt_token_ids) for group in result.groups),
+        cached_prompt_tokens=sum(group.cached_prompt_tokens for group in result.groups),
+        completion_tokens=sum(
+            len(sequence.tokens) for group in result.groups for sequence in group.samples
+        ),
+    )
+
+
+def _group(group: EngineSampleGroup) -> wire.SampleGroup:
+    return wire.SampleGroup(
+        prompt_token_ids=group.prompt_token_ids,
+        samples=[_sequence(sequence) for sequence in group.samples],
+        prompt_logprobs=group.prompt_logprobs,
+    )
+
+
+def _sequence(sequence: EngineSequence) -> wire.SampleSequence:
+    top: list[list[wire.TopLogprob]] | None = None
+    if sequence.top_logprobs is not None:
+        top = [
+            [wire.TopLogprob(token=token, logprob=logprob) for token, logprob in position]
+            for position in sequence.top_logprobs
+        ]
+    return wire.SampleSequence(
+        text=sequence.text,
+        tokens=sequence.tokens,
+        logprobs=sequence.logprobs,
+        stop_reason=cast("wire.StopReason", sequence.stop_reason),
+        top_logprobs=top,
+    )
+
+
+TRAINING_HANDLERS: list[Any] = [
+    create_session,
+    beat_session,
+    end_session,
+    create_run,
+    list_runs,
+    get_run,
+    log_metrics,
+    submit_operation,
+    get_operation,
+    sample,
+]

@@ -62,6 +62,8 @@ def server_environment(settings: EngineSettings) -> dict[str, str]:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # The sampler would be compiled at the first request, for seconds.
         environment["TORCH_COMPILE_DISABLE"] = "1"
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(settings.cpu_threads)
     return environment
 
 

@@ -42,22 +42,22 @@ async def registered(
     nats_url: str, record: Callable[[], EngineRecord], store: AdapterStore
 ) -> AsyncIterator[None]:
     """This engine is known, as `record` describes it at each heartbeat, and preloads what is announced, in the block."""
+    announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(_keep_registered(nats_url, record, store, group))
+        tasks = (
+            group.create_task(_keep_registered(nats_url, record, announced)),
+            group.create_task(_preload(announced, store)),
+        )
         try:
             yield
         finally:
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
 
 async def _keep_registered(
-    nats_url: str,
-    record: Callable[[], EngineRecord],
-    store: AdapterStore,
-    group: asyncio.TaskGroup,
+    nats_url: str, record: Callable[[], EngineRecord], announced: asyncio.Queue[AdapterRef]
 ) -> None:
-    announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
-    preloading = group.create_task(_preload(announced, store))
     client = await _connect(nats_url)
     try:
         await _listen(client, publish_subject(record().base_model), announced)
@@ -72,7 +72,6 @@ async def _keep_registered(
                 _log.warning("heartbeat failed", extra={"reason": repr(error)})
                 await asyncio.sleep(NATS_RETRY_INTERVAL_S)
     finally:
-        preloading.cancel()
         await _leave(client, record().engine_id)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -136,7 +137,7 @@ class Sampler:
         params = self._sampling_params(request, index)
         output: RequestOutput | None = None
         async for output in self._generate(
-            {"prompt_token_ids": tokens}, params, f"{request.request_id}-{index}", lora_request=lora
+            tokens_input(tokens), params, f"{request.request_id}-{index}", lora_request=lora
         ):
             pass
         assert output is not None

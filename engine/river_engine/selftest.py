@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm import SamplingParams
+from vllm.inputs import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -106,7 +107,7 @@ async def _logprobs(generate: Generate, prompt: list[int], row: _Row, when: str)
     )
     output: RequestOutput | None = None
     request_id = f"selftest-{row.name}-{when}"
-    async for output in generate({"prompt_token_ids": prompt}, params, request_id, lora_request=row.lora):
+    async for output in generate(tokens_input(prompt), params, request_id, lora_request=row.lora):
         pass
     assert output is not None
     assert isinstance(output.prompt_logprobs, FlatLogprobs)

@@ -95,6 +95,8 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
     if settings.on_cpu:
         options += [
             "--enforce-eager",
+            # Only whole blocks of a prompt are found in the prefix cache, and the samples of one prompt share it there.
+            "--block-size=32",
             f"--dtype={settings.dtype or 'float32'}",
             f"--kv-cache-memory-bytes={settings.kv_cache_mb * 1024 * 1024}",
         ]

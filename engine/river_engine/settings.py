@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from river_client.service import SettingsError, read_settings
+from river_client.service import SettingsError, read_settings, variable
 
 from river_engine.limits import LORA_RANKS
 
@@ -20,7 +20,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `url` is what others reach this engine by (default: its own host and port); `engine_id` is drawn at random when empty;
     `nats_url` empty means unregistered; `dtype` empty means float32 on a CPU and the model's own elsewhere.
-    `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded.
+    `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded. `cpu_threads` is for models that fill a machine:
+    threads that share cores with other processes spend their time waiting for each other.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_lora_rank: int = 32
     max_model_len: int = 0
     kv_cache_mb: int = 256
+    cpu_threads: int = 1
 
     @property
     def on_cpu(self) -> bool:
@@ -74,8 +76,10 @@ def read_engine_settings() -> EngineSettings:
         raise SettingsError(
             f"RIVER_MAX_CPU_LORAS={settings.max_cpu_loras}: must be at least RIVER_MAX_LORAS={settings.max_loras}"
         )
-    if settings.kv_cache_mb < 1:
-        raise SettingsError(f"RIVER_KV_CACHE_MB={settings.kv_cache_mb}: must be at least 1")
+    for name in ("kv_cache_mb", "cpu_threads"):
+        value: int = getattr(settings, name)
+        if value < 1:
+            raise SettingsError(f"{variable(name)}={value}: must be at least 1")
     if not settings.engine_token:
         raise SettingsError("RIVER_ENGINE_TOKEN is not set")
     return settings

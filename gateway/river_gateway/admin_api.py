@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
 from litestar import Response, delete, get, post
 
@@ -11,14 +11,9 @@ from river_client import wire
 from river_gateway import auth
 from river_gateway.auth import requires
 from river_gateway.codec import WireRequest, reply
-from river_gateway.services import Services
+from river_gateway.services import services_of
 
 _ADMIN = [requires("admin")]
-
-
-def services_of(request: WireRequest) -> Services:
-    """What the app was opened with."""
-    return cast("Services", request.app.state.services)
 
 
 @post("/tenants", guards=_ADMIN, status_code=HTTPStatus.CREATED)

@@ -16,10 +16,11 @@ from river_gateway.admin_api import ADMIN_HANDLERS
 from river_gateway.catalog_api import CATALOG_HANDLERS
 from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
-from river_gateway.errors import EXCEPTION_HANDLERS, POSTGRES_AWAY
+from river_gateway.database import POSTGRES_AWAY
+from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.openai_api import openai_router
-from river_gateway.services import Services
+from river_gateway.services import Services, services_of
 from river_gateway.training_api import TRAINING_HANDLERS
 
 _TEXT = "text/plain; version=0.0.4"
@@ -34,7 +35,7 @@ async def healthz() -> bytes:
 @get("/readyz", media_type=_TEXT, include_in_schema=False)
 async def readyz(request: Request[Any, Any, Any]) -> Response[bytes]:
     """Ready to answer, or what is missing."""
-    services = cast("Services", request.app.state.services)
+    services = services_of(request)
     try:
         missing = await services.ready()
     except POSTGRES_AWAY:
@@ -49,7 +50,7 @@ async def readyz(request: Request[Any, Any, Any]) -> Response[bytes]:
 @get("/metrics", media_type=_TEXT, include_in_schema=False)
 async def metrics(request: Request[Any, Any, Any]) -> bytes:
     """For Prometheus."""
-    return cast("Services", request.app.state.services).telemetry.render()
+    return services_of(request).telemetry.render()
 
 
 def create_litestar(services: Services) -> Litestar:

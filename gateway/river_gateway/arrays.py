@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -82,18 +82,23 @@ def _packed(tensor: Tensor, field: str) -> npt.NDArray[Any]:
     return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
 
 
-def _listed(rows: Any, field: str) -> npt.NDArray[Any]:
-    """Lists of numbers, or of rows of equal length."""
+def _listed(items: Any, field: str) -> npt.NDArray[Any]:
+    """A list of numbers, or of rows of equal length."""
+    rows = cast("list[float | list[float]]", items)
     if not any(isinstance(row, list) for row in rows):
         return np.asarray(rows, dtype=np.float64)
-    width = len(rows[0]) if isinstance(rows[0], list) else -1
+    want = _width(rows[0])
     for index, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != width:
-            got = f"{len(row)} numbers" if isinstance(row, list) else "one number"
-            want = f"{width}" if width >= 0 else "one"
+        if _width(row) != want:
             where = f"{field}[{index}]"
-            raise InvalidFieldError(f"{where}: {got}, but {field}[0] has {want}", param=where)
-    return np.asarray(rows, dtype=np.float64).reshape(len(rows), width)
+            raise InvalidFieldError(
+                f"{where}: {_width(row)}, but {field}[0] is {want}", param=where
+            )
+    return np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
+
+
+def _width(row: float | list[float]) -> str:
+    return f"a row of {len(row)}" if isinstance(row, list) else "one number"
 
 
 def _refuse_first(

@@ -11,12 +11,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import asyncpg
-
 from river_client.wire import ApiKey, Tenant
 from river_gateway.context import context_of
+from river_gateway.database import POSTGRES_AWAY, NameTakenError
 from river_gateway.errors import (
-    POSTGRES_AWAY,
     ConflictError,
     InvalidFieldError,
     NotFoundError,
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from litestar.connection import ASGIConnection
     from litestar.handlers import BaseRouteHandler
 
-    from river_gateway.database import Database
+    from river_gateway.database import Database, Row
 
 logger = logging.getLogger("river.gateway")
 
@@ -124,7 +122,7 @@ def hash_secret(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 
 
-def _principal(row: asyncpg.Record) -> Principal | None:
+def _principal(row: Row) -> Principal | None:
     if row["revoked_at"] is not None:
         return None
     expires_at = cast("dt.datetime | None", row["expires_at"])
@@ -189,7 +187,7 @@ async def create_tenant(database: Database, name: str) -> Tenant:
     _check_name(name, "name")
     try:
         row = await database.fetchrow(_INSERT_TENANT, new_id("ten"), name)
-    except asyncpg.UniqueViolationError:
+    except NameTakenError:
         raise ConflictError(f"there is a tenant named {name!r} already", param="name") from None
     assert row is not None
     return _tenant(row)
@@ -281,13 +279,13 @@ def _check_name(name: str, param: str) -> None:
         )
 
 
-def _tenant(row: asyncpg.Record) -> Tenant:
+def _tenant(row: Row) -> Tenant:
     return Tenant(
         tenant_id=row["tenant_id"], name=row["name"], created_at=row["created_at"].isoformat()
     )
 
 
-def _api_key(row: asyncpg.Record, *, secret: str | None = None) -> ApiKey:
+def _api_key(row: Row, *, secret: str | None = None) -> ApiKey:
     def iso(column: str) -> str | None:
         value = cast("dt.datetime | None", row[column])
         return value.isoformat() if value else None

@@ -1,30 +1,50 @@
-"""The gateway's connection to NATS: connecting with patience, publishing with an acknowledgement, and knowing when it is deaf."""
+"""What the gateway needs of NATS, with types: patient connecting, listening, watching, knowing when it is deaf."""
+
+# nats-py leaves parts of its interface untyped; nothing untyped leaves this module.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import nats
-from nats.errors import NoServersError
+import nats.errors
+from nats.js.errors import BucketNotFoundError, KeyNotFoundError
+from nats.js.kv import KeyValue
 
 from river_gateway.errors import UnavailableError
 from river_gateway.limits import (
     NATS_ACK_TIMEOUT_S,
     NATS_CONNECT_PATIENCE_S,
     NATS_CONNECT_TIMEOUT_S,
+    NATS_PING_INTERVAL_S,
     NATS_RECONNECT_WAIT_S,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncGenerator
 
     from nats.aio.client import Client
+    from nats.aio.subscription import Subscription
     from nats.js import JetStreamContext
 
 logger = logging.getLogger("river.gateway")
+
+BusError = nats.errors.Error
+"""Whatever NATS raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key of a bucket and its new value, None when it was deleted."""
+
+    key: str
+    value: bytes | None
 
 
 class Bus:
@@ -51,6 +71,17 @@ class Bus:
         """Whether the server answers."""
         return self._client is not None and self._client.is_connected
 
+    def require(self) -> None:
+        """Fails at once where waiting for a lost connection would only end in a timeout.
+
+        Raises:
+            UnavailableError: the connection is down.
+        """
+        if not self.connected:
+            raise UnavailableError("the message bus is not reachable; try again")
+
+    # ---- Connection --------------------------------------------------------------------------------------------------
+
     async def connect(self, url: str) -> None:
         """Connects, waiting for a server that is still starting.
 
@@ -63,80 +94,45 @@ class Bus:
                 self._client = await nats.connect(
                     url,
                     name="river-gateway",
-                    connect_timeout=NATS_CONNECT_TIMEOUT_S,
-                    allow_reconnect=False,
-                    ping_interval=5,
+                    connect_timeout=int(NATS_CONNECT_TIMEOUT_S),
+                    reconnect_time_wait=NATS_RECONNECT_WAIT_S,  # pyright: ignore[reportArgumentType] - any number will do
+                    max_reconnect_attempts=-1,
+                    ping_interval=NATS_PING_INTERVAL_S,
+                    max_outstanding_pings=2,
+                    disconnected_cb=self._on_lost,
+                    reconnected_cb=self._on_back,
+                    error_cb=self._on_error,
                 )
-                await self._client.close()
-                break
-            except (NoServersError, OSError, TimeoutError):
+            except (nats.errors.NoServersError, OSError, TimeoutError):
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(NATS_RECONNECT_WAIT_S)
-        # With reconnection allowed, nats-py would log and swallow each failure of the first attempt.
-        self._client = await nats.connect(
-            url,
-            name="river-gateway",
-            connect_timeout=NATS_CONNECT_TIMEOUT_S,
-            reconnect_time_wait=NATS_RECONNECT_WAIT_S,
-            max_reconnect_attempts=-1,
-            ping_interval=5,
-            max_outstanding_pings=2,
-            disconnected_cb=self._on_lost,
-            reconnected_cb=self._on_back,
-            error_cb=self._on_error,
-        )
+            else:
+                return
 
     async def close(self) -> None:
         """Closes the connection, after what was published has left."""
-        if self._client is not None and not self._client.is_closed:
-            if self._client.is_connected:
-                await self._client.flush(timeout=int(NATS_ACK_TIMEOUT_S))
+        if self.connected:
+            await self.client.drain()
+        elif self._client is not None:
             await self._client.close()
 
-    async def publish(
-        self,
-        subject: str,
-        payload: bytes,
-        *,
-        message_id: str,
-        headers: Mapping[str, str] | None = None,
-    ) -> bool:
-        """Publishes to JetStream and returns once it is stored; False when `message_id` had been stored before.
-
-        Raises:
-            UnavailableError: the connection is down.
-            nats.errors.Error: no stream took it, or none answered in time.
-        """
-        self.require()
-        stored = await self.jetstream.publish(
-            subject, payload, headers={"Nats-Msg-Id": message_id, **(headers or {})}
-        )
-        return not stored.duplicate
-
-    def require(self) -> None:
-        """Fails at once where waiting for a lost connection would only end in a timeout.
-
-        Raises:
-            UnavailableError: the connection is down.
-        """
-        if not self.connected:
-            raise UnavailableError("the message bus is not reachable; try again")
-
     def heard_until(self, now: float, grace_s: float) -> float:
-        """The moment up to which silence means anything: while the connection is down, and for `grace_s` after, when it was lost.
+        """The moment up to which silence means something.
 
-        Without this, everybody's heartbeat would look old as soon as NATS is away.
+        While the connection is down, and for `grace_s` after, that is when it was lost: otherwise everybody's heartbeat
+        would look old as soon as NATS is away.
         """
         if self._lost_at is None:
             return now
-        if not self.connected or self._back_at is None or now - self._back_at < grace_s:
+        if self._back_at is None or now - self._back_at < grace_s:
             return self._lost_at
         return now
 
     async def _on_lost(self) -> None:
-        self._lost_at = time.time()
-        self._back_at = None
+        if self.client.is_draining or self.client.is_closed:
+            return
+        self._lost_at, self._back_at = time.time(), None
         logger.warning("NATS connection lost")
 
     async def _on_back(self) -> None:
@@ -145,3 +141,55 @@ class Bus:
 
     async def _on_error(self, error: Exception) -> None:
         logger.warning("NATS: %s", error)
+
+    # ---- Messages ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def listening(self, subject: str) -> AsyncGenerator[Subscription]:
+        """A subscription for the block."""
+        self.require()
+        subscription = await self.client.subscribe(subject)
+        try:
+            yield subscription
+        finally:
+            if not self.client.is_closed:
+                await subscription.unsubscribe()
+
+    # ---- Buckets -----------------------------------------------------------------------------------------------------
+
+    async def get(self, bucket: str, key: str) -> bytes | None:
+        """The value of a key as it is now; None when there is none, or no such bucket yet.
+
+        Raises:
+            BusError: the server does not answer.
+        """
+        self.require()
+        try:
+            entry = await (await self.jetstream.key_value(bucket)).get(key)
+        except (BucketNotFoundError, KeyNotFoundError):
+            return None
+        return entry.value
+
+    @asynccontextmanager
+    async def watching(
+        self, bucket: str, silence_s: float
+    ) -> AsyncGenerator[AsyncGenerator[Change | None]]:
+        """All keys of a bucket, then None once, then every change, until there has been none for `silence_s`.
+
+        Raises:
+            BusError: there is no such bucket, or the silence was too long.
+        """
+        watcher = await (await self.jetstream.key_value(bucket)).watchall()
+
+        async def changes() -> AsyncGenerator[Change | None]:
+            while True:
+                entry = await watcher.updates(timeout=silence_s)
+                if entry is None:
+                    yield None
+                elif isinstance(entry, KeyValue.Entry):
+                    yield Change(entry.key, None if entry.operation else entry.value or b"")
+
+        try:
+            yield changes()
+        finally:
+            await watcher.stop()

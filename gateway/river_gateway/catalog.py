@@ -6,7 +6,6 @@ import datetime as dt
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import asyncpg
 import msgspec
 
 from river_client import wire
@@ -16,7 +15,7 @@ from river_trainer.protocol import policy_version
 
 if TYPE_CHECKING:
     from river_billing.events import CheckpointSaved
-    from river_gateway.database import Database
+    from river_gateway.database import Database, Row
 
 SCHEME = "river://"
 _FOLDERS = {"weights": "training", "sampler_weights": "inference"}
@@ -320,7 +319,7 @@ def _json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _run(row: asyncpg.Record) -> RunRow:
+def _run(row: Row) -> RunRow:
     return RunRow(
         run_id=row["run_id"],
         session_id=row["session_id"],
@@ -335,7 +334,7 @@ def _run(row: asyncpg.Record) -> RunRow:
     )
 
 
-def _checkpoint(row: asyncpg.Record) -> CheckpointRow:
+def _checkpoint(row: Row) -> CheckpointRow:
     expires_at = cast("dt.datetime | None", row["expires_at"])
     return CheckpointRow(
         location=row["location"],
@@ -354,7 +353,7 @@ def _checkpoint(row: asyncpg.Record) -> CheckpointRow:
     )
 
 
-def _alias(row: asyncpg.Record) -> wire.Alias:
+def _alias(row: Row) -> wire.Alias:
     return wire.Alias(
         name=row["name"], target=row["target"], updated_at=row["updated_at"].isoformat()
     )

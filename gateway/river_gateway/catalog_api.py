@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from litestar import Response, delete, get, put
 from litestar.params import Parameter
@@ -32,16 +32,11 @@ from river_gateway.files import (
     parse_range,
     read_file,
 )
-from river_gateway.services import Services
+from river_gateway.services import Services, services_of
 
 logger = logging.getLogger("river.gateway")
 
 _EITHER = [requires("train", "infer")]
-
-
-def services_of(request: WireRequest) -> Services:
-    """What the app was opened with."""
-    return cast("Services", request.app.state.services)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -130,7 +125,7 @@ async def get_aliases(request: WireRequest) -> Response[wire.Page]:
 
 @put("/aliases/{name:str}", guards=[requires("train")])
 async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
-    """Points a name at a checkpoint, or at a run to follow its live version: promote and roll back are this one write."""
+    """Points a name at a checkpoint, or at a run to follow its live version. To promote and to roll back are this."""
     services, tenant_id = services_of(request), principal_of(request).tenant_id
     validation.name(name, "name")
     if name in services.engines.bases() | services.trainers.bases():

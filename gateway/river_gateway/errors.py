@@ -23,9 +23,8 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import asyncpg
 import msgspec
 import nats.errors
 import nats.js.errors
@@ -34,12 +33,11 @@ from litestar.exceptions import HTTPException
 
 from river_client import wire
 from river_gateway.context import context_of
+from river_gateway.database import POSTGRES_AWAY
 from river_gateway.limits import RETRY_AFTER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from litestar.types import ExceptionHandler
+    from collections.abc import Callable, Mapping
 
 logger = logging.getLogger("river.gateway")
 
@@ -240,7 +238,7 @@ def _from_http_exception(error: HTTPException) -> GatewayError:
 def _validation_extra(error: HTTPException) -> Mapping[str, Any]:
     extra = error.extra
     if isinstance(extra, list) and extra and isinstance(extra[0], dict):
-        return extra[0]
+        return cast("dict[str, Any]", extra[0])
     return {}
 
 
@@ -282,19 +280,7 @@ def _answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Res
     return error_response(GatewayError("internal error"), request)
 
 
-# A dying server shows up as any of these, not only as PostgresConnectionError.
-POSTGRES_AWAY: tuple[type[Exception], ...] = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.AdminShutdownError,
-    ConnectionError,
-    TimeoutError,
-)
-
-EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler[Any]] = {
+EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Any, Any], Response[bytes]]] = {
     GatewayError: _answer_gateway_error,
     HTTPException: _answer_http_exception,
     nats.errors.Error: _answer_nats,

@@ -62,7 +62,7 @@ async def list_files(location: str) -> list[CheckpointFile]:
     """
     files: list[CheckpointFile] = []
     try:
-        async for batch in _store(location).list():
+        async for batch in _store(location).list():  # pyright: ignore[reportUnknownMemberType] - its Arrow variant
             files += [CheckpointFile(name=item["path"], size_bytes=item["size"]) for item in batch]
     except (BaseError, OSError) as error:
         raise UnavailableError("the checkpoint store cannot be read; try again") from error

@@ -18,6 +18,7 @@ from river_gateway.services import open_services
 from river_gateway.settings import Settings
 
 if TYPE_CHECKING:
+    from socket import socket
     from types import FrameType
 
     from river_gateway.services import Services
@@ -66,10 +67,10 @@ class GatewayServer(uvicorn.Server):
         super().__init__(config)
         self._services = services
 
-    async def shutdown(self, sockets: list[object] | None = None) -> None:
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Called by uvicorn when it begins to stop."""
         self._services.stopping.set()
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await super().shutdown(sockets)
 
 
 def _ignore(_signal: int, _frame: FrameType | None) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
-import nats.errors
 
 from river_billing import streams
 from river_billing.events import UsageEvent, UsageKind
+from river_gateway.bus import BusError
 from river_gateway.errors import UnavailableError
 from river_gateway.ids import uuid7_time_s
 from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
@@ -154,7 +154,7 @@ class Meter:
             return
         try:
             await self._publish(event)
-        except (nats.errors.Error, UnavailableError, TimeoutError) as error:
+        except (BusError, UnavailableError, TimeoutError) as error:
             logger.warning("usage event waits: %s", error, extra={"request": event.event_id})
             self.record_later(event)
         else:
@@ -181,7 +181,7 @@ class Meter:
             event = self._backlog[0]
             try:
                 await self._publish(event)
-            except (nats.errors.Error, UnavailableError, TimeoutError):
+            except (BusError, UnavailableError, TimeoutError):
                 return False
             if self._backlog and self._backlog[0] is event:
                 self._backlog.popleft()

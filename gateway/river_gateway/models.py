@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
-from nats.js.errors import BucketNotFoundError, KeyNotFoundError
 
 from river_engine.protocol import AdapterRef
 from river_gateway import catalog
@@ -70,13 +69,10 @@ async def _resolve_path(services: Services, text: str, tenant_id: str) -> Target
 
 async def _live_version(services: Services, run_id: str) -> LiveVersion:
     """Asked of NATS each time, so that a version is seen as soon as the result that made it."""
-    try:
-        bucket = await services.bus.jetstream.key_value(LIVE_BUCKET)
-        entry = await bucket.get(run_id)
-    except (BucketNotFoundError, KeyNotFoundError):
-        raise UnavailableError(f"the run {run_id!r} has no version yet; try again") from None
-    assert entry.value is not None
-    return msgspec.msgpack.decode(entry.value, type=LiveVersion)
+    value = await services.bus.get(LIVE_BUCKET, run_id)
+    if value is None:
+        raise UnavailableError(f"the run {run_id!r} has no version yet; try again")
+    return msgspec.msgpack.decode(value, type=LiveVersion)
 
 
 def _unknown(name: str) -> UnknownModelError:

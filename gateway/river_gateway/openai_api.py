@@ -7,7 +7,7 @@ as it is, but for usage that the client has not asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
@@ -27,7 +27,7 @@ from river_gateway.errors import (
 from river_gateway.metering import Chunk, UsageTally, usage_event
 from river_gateway.models import Target, resolve_model
 from river_gateway.relay import Relay
-from river_gateway.services import Services
+from river_gateway.services import Services, services_of
 from river_gateway.sse import UsageWishes
 from river_gateway.upstream import ENGINE_LOST, Opened, unless_client_leaves
 
@@ -135,7 +135,7 @@ async def embeddings(request: AnyRequest) -> Response[bytes]:  # noqa: ARG001 - 
 
 
 async def _complete(request: AnyRequest, path: str) -> ASGIResponse:
-    services = cast("Services", request.app.state.services)
+    services = services_of(request)
     services.meter.admit()
     principal = principal_of(request)
     body = await request.body()
@@ -231,7 +231,7 @@ async def _answer_whole(
 @get("/models", guards=[requires("infer", "train")])
 async def list_models(request: AnyRequest) -> Response[bytes]:
     """The base models, and this tenant's aliases and checkpoints."""
-    services = cast("Services", request.app.state.services)
+    services = services_of(request)
     tenant_id = principal_of(request).tenant_id
     models = [_model(name) for name in sorted(_served_bases(services))]
     models += [_model(alias.name) for alias in await catalog.list_aliases(services.pool, tenant_id)]
@@ -245,9 +245,9 @@ async def list_models(request: AnyRequest) -> Response[bytes]:
 @get("/models/{model_id:path}", guards=[requires("infer", "train")])
 async def get_model(request: AnyRequest, model_id: str) -> Response[bytes]:  # noqa: ARG001 - see below
     """One model, by any name that a completion takes."""
-    services = cast("Services", request.app.state.services)
+    services = services_of(request)
     # Litestar folds the double slash of `river://…`, so the name is taken from the path as it was sent.
-    raw_path = cast("bytes", request.scope["raw_path"]).decode("latin-1").partition("?")[0]
+    raw_path = request.scope["raw_path"].decode("latin-1").partition("?")[0]
     name = unquote(raw_path.partition("/models/")[2])
     await resolve_model(services, name, principal_of(request).tenant_id)
     return _json(_model(name))

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
 from typing import TYPE_CHECKING
 
-import msgspec
 import nats.errors
-from nats.js.errors import NotFoundError
 
 from river_billing.catalog import record_checkpoint
 from river_client import wire
@@ -22,7 +19,7 @@ from river_gateway import catalog, validation
 from river_gateway.errors import InvalidFieldError, NotFoundError, UnavailableError
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import SEQ_MAX
-from river_trainer import protocol
+from river_trainer import journal, protocol
 
 if TYPE_CHECKING:
     from river_gateway.auth import Principal
@@ -162,24 +159,9 @@ async def publish_task(
         submitted_at=time.time(),
         task=task,
     )
-    body = msgspec.msgpack.encode(message)
-    operation = protocol.operation_id(run.run_id, seq)
-    subject = protocol.train_subject(run.base_model, run.run_id)
-    message_id = f"{run.run_id}:{seq}"
-    if len(body) <= protocol.BODY_INLINE_MAX_BYTES:
-        await services.bus.publish(subject, body, message_id=message_id)
-        return operation
     services.bus.require()
-    bucket = await services.bus.jetstream.object_store(protocol.BODIES_BUCKET)
-    # A name of its own for each submission: a duplicate must not overwrite what the trainer may be reading.
-    name = f"{operation}.{secrets.token_hex(4)}"
-    await bucket.put(name, body)
-    stored = await services.bus.publish(
-        subject, b"", message_id=message_id, headers={protocol.BODY_HEADER: name}
-    )
-    if not stored:
-        await bucket.delete(name)
-    return operation
+    await journal.submit(services.bus.jetstream, message)
+    return protocol.operation_id(run.run_id, seq)
 
 
 # ---- Out -------------------------------------------------------------------------------------------------------------
@@ -204,46 +186,39 @@ async def await_result(
 
     A checkpoint that the operation made is in the catalog when this returns.
     """
-    payload = await _await_payload(services, operation, timeout_s)
-    if payload is None:
+    result = await _await_result(services, operation, timeout_s)
+    if result is None:
         return wire.OperationResult(operation_id=operation, status="pending")
-    result = msgspec.msgpack.decode(payload, type=protocol.TrainResult)
     if result.checkpoint is not None:
         async with services.pool.acquire() as connection:
             await record_checkpoint(connection, result.checkpoint)
     return to_wire(result)
 
 
-async def _await_payload(services: Services, operation: str, timeout_s: float) -> bytes | None:
-    services.bus.require()
-    subject = protocol.result_subject(operation)
+async def _await_result(
+    services: Services, operation: str, timeout_s: float
+) -> protocol.TrainResult | None:
+    jetstream = services.bus.jetstream
     # Subscribed before looking, so that a result between the two is not missed.
-    subscription = await services.bus.client.subscribe(subject)
-    try:
-        stored = await _last_payload(services, subject)
+    async with services.bus.listening(protocol.result_subject(operation)) as subscription:
+        stored = await journal.find_result(jetstream, operation)
         if stored is not None or timeout_s <= 0 or services.stopping.is_set():
             return stored
         arriving = asyncio.ensure_future(subscription.next_msg(timeout=timeout_s))
         stopping = asyncio.ensure_future(services.stopping.wait())
         try:
             await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            return arriving.result().data if arriving.done() else None
+            if not arriving.done():
+                return None
+            message = arriving.result()
+            body = await journal.read_body(jetstream, message.data, message.headers)
+            return journal.decode_result(body)
         except nats.errors.TimeoutError:
             return None
         finally:
             arriving.cancel()
             stopping.cancel()
             await asyncio.gather(arriving, stopping, return_exceptions=True)
-    finally:
-        await subscription.unsubscribe()
-
-
-async def _last_payload(services: Services, subject: str) -> bytes | None:
-    try:
-        message = await services.bus.jetstream.get_last_msg(protocol.RESULTS_STREAM, subject)
-    except NotFoundError:
-        return None  # No such result, or no trainer has made the stream yet.
-    return message.data
 
 
 def to_wire(result: protocol.TrainResult) -> wire.OperationResult:

@@ -10,20 +10,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
-import nats.errors
 
 from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_engine.protocol import HEARTBEAT_LOST_AFTER_S as ENGINE_LOST_AFTER_S
+from river_gateway.bus import BusError
 from river_gateway.limits import WATCH_RETRY_S, WATCH_SILENCE_S
 from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_S
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Generator
 
-    from nats.js.kv import KeyValue
-
-    from river_gateway.bus import Bus
+    from river_gateway.bus import Bus, Change
 
 logger = logging.getLogger("river.gateway")
 
@@ -85,40 +83,32 @@ class Registry(Generic[RecordType]):
         """Follows the bucket until cancelled, through its creation, loss and return."""
         while True:
             try:
-                await self._follow(await self._bus.jetstream.key_value(self._bucket))
-            except nats.errors.Error as error:
+                async with self._bus.watching(self._bucket, WATCH_SILENCE_S) as changes:
+                    await self._apply(changes)
+            except BusError as error:
                 logger.debug("watching %s: %s", self._bucket, error)
             await asyncio.sleep(WATCH_RETRY_S)
 
-    async def _follow(self, bucket: KeyValue) -> None:
-        """Applies updates until there has been none for so long that the watch itself is in doubt."""
-        watcher = await bucket.watchall()
-        found: dict[str, RecordType] | None = {}  # The bucket as it is, until all of it has come.
-        try:
-            while True:
-                entry = await watcher.updates(timeout=WATCH_SILENCE_S)
-                if entry is None:
-                    if found is not None:
-                        self._records, found = found, None
-                    continue
-                record = self._decode(entry.key, entry.value) if not entry.operation else None
-                records = self._records if found is None else found
-                if record is None:
-                    records.pop(entry.key, None)
-                else:
-                    records[entry.key] = record
-                    self._remember(record)
-        finally:
-            await watcher.stop()
-
-    def _decode(self, key: str, value: bytes | None) -> RecordType | None:
-        for decode in (msgspec.msgpack.decode, msgspec.json.decode):
-            try:
-                return decode(value or b"", type=self._kind)
-            except msgspec.DecodeError:
+    async def _apply(self, changes: AsyncIterator[Change | None]) -> None:
+        """Applies changes until they end. The old snapshot stands until all of the bucket has come."""
+        records: dict[str, RecordType] = {}
+        async for change in changes:
+            if change is None:
+                self._records = records
                 continue
-        logger.error("unreadable record %s in bucket %s", key, self._bucket)
-        return None
+            record = self._decode(change) if change.value is not None else None
+            if record is None:
+                records.pop(change.key, None)
+            else:
+                records[change.key] = record
+                self._remember(record)
+
+    def _decode(self, change: Change) -> RecordType | None:
+        try:
+            return msgspec.msgpack.decode(change.value or b"", type=self._kind)
+        except msgspec.DecodeError as error:
+            logger.error("unreadable record %s in bucket %s: %s", change.key, self._bucket, error)  # noqa: TRY400 - the trace says nothing more
+            return None
 
     def _remember(self, record: RecordType) -> None:
         known = self._last_of_base.get(record.base_model)
@@ -136,7 +126,7 @@ class Engines(Registry[EngineRecord]):
         self.in_flight: Counter[str] = Counter()
 
     @contextmanager
-    def occupied(self, engine_id: str) -> Iterator[None]:
+    def occupied(self, engine_id: str) -> Generator[None]:
         """Counts one request on an engine while the block runs."""
         self.in_flight[engine_id] += 1
         try:

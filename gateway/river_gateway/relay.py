@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from litestar.response.base import ASGIResponse
@@ -42,6 +42,8 @@ class Relay(ASGIResponse):
     generator's clean-up.
     """
 
+    _should_set_content_length = False
+
     def __init__(
         self,
         opened: Opened,
@@ -52,7 +54,7 @@ class Relay(ASGIResponse):
         event: Callable[[], UsageEvent | None],
         headers: Mapping[str, str],
     ) -> None:
-        super().__init__(media_type="text/event-stream", headers=dict(headers))
+        super().__init__(status_code=200, media_type="text/event-stream", headers=dict(headers))
         self._opened = opened
         self._meter = meter
         self._tally = tally
@@ -71,8 +73,7 @@ class Relay(ASGIResponse):
                 self._meter.record_later(self._event())
 
     async def _forward(self, send: Send) -> None:
-        headers: list[tuple[bytes, bytes]] = list(self.encoded_headers())
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self.start_response(send)
         splitter = EventSplitter()
         try:
             async for data in self._opened.response.content.iter_chunked(FILE_CHUNK_BYTES):
@@ -97,12 +98,6 @@ class Relay(ASGIResponse):
         if not self._settled:
             await self._meter.record(self._event())
             self._settled = True
-
-    def encoded_headers(self) -> list[Any]:
-        """The headers as ASGI sends them; a stream has no length."""
-        return [
-            *((name, value) for name, value in self.headers.encode() if name != b"content-length"),
-        ]
 
 
 async def _send_body(send: Send, body: bytes) -> None:

@@ -6,13 +6,11 @@ import asyncio
 import logging
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import nats.errors
+from typing import TYPE_CHECKING, Any, cast
 
 from river_billing.streams import ensure_streams
 from river_gateway.auth import KeyCache
-from river_gateway.bus import Bus
+from river_gateway.bus import Bus, BusError
 from river_gateway.database import open_pool
 from river_gateway.limits import USAGE_RETRY_S
 from river_gateway.metering import Meter
@@ -21,10 +19,11 @@ from river_gateway.telemetry import Telemetry
 from river_gateway.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
-    import asyncpg
+    from litestar import Request
 
+    from river_gateway.database import Pool
     from river_gateway.settings import Settings
 
 logger = logging.getLogger("river.gateway")
@@ -35,7 +34,7 @@ class Services:
     """`stopping` is set when the process has been asked to end: long polls answer at once."""
 
     settings: Settings
-    pool: asyncpg.Pool[asyncpg.Record]
+    pool: Pool
     bus: Bus
     keys: KeyCache
     engines: Engines
@@ -55,8 +54,13 @@ class Services:
         return None
 
 
+def services_of(request: Request[Any, Any, Any]) -> Services:
+    """What the app of a request was made with."""
+    return cast("Services", request.app.state.services)
+
+
 @asynccontextmanager
-async def open_services(settings: Settings) -> AsyncIterator[Services]:
+async def open_services(settings: Settings) -> AsyncGenerator[Services]:
     """Opens everything and runs the background tasks while the block runs.
 
     Usage events still waiting at the end are sent if NATS takes them.
@@ -103,7 +107,7 @@ async def _make_event_stream(bus: Bus) -> None:
     while True:
         try:
             await ensure_streams(bus.jetstream)
-        except nats.errors.Error as error:
+        except BusError as error:
             logger.warning("the event stream cannot be made: %s", error)
             await asyncio.sleep(USAGE_RETRY_S)
         else:

@@ -6,7 +6,6 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import msgspec
-import nats.errors
 from litestar import Response, delete, get, post
 
 from river_billing.events import UsageKind
@@ -19,6 +18,7 @@ from river_engine.protocol import (
 )
 from river_gateway import catalog, operations, validation
 from river_gateway.auth import principal_of, requires
+from river_gateway.bus import BusError
 from river_gateway.catalog import RunRow
 from river_gateway.codec import MSGPACK, WireRequest, reply
 from river_gateway.context import context_of
@@ -32,15 +32,9 @@ from river_gateway.ids import new_id
 from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
 from river_gateway.metering import usage_event
 from river_gateway.models import Target, resolve_model
-from river_gateway.services import Services
+from river_gateway.services import Services, services_of
 from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
 from river_trainer import protocol
-
-
-def services_of(request: WireRequest) -> Services:
-    """What the app was opened with."""
-    return cast("Services", request.app.state.services)
-
 
 # ---- Sessions --------------------------------------------------------------------------------------------------------
 
@@ -137,7 +131,7 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
     try:
         task = protocol.CreateRun(shape=shape, checkpoint=location)
         await operations.publish_task(services, run, principal, 0, task)
-    except (nats.errors.Error, UnavailableError):
+    except (BusError, UnavailableError):
         await catalog.delete_unstarted_run(services.pool, run_id)
         raise
     return reply(request, run.to_wire(), status=HTTPStatus.CREATED)

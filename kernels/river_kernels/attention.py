@@ -5,6 +5,9 @@ mask is needed and the fused kernel runs. The padded length of a sequence is a f
 its result does not depend on the others in the batch.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 from collections.abc import Sequence

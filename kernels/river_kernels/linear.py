@@ -4,6 +4,9 @@ One autograd function, so that a step keeps only x and the rank-sized `x A^T`, a
 in a pass of its own.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803, N806
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -4,6 +4,9 @@ A batch of T tokens would need T times vocabulary floats several times over. Her
 log-sum-exp), and backward computes the logits of each chunk once more.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803, N806
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -10,6 +10,9 @@ Gate and up share one A, as in PEFT's layout of a fused parameter. Backward need
 the router weights: <dy, y> = <dh, h> with the unweighted dh.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803, N806
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -210,9 +213,7 @@ class _MoeLora(torch.autograd.Function):
         dweights_TK = (dh_PI * h_PI).sum(1)[route.inverse].view(shape)
         dz_PF = _swiglu_backward(dh_PI.mul_(weight_P[:, None]), z_PF)
         dx_PH = _by_expert(dz_PF, gate_up, route) if ctx.needs_input_grad[0] else None
-        d_gate_up = _groups_backward(
-            dz_PF, x_PH, dx_PH, route, flat[:half], ctx.scales[:slots], v1
-        )
+        d_gate_up = _groups_backward(dz_PF, x_PH, dx_PH, route, flat[:half], ctx.scales[:slots], v1)
         dx_TH = None
         if dx_PH is not None:
             dx_TH = dx_PH[route.inverse].view(*dweights_TK.shape, -1).sum(1)

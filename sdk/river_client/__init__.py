@@ -1,0 +1,81 @@
+"""River's client: train open models over an API, sample from them and chat with them.
+
+    import river_client as river
+
+    client = river.Client()
+    with client.session() as session:
+        model = session.create_model(base_model="river/tiny-moe")
+        groups = model.sample(prompts=["2 + 2 ="], num_samples=4)
+        model.forward_backward(data=[...], loss_fn="importance_sampling")
+        model.optim_step(lr=4e-5)
+
+`Client` blocks; `AsyncClient` has the same names for `async` code.
+"""
+
+from river_client.async_client import AsyncClient, AsyncSession
+from river_client.async_model import AsyncModel, AsyncPendingOp
+from river_client.client import Client, Model, PendingOp, Session
+from river_client.exceptions import (
+    AuthenticationError,
+    ConnectionError,  # noqa: A004 - its name in the documentation
+    InvalidRequestError,
+    NotFoundError,
+    OperationFailedError,
+    OutOfCreditError,
+    PermissionDeniedError,
+    RateLimitError,
+    RiverError,
+    ServerError,
+    TimeoutError,  # noqa: A004 - its name in the documentation
+)
+from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
+from river_client.wire import (
+    Alias,
+    ApiKey,
+    BaseModel,
+    Checkpoint,
+    LoraConfig,
+    Price,
+    Run,
+    Tenant,
+    TopLogprob,
+    UsageLine,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alias",
+    "ApiKey",
+    "AsyncClient",
+    "AsyncModel",
+    "AsyncPendingOp",
+    "AsyncSession",
+    "AuthenticationError",
+    "BaseModel",
+    "ChatReply",
+    "Checkpoint",
+    "Client",
+    "ConnectionError",
+    "InvalidRequestError",
+    "LoraConfig",
+    "Model",
+    "NotFoundError",
+    "OperationFailedError",
+    "OutOfCreditError",
+    "PendingOp",
+    "PermissionDeniedError",
+    "Price",
+    "RateLimitError",
+    "RiverError",
+    "Run",
+    "Sample",
+    "SampleOptions",
+    "ServerError",
+    "Session",
+    "Tenant",
+    "TimeoutError",
+    "TopLogprob",
+    "TrainingResult",
+    "UsageLine",
+]

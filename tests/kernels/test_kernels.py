@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn import functional
+
 from river_kernels import (
     NO_ADAPTER,
     LoraPair,
@@ -17,7 +19,6 @@ from river_kernels import (
     moe_lora,
     packed_causal_attention,
 )
-from torch.nn import functional
 
 SEGMENTS: Segments = (
     Segment(0, 0, 7),
@@ -236,9 +237,7 @@ def test_an_adapter_gets_the_same_alone_and_in_company() -> None:
     second = make_pairs(generator, inputs=inner, outputs=hidden, experts=experts)
 
     def gradients(rows: slice, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
-        out = moe_lora(
-            x[rows], chosen[rows], weights[rows], gate_up, down, segments, first, second
-        )
+        out = moe_lora(x[rows], chosen[rows], weights[rows], gate_up, down, segments, first, second)
         pair = first[1]
         assert pair is not None
         here = slice(segments[-2].start, segments[-2].end) if len(segments) > 1 else slice(None)

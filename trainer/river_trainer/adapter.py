@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 import torch
-from river_kernels import LoraPair
 
+from river_kernels import LoraPair
 from river_trainer.protocol import AdapterShape
 from river_trainer.sites import Site, trained_sites
 

@@ -9,6 +9,9 @@ transformers owns the architecture; three of its seams are ours:
 lm_head is never called: `token_logprobs` computes what a loss needs of it, chunk by chunk.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803, N806
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.moe import ExpertsInterface
+from transformers.utils import logging as transformers_logging
+
 from river_kernels import (
     LoraPair,
     Packing,
@@ -25,11 +33,6 @@ from river_kernels import (
     moe_lora,
     packed_causal_attention,
 )
-from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations.moe import ExpertsInterface
-from transformers.utils import logging as transformers_logging
-
 from river_trainer.adapter import Adapter
 from river_trainer.packing import PackedBatch
 from river_trainer.sites import Group, Site
@@ -50,9 +53,7 @@ class _Pass:
         self.packing: Packing | None = None
 
     def pairs(self, site_name: str) -> list[LoraPair | None]:
-        return [
-            None if adapter is None else adapter.pair(site_name) for adapter in self.adapters
-        ]
+        return [None if adapter is None else adapter.pair(site_name) for adapter in self.adapters]
 
 
 class LoraLinear(nn.Module):
@@ -148,7 +149,7 @@ def _attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: (1, heads, T, D) in, (1, T, heads, D) out."""
+    """Transformers' attention function: (1, heads, T, D) in, (1, T, heads, D) out."""
     assert attention_mask is None
     running: _Pass = module.q_proj._running  # noqa: SLF001  # the layer's own linear knows the pass
     assert running.packing is not None, "the model only runs inside token_logprobs"
@@ -162,7 +163,7 @@ def _attention(
 def _experts(
     module: Any, hidden_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' experts function."""
+    """Transformers' experts function."""
     running: _Pass = module.river_pass
     return moe_lora(
         hidden_TH,

@@ -1,7 +1,9 @@
 """Every bound of the trainer, named."""
 
-MICRO_BATCH_TOKENS = 16_384
-"""Tokens in one forward and backward, unless the settings say otherwise; one longer sequence goes alone."""
+MICRO_BATCH_TOKENS = 4_096
+"""Tokens in one forward and backward, unless the settings say otherwise; one longer sequence goes alone.
+
+Small enough that a layer's activations stay near the processor: on CPUs larger passes are slower."""
 
 LORA_RANK_MAX = 64
 VERSIONS_KEPT = 8

@@ -75,9 +75,7 @@ def importance_sampling(data: LossInput) -> tuple[torch.Tensor, Sums]:
 
 LOSSES: Mapping[str, Loss] = {
     "cross_entropy": Loss(cross_entropy, (), "weight_sum"),
-    "importance_sampling": Loss(
-        importance_sampling, ("old_logprobs", "advantages"), "num_tokens"
-    ),
+    "importance_sampling": Loss(importance_sampling, ("old_logprobs", "advantages"), "num_tokens"),
 }
 
 TOTALS = frozenset({"loss_sum", "num_tokens", "weight_sum"})

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from river_kernels import Packing, Segment, Segments, make_packing
 
+from river_kernels import Packing, Segment, Segments, make_packing
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import Sequence
 

@@ -5,6 +5,9 @@ once for all of them, and each job has its own loss and its own gradients, which
 job went well. A job too big for one pass is continued in the next; gradients and sums add up.
 """
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N803, N806
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,8 +64,9 @@ def run_jobs(base: BaseModel, jobs: Sequence[Job], *, tokens_max: int) -> list[J
     for parts in _passes(jobs, tokens_max):
         _run_pass(base, jobs, parts, outputs)
     for output in outputs:
-        norms = torch._foreach_norm(list(output.gradients.values()))  # noqa: SLF001  # the one batched norm there is
-        output.finite &= all(bool(torch.isfinite(norm)) for norm in norms)
+        output.finite &= all(
+            bool(gradient.isfinite().all()) for gradient in output.gradients.values()
+        )
     return outputs
 
 
@@ -132,9 +136,7 @@ def _add_sums(output: JobOutput, sums: Mapping[str, torch.Tensor]) -> None:
     output.finite &= bool(torch.isfinite(sums["loss_sum"]))
 
 
-def _split(
-    logprobs_T: torch.Tensor, sequences: Sequence[TrainingSequence]
-) -> list[torch.Tensor]:
+def _split(logprobs_T: torch.Tensor, sequences: Sequence[TrainingSequence]) -> list[torch.Tensor]:
     pieces = [piece.clone() for piece in logprobs_T.split([item.tokens for item in sequences])]
     for piece in pieces:
         piece[-1] = 0.0

@@ -69,7 +69,13 @@ def import_adapter(
         raise InvalidTaskError(f"the checkpoint has no file {error}") from error
     except (msgspec.DecodeError, SafetensorError) as error:
         raise InvalidTaskError(f"the checkpoint's adapter cannot be read: {error}") from error
-    if config.peft_type != "LORA" or config.use_dora or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+    if (
+        config.peft_type != "LORA"
+        or config.use_dora
+        or config.use_rslora
+        or config.rank_pattern
+        or config.alpha_pattern
+    ):
         raise InvalidTaskError("the checkpoint's adapter is not a plain LoRA of one rank and alpha")
     present = {site.group for site in sites if f"{site.peft_prefix}.lora_A.weight" in stored}
     shape = AdapterShape(
@@ -99,16 +105,16 @@ def _unpack(
             expected = shapes[name]
             if tensor.numel() != torch.Size(expected).numel():
                 raise InvalidTaskError(f"{stored_name} has the shape {tuple(tensor.shape)}")
-            if site.experts is None:
-                tensor = tensor.reshape(expected)
-            elif key == "lora_A":
+            if site.experts is None or key == "lora_A":
                 tensor = tensor.reshape(expected)
             else:
                 tensor = tensor.reshape(site.outputs, rank, site.experts).permute(2, 0, 1)
             tensors[name] = tensor.contiguous()
     unknown = sorted(stored.keys() - known)
     if unknown:
-        raise InvalidTaskError(f"the checkpoint's adapter changes {unknown[0]}, which is not trained here")
+        raise InvalidTaskError(
+            f"the checkpoint's adapter changes {unknown[0]}, which is not trained here"
+        )
     return tensors
 
 

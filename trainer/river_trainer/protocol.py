@@ -1,6 +1,6 @@
 """What others say to a trainer, and what a trainer says of its runs. Imports nothing heavy.
 
-JetStream:
+JetStream (every body is msgpack, see `journal`):
 
 * `TRAIN_STREAM`, subjects `train.<base>.<run>`, message id `<run>:<seq>`: `TrainMessage`s, the journal of a run. It is
   kept until the trainer has snapshotted the run and trims it.
@@ -14,6 +14,7 @@ JetStream:
 from __future__ import annotations
 
 from msgspec import Struct, field
+
 from river_billing.events import CheckpointSaved
 from river_engine.protocol import AdapterRef, subject_token
 
@@ -60,8 +61,8 @@ class Sequence(Struct, frozen=True, kw_only=True):
     """One validated training sequence of T tokens, as little-endian bytes.
 
     `input_ids`, `target_tokens` int32 [T] (or [T, K] targets with `weights` [T, K], K = `targets_per_token`);
-    `weights`, `old_logprobs`, `advantages` float32 [T]. Index i describes the prediction from position i; the last index
-    is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one everywhere.
+    `weights`, `old_logprobs`, `advantages` float32 [T]. Index i describes the prediction from position i; the last
+    index is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one everywhere.
     """
 
     input_ids: bytes

@@ -32,4 +32,6 @@ class TrainerSettings(Struct, frozen=True, kw_only=True):
         return self.store_url or (Path(self.data_dir).resolve() / "store").as_uri()
 
     def adapter_directory(self) -> Path:
-        return (Path(self.adapter_dir) if self.adapter_dir else Path(self.data_dir) / "adapters").resolve()
+        return (
+            Path(self.adapter_dir) if self.adapter_dir else Path(self.data_dir) / "adapters"
+        ).resolve()

@@ -1,0 +1,251 @@
+"""The asynchronous client: everything that the SDK does is done here, once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import msgspec
+
+from river_client import exceptions, limits, wire
+from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
+from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
+from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
+from river_client.progress import waiting
+from river_client.results import (
+    ChatReply,
+    Sample,
+    SampleOptions,
+    TrainingResult,
+    training_result,
+)
+from river_client.settings import resolve_login
+from river_client.transport import JSON, Transport
+
+logger = logging.getLogger("river.client")
+
+SDK_VERSION = "0.1.0"
+CHAT_PATH = "/v1/chat/completions"
+
+
+class AsyncClient:
+    """A River server, as seen with one API key.
+
+    `api_key` and `base_url` default to RIVER_API_KEY and RIVER_BASE_URL, then to what `river login` stored. What fails
+    in passing is retried for `retry_for_s` seconds, as the same operation, so that nothing happens twice.
+
+    Raises:
+        AuthenticationError: there is no key.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        retry_for_s: float = limits.RETRY_PERIOD_S,
+    ) -> None:
+        login = resolve_login(api_key, base_url)
+        self.api_key = login.api_key
+        self.base_url = login.base_url
+        self._transport = Transport(login, retry_for_s=retry_for_s)
+        self.runs = AsyncRuns(self._transport)
+        self.checkpoints = AsyncCheckpoints(self._transport)
+        self.aliases = AsyncAliases(self._transport)
+        self.admin = AsyncAdmin(self._transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._transport.close()
+
+    def session(self, **tags: str) -> AsyncSession:
+        """A session to train in: `async with client.session(project="x") as session`."""
+        return AsyncSession(self._transport, tags)
+
+    async def sample(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        model: str | None = None,
+        base_model: str | None = None,
+        **options: Unpack[SampleOptions],
+    ) -> list[list[Sample]]:
+        """Samples of any model: a list per prompt.
+
+        `model` is a base model, a checkpoint's path, `river://<run>` or an alias; `base_model` says the same of a base
+        model. The options are those of `SampleOptions`.
+        """
+        name = model or base_model
+        if name is None:
+            raise exceptions.InvalidRequestError("model: missing", param="model")
+        return await draw_samples(self._transport, name, prompts, options)
+
+    async def chat(
+        self,
+        messages: ChatMessages,
+        *,
+        model: str,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **options: Any,
+    ) -> ChatReply:
+        """One answer to a text or a list of messages; `options` are further fields of OpenAI's chat completions."""
+        body = chat_body(messages, model, max_tokens, temperature, options)
+        async with waiting("waiting for the answer"):
+            response = await self._transport.send(
+                "POST",
+                CHAT_PATH,
+                headers={"content-type": JSON},
+                content=msgspec.json.encode(body),
+                timeout_s=limits.GENERATION_TIMEOUT_S,
+            )
+        return chat_reply(response)
+
+    async def chat_stream(
+        self,
+        messages: ChatMessages,
+        *,
+        model: str,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[str]:
+        """The same, in pieces of text as they come."""
+        body = chat_body(messages, model, max_tokens, temperature, options) | {"stream": True}
+        async with self._transport.stream(
+            "POST",
+            CHAT_PATH,
+            headers={"content-type": JSON},
+            content=msgspec.json.encode(body),
+            timeout_s=limits.GENERATION_TIMEOUT_S,
+        ) as response:
+            async for text in stream_texts(response):
+                yield text
+
+    def operation(self, operation_id: str) -> AsyncPendingOp[TrainingResult]:
+        """An operation submitted before, such as that of a `TimeoutError`."""
+        return AsyncPendingOp(self._transport, operation_id, training_result)
+
+    async def models(self) -> list[wire.BaseModel]:
+        """The base models, with what they can take and do at the moment."""
+        page = await self._transport.call("GET", "/models", wire.Page)
+        return page.models or []
+
+    async def usage(
+        self,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        *,
+        tenant: str | None = None,
+    ) -> list[wire.UsageLine]:
+        """What was used and what it cost, in whole hours. `tenant` is for admins: a tenant's id, or `*` for all."""
+        params: dict[str, str] = {}
+        for name, moment in (("since", since), ("until", until)):
+            if moment is not None:
+                params[name] = moment.astimezone().isoformat()
+        if tenant is not None:
+            params["tenant"] = tenant
+        page = await self._transport.call("GET", "/usage", wire.Page, params=params)
+        return page.usage or []
+
+    async def prices(self) -> list[wire.Price]:
+        """Every price that is or was in force."""
+        page = await self._transport.call("GET", "/prices", wire.Page)
+        return page.prices or []
+
+
+class AsyncSession:
+    """A piece of work, alive while its heartbeats come. What was trained in it stays when it ends."""
+
+    def __init__(self, transport: Transport, tags: Mapping[str, str]) -> None:
+        self.tags = dict(tags)
+        self._transport = transport
+        self._opened: wire.Session | None = None
+        self._heartbeats: asyncio.Task[None] | None = None
+
+    @property
+    def session_id(self) -> str:
+        assert self._opened is not None, "a session is opened by `with`"
+        return self._opened.session_id
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Opens the session and keeps it alive."""
+        assert self._opened is None, "a session is opened once"
+        body = wire.CreateSession(tags=self.tags, sdk_version=SDK_VERSION)
+        self._opened = await self._transport.call("POST", "/sessions", wire.Session, body=body)
+        self._heartbeats = asyncio.create_task(self._beat(self._opened))
+
+    async def close(self) -> None:
+        """Ends the session. It would end by itself, so a server that cannot be told is no error."""
+        if self._heartbeats is None:
+            return
+        self._heartbeats.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._heartbeats
+        self._heartbeats = None
+        try:
+            async with asyncio.timeout(limits.CLOSE_TIMEOUT_S):
+                await self._transport.tell("DELETE", f"/sessions/{self.session_id}")
+        except (exceptions.RiverError, TimeoutError) as error:
+            logger.warning("could not end session %s: %s", self.session_id, error)
+
+    async def create_model(
+        self,
+        base_model: str,
+        *,
+        lora: wire.LoraConfig | None = None,
+        checkpoint: str | None = None,
+    ) -> AsyncModel:
+        """A new adapter on a base model, fresh or from a checkpoint of the same shape; returns when it can be trained.
+
+        Raises:
+            NotFoundError: there is no such base model or checkpoint.
+            InvalidRequestError: the shape is not possible here, or not the checkpoint's.
+        """
+        body = wire.CreateRun(
+            session_id=self.session_id,
+            base_model=base_model,
+            lora=lora or wire.LoraConfig(),
+            checkpoint=checkpoint,
+        )
+        run = await self._transport.call("POST", "/runs", wire.Run, body=body)
+        created = AsyncPendingOp(self._transport, f"{run.run_id}-0", training_result)
+        await created.result()
+        return AsyncModel(self._transport, run)
+
+    async def _beat(self, session: wire.Session) -> None:
+        interval_s = max(session.heartbeat_interval_s, limits.HEARTBEAT_INTERVAL_MIN_S)
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self._transport.tell("POST", f"/sessions/{session.session_id}/heartbeat")
+            except exceptions.RiverError as error:
+                logger.warning("heartbeat of %s failed: %s", session.session_id, error)

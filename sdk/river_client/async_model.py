@@ -1,0 +1,401 @@
+"""A model in training, and its operations."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Generic, TypeVar, Unpack
+
+import msgspec
+
+from river_client import exceptions, limits, wire
+from river_client.arrays import DatumLike, pack_data
+from river_client.progress import waiting
+from river_client.results import (
+    Sample,
+    SampleOptions,
+    TrainingResult,
+    sample_groups,
+    sample_request,
+    saved_checkpoint,
+    training_result,
+)
+from river_client.transport import Transport
+
+logger = logging.getLogger("river.client")
+
+Result = TypeVar("Result")
+
+
+class AsyncPendingOp(Generic[Result]):
+    """An accepted operation. It is durable: it will be carried out whether anybody waits for it or not."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        operation_id: str,
+        convert: Callable[[wire.OperationResult], Result],
+        *,
+        on_done: Callable[[wire.OperationResult], None] | None = None,
+    ) -> None:
+        self.operation_id = operation_id
+        self._transport = transport
+        self._convert = convert
+        self._on_done = on_done
+        self._finished: wire.OperationResult | None = None
+
+    async def result(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109 - as futures have it
+        """Waits for the operation and returns what it did; again and again if you like.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed; the operation goes on, and this may be called again.
+            OperationFailedError: the trainer could not do it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        async with waiting(f"waiting for {self.operation_id}"):
+            while self._finished is None:
+                poll_s = limits.LONG_POLL_S
+                if deadline is not None:
+                    poll_s = max(0.0, min(poll_s, deadline - time.monotonic()))
+                await self._poll(poll_s)
+                if self._finished is None and deadline is not None and time.monotonic() >= deadline:
+                    raise exceptions.TimeoutError(
+                        f"{self.operation_id} is not done after {timeout} s",
+                        operation_id=self.operation_id,
+                    )
+        if self._finished.status == "failed":
+            error = self._finished.error
+            assert error is not None
+            raise exceptions.OperationFailedError(
+                error.message, operation_id=self.operation_id, type=error.type, param=error.param
+            )
+        return self._convert(self._finished)
+
+    async def done(self) -> bool:
+        """Whether the operation has been carried out or has failed."""
+        if self._finished is None:
+            await self._poll(0.0)
+        return self._finished is not None
+
+    async def _poll(self, poll_s: float) -> None:
+        result = await self._transport.call(
+            "GET",
+            f"/operations/{self.operation_id}",
+            wire.OperationResult,
+            params={"timeout_s": f"{poll_s:.3f}"},
+            timeout_s=poll_s + limits.LONG_POLL_GRACE_S,
+        )
+        if result.status != "pending":
+            self._finished = result
+            if self._on_done is not None:
+                self._on_done(result)
+
+
+class AsyncModel:
+    """One adapter in training. Calls may come from many tasks; they are carried out in the order made."""
+
+    def __init__(self, transport: Transport, run: wire.Run) -> None:
+        self.run_id = run.run_id
+        self.base_model = run.base_model
+        self.lora = run.lora
+        self._transport = transport
+        self._step = run.step
+        self._seq = 1  # of the next operation
+        self._submitting = asyncio.Lock()
+        self._unsettled: bytes | None = None
+
+    @property
+    def path(self) -> str:
+        """What to call the model's live version by, in `sample`, in chat and in the OpenAI API."""
+        return f"river://{self.run_id}"
+
+    @property
+    def policy_version(self) -> str:
+        """The newest version that an answered operation has made."""
+        return f"{self.run_id}@{self._step}"
+
+    # ---- Training ----------------------------------------------------------------------------
+
+    async def forward(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        **config: float,
+    ) -> TrainingResult:
+        """Loss and log-probabilities of `data`, without gradients."""
+        pending = await self.submit_forward(data, loss_fn=loss_fn, **config)
+        return await pending.result()
+
+    async def forward_backward(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        **config: float,
+    ) -> TrainingResult:
+        """Adds the gradients of the loss, summed over tokens, to those waiting for the next `optim_step`.
+
+        `config` holds the loss's own settings. A sequence is a dict of `input_ids` and what the loss needs, aligned to
+        the prediction position: index i is the prediction made from position i, the last index is ignored.
+
+        Raises:
+            InvalidRequestError: names the field and index; nothing was done.
+        """
+        pending = await self.submit_forward_backward(data, loss_fn=loss_fn, **config)
+        return await pending.result()
+
+    async def optim_step(
+        self,
+        *,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float | None = None,
+    ) -> TrainingResult:
+        """One AdamW step with the gradients gathered so far; makes the next policy version."""
+        pending = await self.submit_optim_step(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        return await pending.result()
+
+    async def train_step(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float | None = None,
+        **config: float,
+    ) -> TrainingResult:
+        """`forward_backward` and `optim_step` as one: both happen or neither."""
+        pending = await self.submit_train_step(
+            data,
+            loss_fn=loss_fn,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+            **config,
+        )
+        return await pending.result()
+
+    async def submit_forward(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        **config: float,
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`forward`, without waiting."""
+        operation = wire.Forward(data=pack_data(data), loss_fn=loss_fn, loss_config=config)
+        return await self._submit(operation, training_result)
+
+    async def submit_forward_backward(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        **config: float,
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`forward_backward`, without waiting."""
+        operation = wire.ForwardBackward(data=pack_data(data), loss_fn=loss_fn, loss_config=config)
+        return await self._submit(operation, training_result)
+
+    async def submit_optim_step(
+        self,
+        *,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float | None = None,
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`optim_step`, without waiting."""
+        adam = wire.AdamParams(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        return await self._submit(wire.OptimStep(adam=adam), training_result)
+
+    async def submit_train_step(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float | None = None,
+        **config: float,
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`train_step`, without waiting."""
+        adam = wire.AdamParams(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        operation = wire.TrainStep(
+            data=pack_data(data), adam=adam, loss_fn=loss_fn, loss_config=config
+        )
+        return await self._submit(operation, training_result)
+
+    async def submit_batch(
+        self,
+        data: Sequence[DatumLike],
+        *,
+        loss_fn: wire.LossName = "cross_entropy",
+        lr: float,
+        **config: float,
+    ) -> AsyncPendingOp[TrainingResult]:
+        """Continual training: returns once the batch is stored for good; the live version moves when it is applied."""
+        return await self.submit_train_step(data, loss_fn=loss_fn, lr=lr, **config)
+
+    # ---- Weights, metrics, samples -----------------------------------------------------------
+
+    async def save_weights(
+        self,
+        name: str,
+        mode: wire.SaveMode = "training",
+        *,
+        ttl: float | timedelta | None = None,
+    ) -> wire.Checkpoint:
+        """Stores the weights under a name, replacing what had it; `ttl` (seconds) is how long to keep them.
+
+        `training` keeps the optimizer too, `inference` only what is needed to serve.
+        """
+        pending = await self.submit_save_weights(name, mode, ttl=ttl)
+        return await pending.result()
+
+    async def submit_save_weights(
+        self,
+        name: str,
+        mode: wire.SaveMode = "training",
+        *,
+        ttl: float | timedelta | None = None,
+    ) -> AsyncPendingOp[wire.Checkpoint]:
+        """`save_weights`, without waiting."""
+        ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+        operation = wire.SaveWeights(
+            name=name, mode=mode, ttl_s=None if ttl_s is None else round(ttl_s)
+        )
+        return await self._submit(operation, saved_checkpoint)
+
+    async def load_weights(self, path: str, *, optimizer: bool = True) -> TrainingResult:
+        """Puts a checkpoint's weights, and its optimizer state unless told otherwise, in place of the model's own."""
+        pending = await self.submit_load_weights(path, optimizer=optimizer)
+        return await pending.result()
+
+    async def submit_load_weights(
+        self, path: str, *, optimizer: bool = True
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`load_weights`, without waiting."""
+        return await self._submit(wire.LoadWeights(path=path, optimizer=optimizer), training_result)
+
+    async def log(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Keeps metrics of your own with the run; `step` absent means the current one."""
+        body = wire.LogMetrics(
+            metrics={name: float(value) for name, value in metrics.items()}, step=step
+        )
+        await self._transport.tell("POST", f"/runs/{self.run_id}/metrics", body=body)
+
+    async def sample(
+        self, prompts: str | Sequence[str] | None = None, **options: Unpack[SampleOptions]
+    ) -> list[list[Sample]]:
+        """Samples of the model's live version: a list per prompt. The options are those of `SampleOptions`."""
+        return await draw_samples(self._transport, self.path, prompts, options)
+
+    # ---- Submitting --------------------------------------------------------------------------
+
+    async def _submit(
+        self, operation: wire.AnyOperation, convert: Callable[[wire.OperationResult], Result]
+    ) -> AsyncPendingOp[Result]:
+        """Gives the operation the next seq and submits it.
+
+        One at a time, since a refused operation gives its seq back. When a submission ends without an answer, it may
+        have been accepted: it keeps its seq, and is submitted again, unchanged, before anything else. If what comes
+        next is the same operation, it is that one.
+        """
+        async with self._submitting:
+            body = self._encode(operation)
+            if self._unsettled is not None and self._unsettled != body:
+                await self._settle(self._unsettled)
+                body = self._encode(operation)
+            operation_id = await self._post(body)
+        return AsyncPendingOp(self._transport, operation_id, convert, on_done=self._advance)
+
+    def _encode(self, operation: wire.AnyOperation) -> bytes:
+        return msgspec.msgpack.encode(wire.SubmitOperation(seq=self._seq, operation=operation))
+
+    async def _settle(self, body: bytes) -> None:
+        try:
+            await self._post(body)
+        except exceptions.RiverError as error:
+            if self._unsettled is not None:
+                raise
+            logger.warning("an earlier operation of %s was refused: %s", self.run_id, error)
+
+    async def _post(self, body: bytes) -> str:
+        self._unsettled = body
+        try:
+            accepted = await self._transport.call(
+                "POST", f"/runs/{self.run_id}/operations", wire.OperationAccepted, body=body
+            )
+        except (exceptions.ConnectionError, exceptions.ServerError, exceptions.RateLimitError):
+            raise  # An attempt may have got through.
+        except exceptions.RiverError:
+            self._unsettled = None  # Refused, and so never accepted.
+            raise
+        self._unsettled = None
+        self._seq += 1
+        return accepted.operation_id
+
+    def _advance(self, result: wire.OperationResult) -> None:
+        run_id, _, step = (result.policy_version or "").rpartition("@")
+        if run_id == self.run_id and step.isdigit():
+            self._step = max(self._step, int(step))
+
+
+async def draw_samples(
+    transport: Transport,
+    model: str,
+    prompts: str | Sequence[str] | None,
+    options: SampleOptions,
+) -> list[list[Sample]]:
+    """A list of samples per prompt, of any model."""
+    request = sample_request(model, prompts, options)
+    async with waiting("sampling"):
+        response = await transport.call(
+            "POST",
+            "/sample",
+            wire.SampleResponse,
+            body=request,
+            timeout_s=limits.GENERATION_TIMEOUT_S,
+        )
+    return sample_groups(response)

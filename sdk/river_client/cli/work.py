@@ -1,0 +1,162 @@
+"""What a user does: runs, checkpoints, chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from river_client.cli.output import bytes_text, json_option, moment, say, show
+from river_client.client import Client
+
+
+@click.group()
+def runs() -> None:
+    """Adapters in training."""
+
+
+@runs.command("list")
+@json_option
+def list_runs(as_json: bool) -> None:
+    """Show your runs, newest first."""
+    with Client() as client:
+        found = client.runs.list()
+    show(
+        found,
+        as_json=as_json,
+        columns=("RUN", "BASE MODEL", "RANK", "STEP", "CREATED"),
+        rows=[
+            (run.run_id, run.base_model, run.lora.rank, run.step, moment(run.created_at))
+            for run in found
+        ],
+    )
+
+
+@runs.command("show")
+@click.argument("run_id")
+@json_option
+def show_run(run_id: str, as_json: bool) -> None:
+    """Show one run and its newest metrics."""
+    with Client() as client:
+        run = client.runs.get(run_id)
+    facts = [
+        ("run", run.run_id),
+        ("base model", run.base_model),
+        ("rank", str(run.lora.rank)),
+        ("step", str(run.step)),
+        ("created", moment(run.created_at)),
+        *run.tags.items(),
+        *((name, f"{value:.6g}") for name, value in sorted(run.metrics.items())),
+    ]
+    width = max(len(name) for name, _ in facts)
+    say(run, "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts), as_json=as_json)
+
+
+@click.group()
+def checkpoints() -> None:
+    """Stored weights."""
+
+
+@checkpoints.command("list")
+@json_option
+def list_checkpoints(as_json: bool) -> None:
+    """Show your checkpoints, newest first."""
+    with Client() as client:
+        found = client.checkpoints.list()
+    show(
+        found,
+        as_json=as_json,
+        columns=("PATH", "BASE MODEL", "VERSION", "SIZE", "CREATED", "EXPIRES"),
+        rows=[
+            (
+                checkpoint.path,
+                checkpoint.base_model,
+                checkpoint.policy_version,
+                bytes_text(checkpoint.size_bytes),
+                moment(checkpoint.created_at),
+                moment(checkpoint.expires_at),
+            )
+            for checkpoint in found
+        ],
+    )
+
+
+@checkpoints.command()
+@click.argument("path")
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--export", is_flag=True, help="Only what PEFT and vLLM load, without optimizer.")
+@json_option
+def download(path: str, directory: Path, export: bool, as_json: bool) -> None:
+    """Copy a checkpoint's files into a directory; an interrupted download is resumed."""
+    with Client() as client:
+        fetch = client.checkpoints.export if export else client.checkpoints.download
+        fetch(path, directory)
+    say({"directory": str(directory)}, f"{path} is in {directory}.", as_json=as_json)
+
+
+@checkpoints.command()
+@click.argument("path")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def delete(path: str, yes: bool, as_json: bool) -> None:
+    """Delete a checkpoint and its files."""
+    if not yes:
+        click.confirm(f"Delete {path} for good?", abort=True, err=True)
+    with Client() as client:
+        client.checkpoints.delete(path)
+    say({"deleted": path}, f"{path} is deleted.", as_json=as_json)
+
+
+@checkpoints.command()
+@click.argument("path")
+@click.argument("name")
+@json_option
+def promote(path: str, name: str, as_json: bool) -> None:
+    """Serve a checkpoint under a NAME; promote an older one to roll back."""
+    with Client() as client:
+        alias = client.checkpoints.promote(path, name)
+    say(alias, f"{alias.name} is now {alias.target}.", as_json=as_json)
+
+
+@click.command()
+@click.argument("message", required=False)
+@click.option(
+    "--model", "-m", required=True, help="A base model, checkpoint path, run path or alias."
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0.0), default=None)
+@json_option
+def chat(
+    message: str | None, model: str, max_tokens: int, temperature: float | None, as_json: bool
+) -> None:
+    """Ask a model: one MESSAGE, or a conversation until end of input."""
+    with Client() as client:
+        if message is not None and as_json:
+            reply = client.chat(
+                message, model=model, max_tokens=max_tokens, temperature=temperature
+            )
+            say(reply, reply.text, as_json=True)
+            return
+        history: list[dict[str, str]] = []
+        while (text := message if message is not None else _next_line()) is not None:
+            history.append({"role": "user", "content": text})
+            pieces: list[str] = []
+            for piece in client.chat_stream(
+                history, model=model, max_tokens=max_tokens, temperature=temperature
+            ):
+                pieces.append(piece)
+                click.echo(piece, nl=False)
+            click.echo()
+            if message is not None:
+                return
+            history.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def _next_line() -> str | None:
+    try:
+        return click.prompt("you", prompt_suffix="> ", err=True)
+    except click.Abort:
+        return None
+
+
+COMMANDS = (runs, checkpoints, chat)

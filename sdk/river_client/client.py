@@ -1,0 +1,343 @@
+"""The synchronous client: the asynchronous one, run on an event loop in a thread of its own.
+
+Every method here is one of `async_client` that blocks; what it does is written there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+
+from river_client import limits, wire
+from river_client.async_client import AsyncClient, AsyncSession
+from river_client.async_model import AsyncModel, AsyncPendingOp
+from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
+from river_client.chat import ChatMessages
+from river_client.results import TrainingResult
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Portal:
+    """An event loop in a daemon thread, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """The coroutine's result; whatever ends the wait, such as Ctrl-C, ends the coroutine too."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Stops the thread."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(limits.CLOSE_TIMEOUT_S)
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=_run_loop, args=[self._loop], name="river-client", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+
+async def _next_or_none(pieces: AsyncGenerator[str]) -> str | None:
+    return await anext(pieces, None)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+        loop.run_until_complete(_end_tasks())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
+async def _end_tasks() -> None:
+    """Cancels what a closed client left running, such as heartbeats."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Blocking:
+    """Something whose work its asynchronous twin does."""
+
+    _portal: Portal
+    _twin: Any
+
+
+def blocking(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[Any, Parameters], Result]:
+    """A method of the twin that blocks until it is done."""
+
+    @functools.wraps(method)
+    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        return self._portal.run(method(self._twin, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]
+
+    return call
+
+
+class PendingOp(_Blocking, Generic[Result]):
+    """An accepted operation. It is durable: it will be carried out whether anybody waits for it or not."""
+
+    def __init__(self, portal: Portal, twin: AsyncPendingOp[Result]) -> None:
+        self._portal = portal
+        self._twin: AsyncPendingOp[Result] = twin
+        self.operation_id = twin.operation_id
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits for the operation and returns what it did; again and again if you like.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed; the operation goes on, and this may be called again.
+            OperationFailedError: the trainer could not do it.
+        """
+        return self._portal.run(self._twin.result(timeout))
+
+    def done(self) -> bool:
+        """Whether the operation has been carried out or has failed."""
+        return self._portal.run(self._twin.done())
+
+
+def submitting(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncPendingOp[Result]]],
+) -> Callable[Concatenate[Any, Parameters], PendingOp[Result]]:
+    """A method of the twin that blocks until the operation is accepted."""
+
+    @functools.wraps(method)
+    def call(
+        self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> PendingOp[Result]:
+        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
+        return PendingOp(portal, portal.run(method(twin, *args, **kwargs)))
+
+    return call
+
+
+class Model(_Blocking):
+    """One adapter in training. Calls may come from many threads; they are carried out in the order made."""
+
+    def __init__(self, portal: Portal, twin: AsyncModel) -> None:
+        self._portal = portal
+        self._twin: AsyncModel = twin
+        self.run_id = twin.run_id
+        self.base_model = twin.base_model
+        self.lora = twin.lora
+        self.path = twin.path
+
+    @property
+    def policy_version(self) -> str:
+        """The newest version that an answered operation has made."""
+        return self._twin.policy_version
+
+    forward = blocking(AsyncModel.forward)
+    forward_backward = blocking(AsyncModel.forward_backward)
+    optim_step = blocking(AsyncModel.optim_step)
+    train_step = blocking(AsyncModel.train_step)
+    save_weights = blocking(AsyncModel.save_weights)
+    load_weights = blocking(AsyncModel.load_weights)
+    log = blocking(AsyncModel.log)
+    sample = blocking(AsyncModel.sample)
+
+    submit_forward = submitting(AsyncModel.submit_forward)
+    submit_forward_backward = submitting(AsyncModel.submit_forward_backward)
+    submit_optim_step = submitting(AsyncModel.submit_optim_step)
+    submit_train_step = submitting(AsyncModel.submit_train_step)
+    submit_batch = submitting(AsyncModel.submit_batch)
+    submit_save_weights = submitting(AsyncModel.submit_save_weights)
+    submit_load_weights = submitting(AsyncModel.submit_load_weights)
+
+
+class Session(_Blocking):
+    """A piece of work, alive while its heartbeats come. What was trained in it stays when it ends."""
+
+    def __init__(self, portal: Portal, twin: AsyncSession) -> None:
+        self._portal = portal
+        self._twin: AsyncSession = twin
+
+    @property
+    def session_id(self) -> str:
+        return self._twin.session_id
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    open = blocking(AsyncSession.open)
+    close = blocking(AsyncSession.close)
+
+    def create_model(
+        self,
+        base_model: str,
+        *,
+        lora: wire.LoraConfig | None = None,
+        checkpoint: str | None = None,
+    ) -> Model:
+        """A new adapter on a base model, fresh or from a checkpoint of the same shape; returns when it can be trained.
+
+        Raises:
+            NotFoundError: there is no such base model or checkpoint.
+            InvalidRequestError: the shape is not possible here, or not the checkpoint's.
+        """
+        twin = self._twin.create_model(base_model, lora=lora, checkpoint=checkpoint)
+        return Model(self._portal, self._portal.run(twin))
+
+
+class Runs(_Blocking):
+    """`client.runs`."""
+
+    def __init__(self, portal: Portal, twin: AsyncRuns) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncRuns.list)
+    get = blocking(AsyncRuns.get)
+
+
+class Aliases(_Blocking):
+    """`client.aliases`: model names of your own."""
+
+    def __init__(self, portal: Portal, twin: AsyncAliases) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncAliases.list)
+    set = blocking(AsyncAliases.set)
+    delete = blocking(AsyncAliases.delete)
+
+
+class Checkpoints(_Blocking):
+    """`client.checkpoints`."""
+
+    def __init__(self, portal: Portal, twin: AsyncCheckpoints) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncCheckpoints.list)
+    get = blocking(AsyncCheckpoints.get)
+    files = blocking(AsyncCheckpoints.files)
+    delete = blocking(AsyncCheckpoints.delete)
+    promote = blocking(AsyncCheckpoints.promote)
+    download = blocking(AsyncCheckpoints.download)
+    export = blocking(AsyncCheckpoints.export)
+
+
+class Admin(_Blocking):
+    """`client.admin`, for keys with the scope `admin`."""
+
+    def __init__(self, portal: Portal, twin: AsyncAdmin) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    tenants = blocking(AsyncAdmin.tenants)
+    create_tenant = blocking(AsyncAdmin.create_tenant)
+    keys = blocking(AsyncAdmin.keys)
+    create_key = blocking(AsyncAdmin.create_key)
+    revoke_key = blocking(AsyncAdmin.revoke_key)
+
+
+class Client(_Blocking):
+    """A River server, as seen with one API key.
+
+    `api_key` and `base_url` default to RIVER_API_KEY and RIVER_BASE_URL, then to what `river login` stored. What fails
+    in passing is retried for `retry_for_s` seconds, as the same operation, so that nothing happens twice.
+
+    Raises:
+        AuthenticationError: there is no key.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        *,
+        retry_for_s: float = limits.RETRY_PERIOD_S,
+    ) -> None:
+        self._portal = Portal()
+        self._twin: AsyncClient = AsyncClient(api_key, base_url, retry_for_s=retry_for_s)
+        self.api_key = self._twin.api_key
+        self.base_url = self._twin.base_url
+        self.runs = Runs(self._portal, self._twin.runs)
+        self.checkpoints = Checkpoints(self._portal, self._twin.checkpoints)
+        self.aliases = Aliases(self._portal, self._twin.aliases)
+        self.admin = Admin(self._portal, self._twin.admin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections and ends the thread behind them."""
+        self._portal.run(self._twin.close())
+        self._portal.close()
+
+    def session(self, **tags: str) -> Session:
+        """A session to train in: `with client.session(project="x") as session`."""
+        return Session(self._portal, self._twin.session(**tags))
+
+    def operation(self, operation_id: str) -> PendingOp[TrainingResult]:
+        """An operation submitted before, such as that of a `TimeoutError`."""
+        return PendingOp(self._portal, self._twin.operation(operation_id))
+
+    def chat_stream(
+        self,
+        messages: ChatMessages,
+        *,
+        model: str,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **options: Any,
+    ) -> Generator[str]:
+        """`chat`, in pieces of text as they come."""
+        pieces = self._twin.chat_stream(
+            messages, model=model, max_tokens=max_tokens, temperature=temperature, **options
+        )
+        try:
+            while (piece := self._portal.run(_next_or_none(pieces))) is not None:
+                yield piece
+        finally:
+            self._portal.run(pieces.aclose())
+
+    sample = blocking(AsyncClient.sample)
+    chat = blocking(AsyncClient.chat)
+    models = blocking(AsyncClient.models)
+    usage = blocking(AsyncClient.usage)
+    prices = blocking(AsyncClient.prices)

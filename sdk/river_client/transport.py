@@ -1,0 +1,264 @@
+"""HTTP to the gateway: encoding, retries, and errors as exceptions.
+
+A request that may have been lost is sent again, unchanged, so everything that is sent has an identity of its own or can
+be done twice without harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from river_client import exceptions, limits, wire
+from river_client.settings import Login
+
+if TYPE_CHECKING:
+    import httpx
+
+MSGPACK = "application/msgpack"
+JSON = "application/json"
+IDEMPOTENCY_HEADER = "idempotency-key"
+
+Answer = TypeVar("Answer")
+
+_RETRIED = frozenset({429, 502, 503, 504})
+
+
+class Transport:
+    """The connections to one gateway; belongs to the event loop that first uses it."""
+
+    def __init__(self, login: Login, *, retry_for_s: float) -> None:
+        self.login = login
+        self._retry_for_s = retry_for_s
+        self._opened: httpx.AsyncClient | None = None
+        self._reached = False  # whether the server ever answered
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        answer: type[Answer],
+        *,
+        body: msgspec.Struct | bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        timeout_s: float = limits.REQUEST_TIMEOUT_S,
+    ) -> Answer:
+        """One request to `/river/v1` and its decoded answer. A body of bytes is msgpack already.
+
+        Raises:
+            RiverError: see its tree.
+        """
+        content = msgspec.msgpack.encode(body) if isinstance(body, msgspec.Struct) else body
+        response = await self.send(
+            method,
+            wire.API_PREFIX + path,
+            content=content,
+            headers={"content-type": MSGPACK, "accept": MSGPACK},
+            params=params,
+            timeout_s=timeout_s,
+        )
+        try:
+            return msgspec.msgpack.decode(response.content, type=answer)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            message = f"the answer to {method} {path} is not what this SDK understands: {error}"
+            raise exceptions.ServerError(message, status=response.status_code) from error
+
+    async def tell(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: msgspec.Struct | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> None:
+        """One request to `/river/v1` whose answer has nothing to say; raises as `call` does."""
+        await self.send(
+            method,
+            wire.API_PREFIX + path,
+            content=msgspec.msgpack.encode(body) if body is not None else None,
+            headers={"content-type": MSGPACK, "accept": MSGPACK},
+            params=params,
+        )
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        content: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        timeout_s: float = limits.REQUEST_TIMEOUT_S,
+    ) -> httpx.Response:
+        """The answer to one request, however many attempts it takes within the limits; raises as `call` does."""
+        http = self._http()
+        request = http.build_request(
+            method,
+            path,
+            content=content,
+            params=params,
+            headers={IDEMPOTENCY_HEADER: str(uuid.uuid4()), **headers},
+            timeout=_timeout(timeout_s),
+        )
+        started = time.monotonic()
+        problem = exceptions.RiverError("no attempt was made")
+        for attempt in range(limits.ATTEMPTS_MAX):
+            try:
+                response = await http.send(request)
+            except _transport_error() as error:
+                problem = _connection_error(self.login.base_url, error)
+                retry_for_s = self._retry_for_s
+                if not self._reached:
+                    retry_for_s = min(retry_for_s, limits.FIRST_CONTACT_PERIOD_S)
+            else:
+                self._reached = True
+                if response.is_success:
+                    return response
+                problem = error_of(response)
+                if response.status_code not in _RETRIED:
+                    raise problem
+                retry_for_s = self._retry_for_s
+            wait_s = _pause_s(attempt, problem)
+            if time.monotonic() + wait_s - started > retry_for_s:
+                break
+            await asyncio.sleep(wait_s)
+        raise problem
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        content: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+        timeout_s: float = limits.REQUEST_TIMEOUT_S,
+    ) -> AsyncGenerator[httpx.Response]:
+        """An answer that is read piece by piece, without retries.
+
+        Raises:
+            RiverError: as `call` does, and ConnectionError for a stream that breaks.
+        """
+        http = self._http()
+        try:
+            async with http.stream(
+                method,
+                path,
+                content=content,
+                params=params,
+                headers=dict(headers),
+                timeout=_timeout(timeout_s),
+            ) as response:
+                self._reached = True
+                if not response.is_success:
+                    await response.aread()
+                    raise error_of(response)
+                yield response
+        except _transport_error() as error:
+            raise _connection_error(self.login.base_url, error) from error
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._opened is not None:
+            await self._opened.aclose()
+            self._opened = None
+
+    def _http(self) -> httpx.AsyncClient:
+        if self._opened is None:
+            import httpx  # noqa: PLC0415 - importing the SDK stays cheap
+
+            self._opened = httpx.AsyncClient(
+                base_url=self.login.base_url,
+                headers={"authorization": f"Bearer {self.login.api_key}"},
+                limits=httpx.Limits(max_connections=limits.CONNECTIONS_MAX),
+            )
+        return self._opened
+
+
+# ---- Errors ------------------------------------------------------------------------------------------------------
+
+_BY_STATUS: dict[int, type[exceptions.RiverError]] = {
+    HTTPStatus.UNAUTHORIZED: exceptions.AuthenticationError,
+    HTTPStatus.PAYMENT_REQUIRED: exceptions.OutOfCreditError,
+    HTTPStatus.FORBIDDEN: exceptions.PermissionDeniedError,
+    HTTPStatus.NOT_FOUND: exceptions.NotFoundError,
+    HTTPStatus.TOO_MANY_REQUESTS: exceptions.RateLimitError,
+}
+
+
+def error_of(response: httpx.Response) -> exceptions.RiverError:
+    """The exception for an answer that is an error, in River's shape, OpenAI's, or no shape at all."""
+    status = response.status_code
+    body = _error_body(response)
+    details: dict[str, Any] = {
+        "status": status,
+        "type": body.type,
+        "param": body.param,
+        "request_id": body.request_id or response.headers.get("x-request-id"),
+        "retry_after": _retry_after_s(response),
+    }
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return exceptions.ServerError(body.message, **details)
+    return _BY_STATUS.get(status, exceptions.InvalidRequestError)(body.message, **details)
+
+
+class _LooseBody(msgspec.Struct):
+    """An error as River and OpenAI write it."""
+
+    message: str = ""
+    type: str | None = None
+    param: str | None = None
+    request_id: str | None = None
+
+
+class _LooseEnvelope(msgspec.Struct):
+    error: _LooseBody
+
+
+def _error_body(response: httpx.Response) -> _LooseBody:
+    is_msgpack = "msgpack" in response.headers.get("content-type", "")
+    decode = msgspec.msgpack.decode if is_msgpack else msgspec.json.decode
+    try:
+        return decode(response.content, type=_LooseEnvelope).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = response.content[: limits.ERROR_TEXT_MAX_CHARS].decode(errors="replace").strip()
+        return _LooseBody(message=f"HTTP {response.status_code}: {text or response.reason_phrase}")
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    try:
+        return max(0.0, float(response.headers["retry-after"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def _connection_error(base_url: str, error: Exception) -> exceptions.ConnectionError:
+    reason = str(error) or type(error).__name__
+    return exceptions.ConnectionError(f"cannot reach {base_url}: {reason}")
+
+
+def _pause_s(attempt: int, problem: exceptions.RiverError) -> float:
+    """How long to wait before the next attempt: twice as long each time, spread, and at least what the server asks."""
+    backoff_s = min(limits.BACKOFF_MIN_S * 2**attempt, limits.BACKOFF_MAX_S)
+    return max(problem.retry_after or 0.0, backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - nothing secret
+
+
+def _transport_error() -> type[Exception]:
+    import httpx  # noqa: PLC0415 - importing the SDK stays cheap
+
+    return httpx.TransportError
+
+
+def _timeout(timeout_s: float) -> httpx.Timeout:
+    import httpx  # noqa: PLC0415 - importing the SDK stays cheap
+
+    return httpx.Timeout(timeout_s, connect=limits.CONNECT_TIMEOUT_S)

@@ -1,0 +1,32 @@
+"""What transformers and PEFT say of the same weights and the same adapter files, in float32."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import torch
+from river_engine.protocol import AdapterRef
+
+
+@cache
+def _model(path: Path, adapter: AdapterRef | None) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, unquote(urlsplit(adapter.location).path))
+    return model.eval()
+
+
+def token_logprobs(path: Path, adapter: AdapterRef | None, tokens: list[int]) -> list[float]:
+    """Of `tokens[1:]`, each given those before it."""
+    with torch.inference_mode():
+        logits = _model(path, adapter)(torch.tensor([tokens])).logits[0]
+    logprobs = logits.float().log_softmax(-1)
+    return [logprobs[position, token].item() for position, token in enumerate(tokens[1:])]

@@ -1,0 +1,261 @@
+"""The store of adapters, with real files and a stand-in for the one thing it needs of vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from river_engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Target, write_random_adapter
+from river_engine.adapters import AdapterGate, AdapterStore
+from river_engine.errors import AdapterNotFound, EngineRefusal, InvalidAdapter
+from river_engine.protocol import AdapterRef
+from safetensors.torch import load_file, save_file
+from vllm.lora.request import LoRARequest
+
+TARGETS = {
+    "lm_head": Target(8, 16),
+    "model.layers.0.mlp.experts.base_layer": Target(8, 12, 2),
+    "model.layers.0.mlp.experts": Target(6, 8, 2),
+}
+
+
+class Vllm:
+    """Loads what it is told to, from the files it is pointed at."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[int, LoRARequest] = {}
+        self.loads = 0
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        self.loads += 1
+        await asyncio.sleep(0.01)
+        load_file(Path(lora_request.lora_path) / WEIGHTS_FILE)
+        self.loaded[lora_request.lora_int_id] = lora_request
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        return self.loaded.pop(lora_id, None) is not None
+
+
+@pytest.fixture
+def vllm() -> Vllm:
+    return Vllm()
+
+
+@pytest.fixture
+def store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
+    return make_store(vllm, tmp_path)
+
+
+def make_store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
+    return AdapterStore(vllm, tmp_path / "versions", TARGETS, max_loras=1, resident_max=2, rank_max=8)
+
+
+def written(tmp_path: Path, name: str, seed: int = 0, rank: int = 4) -> AdapterRef:
+    write_random_adapter(tmp_path / "source" / name, TARGETS, rank=rank, seed=seed, std=0.1)
+    return AdapterRef(name=name, location=(tmp_path / "source" / name).as_uri())
+
+
+def source(ref: AdapterRef) -> Path:
+    return Path(unquote(ref.location.removeprefix("file://")))
+
+
+async def test_many_askers_cause_one_load(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+    """Ten requests for an adapter at once share one load and one LoRARequest."""
+    ref = written(tmp_path, "run_a@1")
+
+    async def ask() -> LoRARequest:
+        async with store.hold(ref) as lora:
+            return lora
+
+    requests = await asyncio.gather(*(ask() for _ in range(10)))
+
+    assert vllm.loads == 1
+    assert {request.lora_int_id for request in requests} == {1}
+    assert requests[0].is_3d_lora_weight
+    assert store.resident() == ["run_a@1"]
+
+
+async def test_bytes_outlive_their_source(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+    """The trainer may remove its directory while requests still use the version."""
+    ref = written(tmp_path, "run_a@1")
+    async with store.hold(ref) as lora:
+        shutil.rmtree(source(ref))
+        assert load_file(Path(lora.lora_path) / WEIGHTS_FILE)
+        async with store.hold(ref):
+            assert vllm.loads == 1
+
+
+async def test_least_recently_used_leaves(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+    """Beyond the bound the version longest unused goes, with its weights and its directory; a held one stays."""
+    first, second, third = (written(tmp_path, f"run_a@{step}") for step in (1, 2, 3))
+    async with store.hold(first) as held:
+        for ref in (second, third):
+            await store.preload(ref)
+        assert store.resident() == ["run_a@1", "run_a@3"]
+        assert Path(held.lora_path).exists()
+        assert sorted(request.lora_name for request in vllm.loaded.values()) == ["run_a@1", "run_a@3"]
+        assert len([path for path in (tmp_path / "versions").iterdir() if path.is_dir()]) == 2
+
+
+async def test_an_evicted_version_comes_back_under_a_new_number(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path
+) -> None:
+    """Numbers and directories are never used for two loads."""
+    refs = [written(tmp_path, f"run_a@{step}") for step in (1, 2, 3)]
+    for ref in (*refs, refs[0]):
+        await store.preload(ref)
+    async with store.hold(refs[0]) as lora:
+        assert lora.lora_int_id == 4
+
+
+async def test_a_missing_adapter_is_not_found(store: AdapterStore, tmp_path: Path) -> None:
+    """And is found once it is there: the failure is not remembered."""
+    ref = AdapterRef(name="run_a@1", location=(tmp_path / "source" / "run_a@1").as_uri())
+    with pytest.raises(AdapterNotFound):
+        await store.preload(ref)
+    written(tmp_path, "run_a@1")
+    await store.preload(ref)
+    assert store.resident() == ["run_a@1"]
+
+
+def junk_weights(directory: Path) -> None:
+    (directory / WEIGHTS_FILE).unlink()
+    (directory / WEIGHTS_FILE).write_bytes(b"junk")
+
+
+def change_config(**fields: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / CONFIG_FILE
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        tensors = load_file(directory / WEIGHTS_FILE)
+        change(tensors)
+        save_file(tensors, directory / WEIGHTS_FILE)
+
+    return apply
+
+
+HEAD_A, HEAD_B = (f"base_model.model.lm_head.lora_{factor}.weight" for factor in "AB")
+DOWN = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (junk_weights, "not a safetensors file"),
+        (lambda directory: (directory / CONFIG_FILE).write_bytes(b"{"), CONFIG_FILE),
+        (change_config(r=16), "rank 16 is not between 1 and 8"),
+        (change_config(use_dora=True), "use_dora"),
+        (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
+        (change_tensors(lambda tensors: tensors.pop(HEAD_B)), "has only lora_A"),
+        (change_tensors(lambda tensors: tensors.update({HEAD_A: torch.zeros(4, 7)})), "expected (4, 8)"),
+        (
+            change_tensors(lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": torch.zeros(1)})),
+            "not something an adapter of this model can change",
+        ),
+        (change_tensors(lambda tensors: [tensors.pop(DOWN.format(factor)) for factor in "AB"]), "down is missing"),
+        (change_tensors(lambda tensors: tensors.clear()), "holds no tensors"),
+    ],
+    ids=["junk", "config", "rank", "dora", "saved", "half", "shape", "unknown", "down", "empty"],
+)
+async def test_an_unfit_adapter_is_refused(
+    store: AdapterStore, vllm: Vllm, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    """Before vLLM sees it, with the reason, and without a trace left."""
+    ref = written(tmp_path, "run_a@1")
+    spoil(source(ref))
+    with pytest.raises(InvalidAdapter) as refusal:
+        await store.preload(ref)
+    assert message in refusal.value.message
+    assert vllm.loads == 0
+    assert store.resident() == []
+    assert not any(path.is_dir() for path in (tmp_path / "versions").iterdir())
+
+
+async def test_all_askers_hear_of_a_failure(store: AdapterStore, tmp_path: Path) -> None:
+    """Those who waited for the load get its refusal."""
+    ref = written(tmp_path, "run_a@1")
+    junk_weights(source(ref))
+    results = await asyncio.gather(*(store.preload(ref) for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(result, EngineRefusal) for result in results)
+
+
+async def test_a_cancelled_load_is_taken_over(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+    """The client whose request started the load goes away; the next in line still gets the adapter."""
+    ref = written(tmp_path, "run_a@1")
+    first = asyncio.create_task(store.preload(ref))
+    second = asyncio.create_task(store.preload(ref))
+    while vllm.loads == 0:
+        await asyncio.sleep(0)
+    first.cancel()
+    await second
+    assert store.resident() == ["run_a@1"]
+
+
+async def test_a_new_process_loads_what_the_old_one_had(vllm: Vllm, tmp_path: Path) -> None:
+    """From its own directory, whose other contents it clears away."""
+    old = make_store(vllm, tmp_path)
+    refs = [written(tmp_path, f"run_a@{step}") for step in (1, 2)]
+    for ref in refs:
+        await old.preload(ref)
+        shutil.rmtree(source(ref))
+    (tmp_path / "versions" / "77").mkdir()
+
+    successor = Vllm()
+    new = make_store(successor, tmp_path)
+    await new.restore()
+
+    assert new.resident() == ["run_a@1", "run_a@2"]
+    assert sorted(request.lora_name for request in successor.loaded.values()) == ["run_a@1", "run_a@2"]
+    assert min(successor.loaded) > 77
+    assert not (tmp_path / "versions" / "77").exists()
+
+
+async def test_the_gate_is_first_come_first_served() -> None:
+    """With one slot: b waits for a, and a newcomer to a waits behind b, so b cannot starve."""
+    gate = AdapterGate(1)
+    order: list[str] = []
+    leave = asyncio.Event()
+
+    async def visit(name: str, label: str) -> None:
+        async with gate.enter(name):
+            order.append(label)
+            await leave.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for name, label in (("a", "a1"), ("a", "a2"), ("b", "b1"), ("a", "a3")):
+            group.create_task(visit(name, label))
+            await asyncio.sleep(0)
+        assert order == ["a1", "a2"]
+        leave.set()
+    assert order == ["a1", "a2", "b1", "a3"]
+
+
+async def test_the_gate_forgets_those_who_give_up() -> None:
+    """A cancelled waiter blocks nobody behind it."""
+    gate = AdapterGate(1)
+
+    async def visit(name: str) -> None:
+        async with gate.enter(name):
+            pass
+
+    async with gate.enter("a"):
+        waiter = asyncio.create_task(visit("b"))
+        behind = asyncio.create_task(visit("a"))
+        await asyncio.sleep(0)
+        assert not behind.done()
+        waiter.cancel()
+        await behind
+    await visit("c")

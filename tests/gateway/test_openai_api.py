@@ -1,0 +1,246 @@
+"""OpenAI's API through the unmodified `openai` package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+from support.gateway import (
+    BASE,
+    CACHED_TOKENS,
+    COMPLETION_TOKENS,
+    PROMPT_TOKENS,
+    Rig,
+    eventually,
+)
+
+from river_billing.events import UsageKind
+from river_client import wire
+
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
+FULL_USAGE = {
+    UsageKind.PROMPT: PROMPT_TOKENS - CACHED_TOKENS,
+    UsageKind.CACHED_PROMPT: CACHED_TOKENS,
+    UsageKind.COMPLETION: COMPLETION_TOKENS,
+}
+TEXT = "".join(f"w{index} " for index in range(COMPLETION_TOKENS))
+
+
+async def test_a_chat_completion(rig: Rig) -> None:
+    """A whole answer passes through unchanged; its usage is stored, under the request's id, before it arrives."""
+    raw = await rig.tenant.openai.chat.completions.with_raw_response.create(
+        model=BASE, messages=MESSAGES, temperature=0.5, user="ann", extra_body={"min_p": 0.1}
+    )
+    answer = raw.parse()
+    assert answer.choices[0].message.content == "w0 "
+    assert answer.model == BASE
+    assert raw.headers["x-river-policy-version"] == BASE
+    assert int(raw.headers["openai-processing-ms"]) >= 0
+    (event,) = await rig.usage(1)
+    assert event.event_id == raw.headers["x-request-id"]
+    assert event.quantities == FULL_USAGE
+    assert (event.tenant_id, event.key_id) == (rig.tenant.tenant_id, rig.tenant.key_id)
+    assert (event.base_model, event.user) == (BASE, "ann")
+    headers, body = (rig.engines[0].requests + rig.engines[1].requests)[0]
+    assert body == {"model": BASE, "messages": MESSAGES, "temperature": 0.5, "user": "ann", "min_p": 0.1}
+    assert "x-river-adapter" not in headers
+
+
+@pytest.mark.parametrize("include_usage", [True, False, None])
+async def test_a_stream(rig: Rig, include_usage: bool | None) -> None:
+    """A stream carries usage at its end if the client asked, never in between, and is billed alike."""
+    options: Any = {} if include_usage is None else {"stream_options": {"include_usage": include_usage}}
+    stream = await rig.tenant.openai.chat.completions.create(
+        model=BASE, messages=MESSAGES, stream=True, **options
+    )
+    chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == TEXT
+    assert all(chunk.usage is None for chunk in chunks if chunk.choices)
+    assert [bool(chunk.usage) for chunk in chunks if not chunk.choices] == [True] * bool(include_usage)
+    (event,) = await rig.usage(1)
+    assert event.quantities == FULL_USAGE
+
+
+async def test_continuous_usage_reaches_who_asked(rig: Rig) -> None:
+    """A client that asks for usage in each chunk gets it."""
+    stream = await rig.tenant.openai.completions.create(
+        model=BASE,
+        prompt="hello",
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    )
+    assert all([chunk.usage is not None async for chunk in stream])
+
+
+async def test_usage_is_stored_before_the_end_is_seen(rig: Rig) -> None:
+    """Nobody sees `[DONE]` whose bill could still be lost."""
+    body = {"model": BASE, "messages": MESSAGES, "stream": True}
+    async with rig.tenant.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                break
+        info = await rig.nats.jetstream().stream_info("EVENTS")
+    assert info.state.messages == 1
+
+
+async def test_leaving_a_stream_cancels_and_bills_what_was_produced(rig: Rig) -> None:
+    """A client that leaves mid-stream stops the engine and pays for the tokens counted by then."""
+    for engine in rig.engines:
+        engine.behaviour = "hang"
+    stream = await rig.tenant.openai.chat.completions.create(
+        model=BASE, messages=MESSAGES, stream=True
+    )
+    received = [await anext(stream), await anext(stream)]
+    assert len(received) == 2
+    await stream.close()
+    await eventually(lambda: sum(engine.cancelled for engine in rig.engines) == 1)
+    (event,) = await rig.usage(1)
+    assert event.quantities == {UsageKind.PROMPT: PROMPT_TOKENS, UsageKind.COMPLETION: 2}
+    await eventually(lambda: not rig.services.engines.in_flight)
+
+
+async def test_leaving_a_whole_answer_cancels(rig: Rig) -> None:
+    """A client that does not wait for its answer stops the engine too."""
+    for engine in rig.engines:
+        engine.behaviour = "hang"
+    with pytest.raises(openai.APITimeoutError):
+        await rig.tenant.openai.with_options(timeout=0.3).chat.completions.create(
+            model=BASE, messages=MESSAGES
+        )
+    await eventually(lambda: sum(engine.cancelled for engine in rig.engines) == 1)
+    await eventually(lambda: not rig.services.engines.in_flight)
+
+
+async def test_an_engine_lost_in_a_stream_ends_it_with_an_error(rig: Rig) -> None:
+    """A stream whose engine dies ends with an error event, and is billed for what came."""
+    for engine in rig.engines:
+        engine.behaviour = "break"
+    stream = await rig.tenant.openai.chat.completions.create(
+        model=BASE, messages=MESSAGES, stream=True
+    )
+    _ = [await anext(stream), await anext(stream)]
+    for engine in rig.engines:
+        engine.may_break.set()
+    with pytest.raises(openai.APIError, match="engine was lost"):
+        await anext(stream)
+    (event,) = await rig.usage(1)
+    assert event.quantities == {UsageKind.PROMPT: PROMPT_TOKENS, UsageKind.COMPLETION: 2}
+
+
+async def test_another_engine_is_tried_before_the_first_byte(rig: Rig) -> None:
+    """An engine that is not ready, or gone, is replaced by the other one; when both are, it is 503 with Retry-After."""
+    rig.engines[0].behaviour = "unready"
+    answer = await rig.tenant.openai.chat.completions.create(model=BASE, messages=MESSAGES)
+    assert answer.choices[0].message.content
+    await rig.register(rig.engines[0].record(url="http://127.0.0.1:9"))
+    answer = await rig.tenant.openai.chat.completions.create(model=BASE, messages=MESSAGES)
+    assert answer.choices[0].message.content
+    rig.engines[1].behaviour = "unready"
+    with pytest.raises(openai.InternalServerError) as refused:
+        await rig.tenant.openai.chat.completions.create(model=BASE, messages=MESSAGES)
+    assert refused.value.status_code == 503
+    assert float(refused.value.response.headers["retry-after"]) > 0
+
+
+async def test_names_of_models(rig: Rig) -> None:
+    """A run, a checkpoint and an alias answer with their adapter and say which version answered."""
+    run = await rig.tenant.new_run()
+    saved = await rig.tenant.save(run.run_id, 1, "final")
+    put = await rig.tenant.http.put("/river/v1/aliases/prod", json={"target": saved.path})
+    assert put.status_code == 200
+    names = [f"river://{run.run_id}", saved.path, "prod"]
+    for name in names:
+        raw = await rig.tenant.openai.chat.completions.with_raw_response.create(
+            model=name, messages=MESSAGES
+        )
+        assert raw.parse().model == name
+        assert raw.headers["x-river-policy-version"] == f"{run.run_id}@0"
+    sent = [request for engine in rig.engines for request in engine.requests]
+    assert [f'"{run.run_id}@0"' in headers["x-river-adapter"] for headers, _ in sent] == [True, False, False]
+    assert all(saved.checkpoint_id in headers["x-river-adapter"] for headers, _ in sent[1:])
+    assert all(body["model"] == BASE for _, body in sent)
+    assert all(event.run_id == run.run_id for event in await rig.usage(3))
+    listed = {model.id async for model in rig.tenant.openai.models.list()}
+    assert listed == {BASE, "prod", saved.path}
+    assert (await rig.tenant.openai.models.retrieve(saved.path)).id == saved.path
+    assert {model.id async for model in rig.stranger.openai.models.list()} == {BASE}
+
+
+async def test_the_live_version_moves_at_once(rig: Rig) -> None:
+    """Whoever has the result of a step is answered by its version."""
+    run = await rig.tenant.new_run()
+    adam = wire.AdamParams(lr=1e-3)
+    for seq in (1, 2):
+        step = wire.TrainStep(data=[wire.Datum(input_ids=[1, 2])], adam=adam)
+        await rig.tenant.submit(run.run_id, seq, step)
+        result = await rig.tenant.result(f"{run.run_id}-{seq}")
+        raw = await rig.tenant.openai.chat.completions.with_raw_response.create(
+            model=f"river://{run.run_id}", messages=MESSAGES
+        )
+        assert raw.headers["x-river-policy-version"] == result.policy_version == f"{run.run_id}@{seq}"
+
+
+def wrong() -> list[Any]:
+    return [
+        pytest.param({"model": "nobody/knows"}, openai.NotFoundError, "model_not_found", id="model"),
+        pytest.param({"model": "river://run_0/weights/x"}, openai.NotFoundError, "model_not_found", id="path"),
+        pytest.param({"stream": "yes"}, openai.BadRequestError, None, id="type"),
+        pytest.param({"extra_body": {"n": 1.5}}, openai.BadRequestError, None, id="fraction"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "kind", "code"), wrong())
+async def test_wrong_requests(rig: Rig, change: dict[str, Any], kind: type[openai.APIStatusError], code: str | None) -> None:
+    """What is wrong with a request raises the package's own class, with the request's id."""
+    with pytest.raises(kind) as refused:
+        await rig.tenant.openai.chat.completions.create(**{"model": BASE, "messages": MESSAGES} | change)
+    assert refused.value.code == code
+    assert refused.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        ("refuse", openai.BadRequestError),
+        ("busy", openai.RateLimitError),
+        ("fail", openai.InternalServerError),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engine_s_refusals(
+    rig: Rig, behaviour: str, kind: type[openai.APIStatusError], stream: bool
+) -> None:
+    """An engine's refusal keeps its meaning, in a stream too; its own troubles stay its own."""
+    for engine in rig.engines:
+        engine.behaviour = behaviour
+    with pytest.raises(kind) as refused:
+        await rig.tenant.openai.chat.completions.create(model=BASE, messages=MESSAGES, stream=stream)
+    assert "secret" not in refused.value.message
+    if behaviour == "refuse":
+        assert refused.value.param == "temperature"
+        assert "non-negative" in refused.value.message
+
+
+async def test_keys(rig: Rig) -> None:
+    """No key, a wrong one, a revoked one and one without the scope are refused as such."""
+    for header in ("Basic eA==", "Bearer rv-wrong", "Bearer sk-other", "Bearer rv-" + "x" * 500):
+        answer = await rig.tenant.http.get("/v1/models", headers={"authorization": header})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    with pytest.raises(openai.PermissionDeniedError):
+        await rig.admin.openai.chat.completions.create(model=BASE, messages=MESSAGES)
+    assert (await rig.tenant.get("/runs")).status_code == 200
+    revoked = await rig.admin.http.delete(f"/river/v1/keys/{rig.tenant.key_id}")
+    assert revoked.status_code == 204
+    with pytest.raises(openai.AuthenticationError):
+        await rig.tenant.openai.models.list()
+
+
+async def test_embeddings_are_not_offered(rig: Rig) -> None:
+    """Embeddings answer 501 in the dialect."""
+    with pytest.raises(openai.InternalServerError) as refused:
+        await rig.tenant.openai.embeddings.create(model=BASE, input="x")
+    assert refused.value.status_code == 501

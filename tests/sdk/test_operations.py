@@ -1,0 +1,170 @@
+"""Operations: in order, once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from support.stub_gateway import FAILING_LOSS, KEY, REFUSED_LOSS, RUN_ID, Fault, StubGateway
+
+import river_client as river
+from river_client import wire
+
+DATA: list[dict[str, Any]] = [{"input_ids": [1, 2]}]
+SUBMIT = r"POST /runs/.*/operations"
+
+
+def test_operations_are_numbered_in_order(model: river.Model, gateway: StubGateway) -> None:
+    """Each call is the next operation, with its arguments, and moves the policy version."""
+    result = model.forward_backward(data=DATA, loss_fn="importance_sampling", clip=0.2)
+    model.optim_step(lr=1e-3, grad_clip_norm=1.0)
+    saved = model.save_weights("final", ttl=60)
+    assert [type(gateway.operations[seq]) for seq in (1, 2, 3)] == [
+        wire.ForwardBackward,
+        wire.OptimStep,
+        wire.SaveWeights,
+    ]
+    first = gateway.operations[1]
+    assert isinstance(first, wire.ForwardBackward)
+    assert first.loss_config == {"clip": 0.2}
+    np.testing.assert_array_equal(result.logprobs[0], np.array([-1.0, -2.0], np.float32))
+    assert result.metrics == {"loss": 0.5}
+    assert model.policy_version == f"{RUN_ID}@1"
+    assert saved.path == f"river://{RUN_ID}/weights/final"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(SUBMIT, times=2),
+        Fault(SUBMIT, times=2, after_work=True),
+        Fault(SUBMIT, times=2, status=502),
+        Fault(SUBMIT, times=1, status=503, headers={"retry_after": "0.2"}),
+        Fault(SUBMIT, times=1, status=429, headers={"retry_after": "0.2"}),
+        Fault("GET /operations/.*", times=2),
+        Fault("GET /operations/.*", times=2, status=504),
+    ],
+    ids=["lost", "answer lost", "502", "503", "429", "poll lost", "poll 504"],
+)
+def test_a_retry_is_the_same_operation(
+    model: river.Model, gateway: StubGateway, fault: Fault
+) -> None:
+    """A submission whose request or answer is lost is repeated under its own number, never doubled."""
+    gateway.faults = [fault]
+    model.train_step(DATA, lr=1e-3)
+    model.optim_step(lr=1e-3)
+    assert fault.times == 0
+    assert sorted(gateway.operations) == [1, 2]
+    assert isinstance(gateway.operations[1], wire.TrainStep)
+    assert gateway.repeated == ([1, 1] if fault.after_work else [])
+
+
+@pytest.mark.parametrize("after_work", [False, True], ids=["request lost", "answer lost"])
+def test_an_unanswered_operation_is_settled_first(gateway: StubGateway, after_work: bool) -> None:
+    """When retrying gives up, the same call again is the same operation, and another call comes after it."""
+    with (
+        river.Client(api_key=KEY, base_url=gateway.base_url, retry_for_s=0.0) as client,
+        client.session() as session,
+    ):
+        model = session.create_model("base")
+        gateway.faults = [Fault(SUBMIT, after_work=after_work)]
+        with pytest.raises(river.ConnectionError):
+            model.train_step(DATA, lr=1e-3)
+        model.train_step(DATA, lr=1e-3)
+        assert sorted(gateway.operations) == [1]
+        gateway.faults = [Fault(SUBMIT, after_work=after_work)]
+        with pytest.raises(river.ConnectionError):
+            model.train_step(DATA, lr=2e-3)
+        model.optim_step(lr=3e-3)
+    rates = [operation.adam.lr for operation in gateway.operations.values()]  # type: ignore[union-attr]
+    assert rates == [1e-3, 2e-3, 3e-3]
+
+
+def test_a_refused_operation_gives_its_number_back(
+    model: river.Model, gateway: StubGateway
+) -> None:
+    """What is refused at the door names field and index, and leaves no gap."""
+    with pytest.raises(river.InvalidRequestError) as refused:
+        model.forward_backward(DATA, loss_fn=REFUSED_LOSS)
+    assert refused.value.param == "data[1].input_ids[2]"
+    assert (refused.value.field, refused.value.index) == ("data[1].input_ids", 2)
+    assert refused.value.request_id == "req_1"
+    model.forward_backward(DATA)
+    assert sorted(gateway.operations) == [1]
+
+
+def test_a_failed_operation_is_told(model: river.Model) -> None:
+    """What fails in the trainer raises what went wrong there, every time it is asked for."""
+    pending = model.submit_forward_backward(DATA, loss_fn=FAILING_LOSS)
+    for _ in range(2):
+        with pytest.raises(river.OperationFailedError, match="no room") as failed:
+            pending.result()
+    assert failed.value.operation_id == f"{RUN_ID}-1"
+    assert failed.value.type == "out_of_memory"
+    assert pending.done()
+
+
+def test_a_timeout_leaves_the_operation_retrievable(
+    client: river.Client, model: river.Model, gateway: StubGateway
+) -> None:
+    """After a timeout the same operation can be waited for again, from its own object or by its id."""
+    gateway.polls_until_done = 10**9
+    pending = model.submit_batch(DATA, lr=1e-3)
+    assert not pending.done()
+    with pytest.raises(TimeoutError) as late:
+        pending.result(timeout=0.05)
+    assert isinstance(late.value, river.TimeoutError)
+    assert late.value.operation_id is not None
+    gateway.polls_until_done = 0
+    assert pending.result().policy_version == f"{RUN_ID}@1"
+    assert client.operation(late.value.operation_id).result(timeout=30).metrics == {"loss": 0.5}
+    assert sorted(gateway.operations) == [1]
+
+
+def test_long_polls_follow_each_other_until_done(model: river.Model, gateway: StubGateway) -> None:
+    """A wait longer than one poll goes on polling."""
+    gateway.polls_until_done = 5
+    model.train_step(DATA, lr=1e-3)
+    assert gateway.requests[f"GET /operations/{RUN_ID}-1"] == 6
+
+
+def test_threads_share_a_model(model: river.Model, gateway: StubGateway) -> None:
+    """Submissions of many threads get numbers without gaps or repetitions, through lost answers too."""
+    gateway.faults = [Fault(SUBMIT, times=3, after_work=True)]
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda _: model.submit_forward(DATA), range(40)))
+    assert sorted(gateway.operations) == list(range(1, 41))
+    assert len({pending.operation_id for pending in done}) == 40
+
+
+def test_sessions_have_heartbeats_and_an_end(client: river.Client, gateway: StubGateway) -> None:
+    """A session is kept alive while its block runs, even when nothing else is said, and then ended."""
+    enough = threading.Event()
+    with client.session() as session:
+        route = f"POST /sessions/{session.session_id}/heartbeat"
+        gateway.faults = [Fault(route)]
+        for _ in range(600):
+            if gateway.requests[route] >= 3 or enough.wait(0.05):
+                break
+        assert gateway.requests[route] >= 3
+        assert gateway.sessions_ended == []
+    assert gateway.sessions_ended == ["ses_1"]
+
+
+async def test_the_async_twin_does_the_same(gateway: StubGateway) -> None:
+    """The same names, awaited."""
+    async with (
+        river.AsyncClient(api_key=KEY, base_url=gateway.base_url) as client,
+        client.session() as session,
+    ):
+        model = await session.create_model("base")
+        pending = await model.submit_batch(DATA, lr=1e-3)
+        assert (await pending.result(timeout=30)).policy_version == model.policy_version
+        groups = await model.sample(["a", "b"], num_samples=2)
+        assert [len(group) for group in groups] == [2, 2]
+        pieces = [piece async for piece in client.chat_stream("hi", model=model.path)]
+        assert pieces == ["a", "b", "c"]
+        assert (await client.runs.list())[0].run_id == RUN_ID

@@ -1,0 +1,318 @@
+"""A small HTTP server that keeps to the wire contract of the gateway and fails on demand."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from river_client import wire
+
+KEY = "rv-good"
+RUN_ID = "run_1"
+CHECKPOINT_PATH = f"river://{RUN_ID}/weights/final"
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 4000}
+OPTIMIZER_FILE = "optimizer.safetensors"
+REFUSED_LOSS = "ppo"  # refused at the door
+FAILING_LOSS = "dro"  # accepted, and then fails in the trainer
+
+
+@dataclass
+class Fault:
+    """What happens to the next requests that match `route`, a pattern of method and path.
+
+    `status` is answered instead of working; without one the connection is cut, `after_work` or before it.
+    """
+
+    route: str
+    times: int = 1
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict[str, str])
+    after_work: bool = False
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, param: str | None = None, **headers: str) -> None:
+        super().__init__(status)
+        self.status = status
+        self.param = param
+        self.headers = headers
+
+
+class StubGateway:
+    """The server and everything that it was told; `base_url` is where it listens.
+
+    `cut_file_after_bytes` breaks off the next download of a file larger than that.
+    """
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.requests: Counter[str] = Counter()
+        self.operations: dict[int, wire.AnyOperation] = {}
+        self.repeated: list[int] = []
+        self.polls_until_done = 0
+        self.sampled: list[wire.SampleRequest] = []
+        self.logged: list[wire.LogMetrics] = []
+        self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
+        self.cut_file_after_bytes: int | None = None
+        self.ranges: list[str] = []
+        self.sessions_ended: list[str] = []
+        self._lock = threading.Lock()
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_any(self) -> None:
+                gateway.answer(self)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_any
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.02])
+        self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def start(self) -> None:
+        """Serves in a thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops serving."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, http: BaseHTTPRequestHandler) -> None:
+        """One request, with its fault if there is one."""
+        split = urlsplit(http.path)
+        path = split.path.removeprefix(wire.API_PREFIX)
+        body = http.rfile.read(int(http.headers.get("content-length") or 0))
+        query = {name: values[0] for name, values in parse_qs(split.query).items()}
+        route = f"{http.command} {path}"
+        with self._lock:
+            self.requests[route] += 1
+            fault = next((f for f in self.faults if f.times and re.fullmatch(f.route, route)), None)
+            if fault is not None:
+                fault.times -= 1
+        if fault is not None and fault.status is None and not fault.after_work:
+            _cut(http)
+            return
+        try:
+            if fault is not None and fault.status is not None:
+                raise Refusal(fault.status, **fault.headers)
+            if http.headers.get("authorization") != f"Bearer {KEY}":
+                raise Refusal(401)
+            if path == "/checkpoints/file":
+                self._send_file(http, query["name"])
+                return
+            if path == "/v1/chat/completions":
+                self._chat(http, msgspec.json.decode(body))
+                return
+            with self._lock:
+                answer = self._work(http.command, path, query, body)
+        except Refusal as refusal:
+            error = wire.ErrorBody(
+                type="refused",
+                message=f"{refusal.param}: wrong",
+                param=refusal.param,
+                request_id="req_1",
+            )
+            content = msgspec.msgpack.encode(wire.ErrorEnvelope(error=error))
+            _reply(http, refusal.status, content, **refusal.headers)
+            return
+        if fault is not None:
+            _cut(http)
+            return
+        content = b"" if answer is None else msgspec.msgpack.encode(answer)
+        _reply(http, 204 if answer is None else 200, content)
+
+    def _work(self, method: str, path: str, query: dict[str, str], body: bytes) -> Any:
+        """What the gateway would do."""
+        match method, path.strip("/").split("/"):
+            case "POST", ["sessions"]:
+                return wire.Session(session_id="ses_1", heartbeat_interval_s=0.1)
+            case "POST", ["sessions", _, "heartbeat"]:
+                return None
+            case "DELETE", ["sessions", session_id]:
+                self.sessions_ended.append(session_id)
+                return None
+            case "POST", ["runs"]:
+                asked = msgspec.msgpack.decode(body, type=wire.CreateRun)
+                return _run(asked.base_model, asked.lora)
+            case "GET", ["runs"]:
+                return wire.Page(runs=[_run("base", wire.LoraConfig())])
+            case "POST", ["runs", _, "operations"]:
+                return self._submit(msgspec.msgpack.decode(body, type=wire.SubmitOperation))
+            case "POST", ["runs", _, "metrics"]:
+                self.logged.append(msgspec.msgpack.decode(body, type=wire.LogMetrics))
+                return None
+            case "GET", ["operations", operation_id]:
+                return self._result(operation_id)
+            case "POST", ["sample"]:
+                request = msgspec.msgpack.decode(body, type=wire.SampleRequest)
+                self.sampled.append(request)
+                return _samples(request)
+            case "GET", ["checkpoints"]:
+                if query.get("path", CHECKPOINT_PATH) != CHECKPOINT_PATH:
+                    raise Refusal(404, "path")
+                return wire.Page(checkpoints=[_checkpoint()])
+            case "GET", ["checkpoints", "files"]:
+                files = [
+                    wire.CheckpointFile(name=name, size_bytes=len(content))
+                    for name, content in self.files.items()
+                ]
+                return wire.Page(files=files)
+            case "PUT", ["aliases", name]:
+                asked = msgspec.msgpack.decode(body, type=wire.PutAlias)
+                return wire.Alias(name=name, target=asked.target, updated_at="2026-11-23T12:00:00Z")
+            case "GET", ["models"]:
+                return wire.Page(models=[])
+            case "GET", ["usage"]:
+                return wire.Page(usage=[_usage_line("prompt", 1234), _usage_line("training", 5)])
+            case _:
+                raise Refusal(404)
+
+    def _submit(self, submitted: wire.SubmitOperation) -> wire.OperationAccepted:
+        operation = submitted.operation
+        if getattr(operation, "loss_fn", None) == REFUSED_LOSS:
+            raise Refusal(422, "data[1].input_ids[2]")
+        if submitted.seq in self.operations:
+            self.repeated.append(submitted.seq)
+        self.operations.setdefault(submitted.seq, operation)
+        return wire.OperationAccepted(operation_id=f"{RUN_ID}-{submitted.seq}")
+
+    def _result(self, operation_id: str) -> wire.OperationResult:
+        if self.polls_until_done > 0:
+            self.polls_until_done -= 1
+            return wire.OperationResult(operation_id=operation_id, status="pending")
+        seq = int(operation_id.rpartition("-")[2])
+        operation = self.operations.get(seq)
+        if getattr(operation, "loss_fn", None) == FAILING_LOSS:
+            error = wire.OperationError(type="out_of_memory", message="no room")
+            return wire.OperationResult(operation_id=operation_id, status="failed", error=error)
+        steps = sum(
+            isinstance(done, wire.OptimStep | wire.TrainStep)
+            for number, done in self.operations.items()
+            if number <= seq
+        )
+        data = getattr(operation, "data", None) or []
+        return wire.OperationResult(
+            operation_id=operation_id,
+            status="done",
+            policy_version=f"{RUN_ID}@{steps}",
+            metrics={"loss": 0.5},
+            logprobs=[
+                wire.Tensor(dtype="float32", shape=(2,), data=b"\0\0\x80\xbf\0\0\0\xc0")
+                for _ in data
+            ],
+            checkpoint=_checkpoint() if isinstance(operation, wire.SaveWeights) else None,
+        )
+
+    def _send_file(self, http: BaseHTTPRequestHandler, name: str) -> None:
+        content = self.files[name]
+        asked = http.headers.get("range") or "bytes=0-"
+        start = int(asked.removeprefix("bytes=").rstrip("-"))
+        cut = None
+        with self._lock:
+            self.ranges.append(f"{name} {start}")
+            if len(content) > (self.cut_file_after_bytes or len(content)):
+                cut, self.cut_file_after_bytes = self.cut_file_after_bytes, None
+        http.send_response(206)
+        http.send_header("content-range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        http.send_header("content-length", str(len(content) - start))
+        http.end_headers()
+        if cut is None:
+            http.wfile.write(content[start:])
+        else:
+            http.wfile.write(content[start : start + cut])
+            http.wfile.flush()
+            _cut(http)
+
+    def _chat(self, http: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        if not asked.get("stream"):
+            choice = {
+                "message": {"content": f"to {len(asked['messages'])}"},
+                "finish_reason": "stop",
+            }
+            usage = {"prompt_tokens": 3, "completion_tokens": 2}
+            answer = {"model": asked["model"], "choices": [choice], "usage": usage}
+            headers = {"x-river-policy-version": f"{RUN_ID}@4"}
+            _reply(http, 200, msgspec.json.encode(answer), **headers)
+            return
+        events = [msgspec.json.encode({"choices": [{"delta": {"content": c}}]}) for c in "abc"]
+        content = b"".join(b"data: %b\n\n" % event for event in [*events, b"[DONE]"])
+        _reply(http, 200, content)
+
+
+def _cut(http: BaseHTTPRequestHandler) -> None:
+    http.close_connection = True
+    http.connection.close()
+
+
+def _reply(http: BaseHTTPRequestHandler, status: int, content: bytes, **headers: str) -> None:
+    http.send_response(status)
+    for name, value in headers.items():
+        http.send_header(name.replace("_", "-"), value)
+    http.send_header("content-type", "application/msgpack")
+    if status != 204:
+        http.send_header("content-length", str(len(content)))
+    http.end_headers()
+    http.wfile.write(content)
+
+
+def _run(base_model: str, lora: wire.LoraConfig) -> wire.Run:
+    return wire.Run(
+        run_id=RUN_ID,
+        session_id="ses_1",
+        base_model=base_model,
+        lora=lora,
+        step=0,
+        created_at="2026-11-23T12:00:00Z",
+    )
+
+
+def _checkpoint() -> wire.Checkpoint:
+    return wire.Checkpoint(
+        checkpoint_id="ckpt_1",
+        path=CHECKPOINT_PATH,
+        run_id=RUN_ID,
+        mode="training",
+        name="final",
+        base_model="base",
+        policy_version=f"{RUN_ID}@1",
+        size_bytes=10,
+        created_at="2026-11-23T12:00:00Z",
+    )
+
+
+def _usage_line(kind: str, quantity: int) -> wire.UsageLine:
+    return wire.UsageLine(
+        tenant="ten_a",
+        model="base",
+        kind=kind,
+        context_length=1024,
+        quantity=quantity,
+        amount_nano_usd=quantity * 10,
+        events=1,
+    )
+
+
+def _samples(request: wire.SampleRequest) -> wire.SampleResponse:
+    prompts: list[Any] = request.prompts or request.prompt_token_ids or []
+    sample = wire.SampleSequence(text="x", tokens=[7], logprobs=[-0.5], stop_reason="stop")
+    group = wire.SampleGroup(prompt_token_ids=[1, 2], samples=[sample] * request.num_samples)
+    return wire.SampleResponse(
+        groups=[group] * len(prompts), policy_version=f"{RUN_ID}@3", usage=wire.TokenUsage()
+    )

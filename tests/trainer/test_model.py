@@ -1,0 +1,183 @@
+"""The packed model with adapters against plain transformers and PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from support.training import VOCAB_SIZE, random_sequences, shape
+from transformers import AutoModelForCausalLM
+
+from river_trainer.adapter import Adapter, new_adapter
+from river_trainer.base_model import BaseModel
+from river_trainer.errors import InvalidTaskError
+from river_trainer.losses import LOSSES
+from river_trainer.packing import TrainingSequence, decode_sequence
+from river_trainer.passes import Job, run_jobs
+from river_trainer.peft_files import CONFIG_FILE, export_adapter, import_adapter
+from river_trainer.protocol import AdapterShape
+
+LENGTHS = [7, 33, 2, 18]
+
+
+def learned_adapter(base: BaseModel, adapter_shape: AdapterShape) -> Adapter:
+    """An adapter whose B is not zero, as after some steps."""
+    adapter = new_adapter(base.sites, adapter_shape)
+    generator = torch.Generator().manual_seed(adapter_shape.seed + 100)
+    with torch.no_grad():
+        for name, tensor in adapter.tensors.items():
+            if name.endswith("lora_B"):
+                tensor.normal_(0, 0.02, generator=generator)
+    return adapter
+
+
+def sequences(seed: int, lengths: list[int]) -> list[TrainingSequence]:
+    return [
+        decode_sequence(sequence, index=index, vocab_size=VOCAB_SIZE, context_length=256)
+        for index, sequence in enumerate(random_sequences(seed, lengths))
+    ]
+
+
+def write(adapter: Adapter, folder: Path) -> Path:
+    folder.mkdir()
+    for name, data in export_adapter(adapter, base_model="tiny").items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def plain_logprobs(model: torch.nn.Module, sequence: TrainingSequence) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=sequence.input_ids[None]).logits[0]
+    chosen = logits.log_softmax(-1).gather(1, sequence.targets[:, None])[:, 0]
+    chosen[-1] = 0.0
+    return chosen
+
+
+@pytest.mark.parametrize("unembed", [True, False], ids=["with lm_head", "without"])
+def test_packed_logprobs_equal_peft(
+    base: BaseModel, tiny_moe: Path, tmp_path: Path, *, unembed: bool
+) -> None:
+    """Exported files load in PEFT, and its log-probabilities are those of the packed pass to 1e-5."""
+    adapter = learned_adapter(base, shape(rank=5, unembed=unembed))
+    data = sequences(3, LENGTHS)
+    job = Job(adapter, data, LOSSES["cross_entropy"], backward=False)
+    (output,) = run_jobs(base, [job], tokens_max=1000)
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    without = plain_logprobs(plain, data[1])
+    model = PeftModel.from_pretrained(plain, write(adapter, tmp_path / "adapter")).eval()
+    for sequence, logprobs in zip(data, output.logprobs, strict=True):
+        torch.testing.assert_close(logprobs, plain_logprobs(model, sequence), atol=1e-5, rtol=0)
+    assert (output.logprobs[1] - without).abs().max() > 1e-2, "the adapter has to matter"
+
+
+def test_adapter_files_round_trip(base: BaseModel) -> None:
+    """Importing what was exported gives the same shape and the same bits."""
+    adapter = learned_adapter(base, shape(rank=3, seed=9))
+    files = export_adapter(adapter, base_model="tiny")
+    stored, tensors = import_adapter(files, base.sites, seed=9)
+    assert stored == adapter.shape
+    assert tensors.keys() == adapter.tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, adapter.tensors[name]), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda files: files.pop(CONFIG_FILE), "no file"),
+        (lambda files: files.update({"adapter_model.safetensors": b"x"}), "cannot be read"),
+        (lambda files: files.update({CONFIG_FILE: b'{"r": 4, "lora_alpha": 8}'}), "has the shape"),
+        (
+            lambda files: files.update(
+                {CONFIG_FILE: b'{"r": 3, "lora_alpha": 8, "use_dora": true}'}
+            ),
+            "not a plain LoRA",
+        ),
+    ],
+    ids=["no config", "broken file", "other rank", "dora"],
+)
+def test_wrong_adapter_files_are_refused(
+    base: BaseModel, damage: Callable[[dict[str, bytes]], object], message: str
+) -> None:
+    """Files that are no adapter of this base model say what is wrong with them."""
+    files = export_adapter(new_adapter(base.sites, shape(rank=3)), base_model="tiny")
+    damage(files)
+    with pytest.raises(InvalidTaskError, match=message):
+        import_adapter(files, base.sites, seed=0)
+
+
+def test_the_seed_decides_about_a_new_adapter(base: BaseModel) -> None:
+    """The same seed gives the same A, another one another; B is zero."""
+    one, same, other = (new_adapter(base.sites, shape(seed=seed)) for seed in (4, 4, 5))
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, same.tensors[name])
+        if name.endswith("lora_B"):
+            assert not tensor.any()
+        else:
+            assert not torch.equal(tensor, other.tensors[name])
+
+
+def test_jobs_in_one_pass_do_not_affect_each_other(base: BaseModel) -> None:
+    """Two adapters of different ranks get the same gradients and log-probabilities mixed as alone."""
+    jobs = [
+        Job(
+            learned_adapter(base, shape(rank=rank, seed=rank)),
+            sequences(rank, lengths),
+            LOSSES[loss],
+            backward=True,
+        )
+        for rank, lengths, loss in (
+            (4, LENGTHS, "cross_entropy"),
+            (16, [40, 3], "importance_sampling"),
+        )
+    ]
+    mixed = run_jobs(base, jobs, tokens_max=1000)
+    for job, output in zip(jobs, mixed, strict=True):
+        (alone,) = run_jobs(base, [job], tokens_max=1000)
+        for together, by_itself in zip(output.logprobs, alone.logprobs, strict=True):
+            torch.testing.assert_close(together, by_itself, atol=1e-5, rtol=0)
+        assert output.gradients.keys() == alone.gradients.keys() == job.adapter.tensors.keys()
+        for name, gradient in output.gradients.items():
+            torch.testing.assert_close(gradient, alone.gradients[name], atol=2e-4, rtol=1e-3)
+
+
+def test_gradients_of_small_passes_add_up(base: BaseModel) -> None:
+    """A job split into many passes has the gradients and metrics of one pass."""
+    adapter = learned_adapter(base, shape())
+    job = Job(adapter, sequences(8, LENGTHS), LOSSES["cross_entropy"], backward=True)
+    (whole,) = run_jobs(base, [job], tokens_max=1000)
+    (split,) = run_jobs(base, [job], tokens_max=20)
+    assert whole.metrics(job.loss) == pytest.approx(split.metrics(job.loss), rel=1e-5)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(gradient, split.gradients[name], atol=2e-4, rtol=1e-3)
+
+
+def test_gradients_are_those_of_peft(base: BaseModel, tiny_moe: Path, tmp_path: Path) -> None:
+    """Autograd through transformers and PEFT gives the gradients of our own functions."""
+    adapter = learned_adapter(base, shape(rank=4))
+    data = sequences(3, [24])
+    job = Job(adapter, data, LOSSES["cross_entropy"], backward=True)
+    (output,) = run_jobs(base, [job], tokens_max=1000)
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    folder = write(adapter, tmp_path / "adapter")
+    model = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+    logits = model(input_ids=data[0].input_ids[None]).logits[0]
+    chosen = logits.log_softmax(-1).gather(1, data[0].targets[:, None])[:, 0]
+    (-(data[0].weights * chosen).sum()).backward()
+    named = dict(model.named_parameters())
+    for site in adapter.sites:
+        for key in ("lora_A", "lora_B"):
+            theirs = named[f"{site.peft_prefix}.{key}.default.weight"].grad
+            assert theirs is not None
+            ours = output.gradients[f"{site.name}.{key}"]
+            if site.experts is not None:
+                packed = (
+                    ours.permute(1, 2, 0).flatten(1, 2) if key == "lora_B" else ours.flatten(0, 1)
+                )
+                ours = packed
+            torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=2e-3)

@@ -1,0 +1,254 @@
+"""The trainer's side of NATS: streams, buckets, bodies, messages and results. The gateway uses it too: no torch here.
+
+Everything is msgpack. A body over `BODY_INLINE_MAX_BYTES` goes to the object store, under a name of its own, and the
+message carries that name in a header instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import (
+    DiscardPolicy,
+    KeyValueConfig,
+    ObjectStoreConfig,
+    PubAck,
+    StorageType,
+    StreamConfig,
+)
+from nats.js.errors import BadRequestError, BucketNotFoundError, NotFoundError
+from nats.js.kv import KeyValue
+from nats.js.object_store import ObjectStore
+from nats.nuid import NUID
+
+from river_trainer import limits
+from river_trainer.protocol import (
+    BODIES_BUCKET,
+    BODY_HEADER,
+    BODY_INLINE_MAX_BYTES,
+    LIVE_BUCKET,
+    RESULTS_MAX_AGE_S,
+    RESULTS_STREAM,
+    TRAIN_STREAM,
+    TRAINERS_BUCKET,
+    LiveVersion,
+    TrainMessage,
+    TrainResult,
+    result_subject,
+    train_subject,
+)
+
+MESSAGE_ID_HEADER = "Nats-Msg-Id"
+
+logger = logging.getLogger("river.trainer")
+
+_encoder = msgspec.msgpack.Encoder()
+_message_decoder = msgspec.msgpack.Decoder(TrainMessage)
+_result_decoder = msgspec.msgpack.Decoder(TrainResult)
+_names = NUID()
+_live_decoder = msgspec.msgpack.Decoder(LiveVersion)
+Value = TypeVar("Value")
+
+
+async def ensure_streams(js: JetStreamContext) -> None:
+    """Creates the streams and buckets of `protocol`, or brings older streams up to these settings."""
+    await _ensure_stream(
+        js,
+        StreamConfig(
+            name=TRAIN_STREAM,
+            subjects=["train.*.*"],
+            storage=StorageType.FILE,
+            # A full journal refuses new operations; it must never drop accepted ones.
+            discard=DiscardPolicy.NEW,
+            max_bytes=limits.TRAIN_STREAM_MAX_BYTES,
+            max_msg_size=limits.STREAM_MESSAGE_MAX_BYTES,
+            max_msgs=limits.OPERATIONS_PENDING_MAX,
+            duplicate_window=limits.DEDUPLICATION_WINDOW_S,
+            allow_direct=True,
+        ),
+    )
+    await _ensure_stream(
+        js,
+        StreamConfig(
+            name=RESULTS_STREAM,
+            subjects=["results.*"],
+            storage=StorageType.FILE,
+            discard=DiscardPolicy.OLD,
+            max_msgs_per_subject=1,
+            max_bytes=limits.RESULTS_STREAM_MAX_BYTES,
+            max_msg_size=limits.STREAM_MESSAGE_MAX_BYTES,
+            max_age=RESULTS_MAX_AGE_S,
+            allow_direct=True,
+        ),
+    )
+    await bodies_bucket(js)
+    await live_bucket(js)
+    await trainers_bucket(js)
+
+
+async def bodies_bucket(js: JetStreamContext) -> ObjectStore:
+    """The bucket of large bodies. Their age bounds what a crash may leave behind."""
+    try:
+        return await js.object_store(BODIES_BUCKET)
+    except (BucketNotFoundError, NotFoundError):
+        return await js.create_object_store(
+            BODIES_BUCKET,
+            ObjectStoreConfig(
+                bucket=BODIES_BUCKET,
+                ttl=limits.BODIES_MAX_AGE_S,
+                max_bytes=limits.BODIES_MAX_BYTES,
+                storage=StorageType.FILE,
+            ),
+        )
+
+
+async def live_bucket(js: JetStreamContext) -> KeyValue:
+    """`LiveVersion`s by run id."""
+    return await _bucket(js, KeyValueConfig(bucket=LIVE_BUCKET, max_bytes=limits.KV_MAX_BYTES))
+
+
+async def trainers_bucket(js: JetStreamContext) -> KeyValue:
+    """`TrainerRecord`s by trainer id; they fade when nobody renews them."""
+    return await _bucket(
+        js,
+        KeyValueConfig(
+            bucket=TRAINERS_BUCKET,
+            ttl=limits.TRAINER_RECORD_MAX_AGE_S,
+            max_bytes=limits.KV_MAX_BYTES,
+        ),
+    )
+
+
+async def publish_body(
+    js: JetStreamContext, subject: str, body: bytes, *, message_id: str | None = None
+) -> PubAck:
+    """Publishes `body`, through the object store if it is large; on return JetStream has it all.
+
+    Publishing again under the same `message_id` is a no-op within the stream's deduplication window.
+
+    Raises:
+        nats.errors.Error: it may or may not be stored; publishing again with the same id is safe.
+    """
+    headers: dict[str, str] = {}
+    if message_id is not None:
+        headers[MESSAGE_ID_HEADER] = message_id
+    if len(body) <= BODY_INLINE_MAX_BYTES:
+        return await js.publish(
+            subject, body, timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=headers or None
+        )
+    bucket = await bodies_bucket(js)
+    name = _names.next().decode()
+    await bucket.put(name, body)
+    headers[BODY_HEADER] = name
+    ack = await js.publish(subject, b"", timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=headers)
+    if ack.duplicate:
+        await bucket.delete(name)
+    return ack
+
+
+async def read_body(
+    js: JetStreamContext, data: bytes | None, headers: Mapping[str, str] | None
+) -> bytes:
+    """The body of a message that `publish_body` sent.
+
+    Raises:
+        nats.js.errors.NotFoundError: its object is gone.
+    """
+    name = (headers or {}).get(BODY_HEADER)
+    if name is None:
+        return data or b""
+    found = await (await bodies_bucket(js)).get(name)
+    return found.data or b""
+
+
+async def submit(js: JetStreamContext, message: TrainMessage) -> PubAck:
+    """Puts an operation into the journal; on return it is durable. `ack.duplicate` says that it was there already."""
+    return await publish_body(
+        js,
+        train_subject(message.base_model, message.run_id),
+        _encoder.encode(message),
+        message_id=f"{message.run_id}:{message.seq}",
+    )
+
+
+async def publish_result(js: JetStreamContext, result: TrainResult) -> None:
+    """Makes a result the one of its operation."""
+    await publish_body(js, result_subject(result.operation_id), _encoder.encode(result))
+
+
+async def find_result(js: JetStreamContext, operation: str) -> TrainResult | None:
+    """The result of an operation, None if there is none (any more)."""
+    try:
+        found = await js.get_last_msg(RESULTS_STREAM, result_subject(operation), direct=True)
+        return decode_result(await read_body(js, found.data, found.headers))
+    except NotFoundError:
+        return None
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    return _encoder.encode(value)
+
+
+def decode_message(body: bytes) -> TrainMessage:
+    return _message_decoder.decode(body)
+
+
+def decode_live(body: bytes) -> LiveVersion:
+    return _live_decoder.decode(body)
+
+
+def decode_result(body: bytes) -> TrainResult:
+    return _result_decoder.decode(body)
+
+
+async def retry(attempt: Callable[[], Awaitable[Value]], *, doing: str) -> Value:
+    """`attempt` again and again until NATS is there and takes it. For what must not be lost."""
+    delay_s = limits.RETRY_DELAY_MIN_S
+    while True:
+        try:
+            return await attempt()
+        except (nats.errors.Error, OSError) as error:
+            logger.warning("NATS: %s: %r", doing, error)
+        await asyncio.sleep(delay_s)
+        delay_s = min(delay_s * 2, limits.RETRY_DELAY_MAX_S)
+
+
+async def connect(url: str) -> Client:
+    """A connection that is made, and made again, for as long as it takes."""
+
+    async def attempt() -> Client:
+        return await nats.connect(
+            url,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=limits.RETRY_DELAY_MIN_S,
+            connect_timeout=int(limits.RETRY_DELAY_MAX_S),
+            error_cb=_log_error,
+        )
+
+    return await retry(attempt, doing="connecting")
+
+
+async def _log_error(error: Exception) -> None:
+    logger.warning("NATS: %r", error)
+
+
+async def _ensure_stream(js: JetStreamContext, config: StreamConfig) -> None:
+    try:
+        await js.add_stream(config)
+    except BadRequestError:
+        await js.update_stream(config)
+
+
+async def _bucket(js: JetStreamContext, config: KeyValueConfig) -> KeyValue:
+    assert config.bucket
+    try:
+        return await js.key_value(config.bucket)
+    except (BucketNotFoundError, NotFoundError):
+        return await js.create_key_value(config)

@@ -1,0 +1,98 @@
+"""The trainer process: `river serve trainer`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from river_client.service import SettingsError, health_server, read_settings
+from river_trainer import limits
+from river_trainer.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from river_trainer.service import Service
+
+logger = logging.getLogger("river.trainer")
+
+
+def main() -> None:
+    """Runs a trainer until SIGTERM or SIGINT, with settings from the environment."""
+    try:
+        settings = read_settings(TrainerSettings)
+    except SettingsError as error:
+        sys.exit(str(error))
+    # Threads of OpenMP that spin while they wait take the processor from the engine beside us, and
+    # from each other: with both cores busy a step takes ten times as long. Torch reads it when loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: TrainerSettings) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    process = _Process(settings)
+    async with health_server(
+        settings.port, host=settings.host, ready=process.ready, metrics=process.metrics
+    ):
+        working = asyncio.create_task(process.work())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        _bound_the_end()
+        stopping.cancel()
+        working.cancel()
+        try:
+            await working
+        except asyncio.CancelledError:
+            logger.info("stopped")
+
+
+class _Process:
+    """The service while it is being made, and after."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        self._settings = settings
+        self._service: Service | None = None
+
+    def ready(self) -> bool:
+        return self._service is not None and self._service.ready
+
+    def metrics(self) -> bytes:
+        return b"" if self._service is None else self._service.metrics.page()
+
+    async def work(self) -> None:
+        """Loads the model, connects, serves. Ends only by cancellation or a bug."""
+        # Imported here because torch has to be loaded after main has set its environment.
+        from river_trainer import assembly, journal  # noqa: PLC0415
+
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        loop = asyncio.get_running_loop()
+        try:
+            parts = await loop.run_in_executor(worker, assembly.load, self._settings)
+            client = await journal.connect(self._settings.nats_url)
+            try:
+                self._service = assembly.make_service(self._settings, parts, client, worker)
+                await self._service.run()
+            finally:
+                await client.close()
+        finally:
+            # The operation in hand ends in its own time; the journal has it in any case.
+            worker.shutdown(wait=False, cancel_futures=True)
+
+
+def _bound_the_end() -> None:
+    """Ends the process even if the worker thread is deep in a long pass."""
+    timer = threading.Timer(limits.STOP_GRACE_S, os._exit, args=(0,))
+    timer.daemon = True
+    timer.start()
+
+
+if __name__ == "__main__":
+    main()

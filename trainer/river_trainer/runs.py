@@ -1,0 +1,91 @@
+"""A run in the trainer's memory: its adapter, its optimizer, the gradients collected so far; and as files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from river_trainer.adapter import Adapter, new_adapter
+from river_trainer.errors import InvalidTaskError, NonFiniteError
+from river_trainer.optimizer import STATE_FILE, AdamState
+from river_trainer.passes import Gradients
+from river_trainer.peft_files import export_adapter, import_adapter
+from river_trainer.protocol import AdapterShape, TaskError
+from river_trainer.sites import Site
+
+
+@dataclass(slots=True)
+class Run:
+    """`step` counts policy versions, `last_seq` is the newest operation done, `gradients` None means none pending."""
+
+    run_id: str
+    adapter: Adapter
+    optimizer: AdamState
+    step: int = 0
+    last_seq: int = 0
+    gradients: Gradients | None = None
+
+    def add_gradients(self, gradients: Gradients) -> None:
+        """Takes over the gradients of a finished job.
+
+        Raises:
+            NonFiniteError: a sum overflows; what was pending stays as it was.
+        """
+        pending = self.gradients or {}
+        total = {
+            name: pending[name] + gradients[name]
+            if name in pending and name in gradients
+            else (gradients[name] if name in gradients else pending[name])
+            for name in pending.keys() | gradients.keys()
+        }
+        if not all(bool(gradient.isfinite().all()) for gradient in total.values()):
+            raise NonFiniteError("the sum of the gradients is not finite")
+        self.gradients = total
+
+    def files(self, *, base_model: str, optimizer: bool) -> dict[str, bytes]:
+        """The adapter as PEFT files, and the optimizer's state beside it if asked for."""
+        files = export_adapter(self.adapter, base_model=base_model)
+        if optimizer:
+            files[STATE_FILE] = self.optimizer.to_bytes()
+        return files
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRun:
+    """A run whose creation failed; it answers every later operation with the same refusal."""
+
+    run_id: str
+    error: TaskError
+    last_seq: int
+
+
+def new_run(run_id: str, sites: tuple[Site, ...], shape: AdapterShape) -> Run:
+    """A run that has not learned anything yet."""
+    adapter = new_adapter(sites, shape)
+    return Run(run_id, adapter, AdamState(adapter.tensors))
+
+
+def load_files(
+    run: Run, sites: tuple[Site, ...], files: dict[str, bytes], *, optimizer: bool
+) -> None:
+    """Puts stored weights, and the stored optimizer if asked for, in place of the run's; drops pending gradients.
+
+    Without the stored optimizer the run's starts anew: moments of other weights mean nothing.
+
+    Raises:
+        InvalidTaskError: the files do not fit the run, which stays as it was.
+    """
+    shape = run.adapter.shape
+    stored, tensors = import_adapter(files, sites, seed=shape.seed)
+    if stored != shape:
+        raise InvalidTaskError(f"the checkpoint's LoRA shape {stored} is not the run's {shape}")
+    state = AdamState(run.adapter.tensors)
+    if optimizer:
+        if STATE_FILE not in files:
+            raise InvalidTaskError(
+                "the checkpoint has no optimizer state: it was saved for inference",
+                param="optimizer",
+            )
+        state.restore(files[STATE_FILE])
+    run.adapter.replace(tensors)
+    run.optimizer = state
+    run.gradients = None

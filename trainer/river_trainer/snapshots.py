@@ -1,0 +1,103 @@
+"""Snapshots of runs in the checkpoint store, so that the journal need not be kept for ever.
+
+`snapshots/<base>/<run>/<seq>` holds a run as it was after operation `seq`, with no gradient pending. The newest
+complete one counts; older ones are removed once it is there.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from river_engine.protocol import subject_token
+from river_trainer.adapter import Adapter
+from river_trainer.errors import StoreError
+from river_trainer.optimizer import STATE_FILE, AdamState
+from river_trainer.peft_files import import_adapter
+from river_trainer.protocol import TaskError
+from river_trainer.runs import FailedRun, Run
+from river_trainer.sites import Site
+from river_trainer.store import FileSets
+
+
+class _Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a snapshot's manifest says; `failure` is the error of a run that could not be created, as JSON."""
+
+    last_seq: int
+    step: int = 0
+    seed: int = 0
+    failure: str | None = None
+
+
+class Snapshots:
+    """The snapshots of one base model's runs. Blocking; for the worker thread."""
+
+    def __init__(self, store: FileSets, base_model: str) -> None:
+        self._store = store
+        self._root = f"snapshots/{subject_token(base_model)}"
+        self._base_model = base_model
+
+    def newest(self) -> dict[str, int]:
+        """Every run that has a snapshot, and the newest operation in it.
+
+        Raises:
+            StoreError: the store does not say.
+        """
+        found: dict[str, int] = {}
+        for run_id in self._store.folders(self._root):
+            for seq in sorted(self._sequences(run_id), reverse=True):
+                if self._store.exists(f"{self._root}/{run_id}/{seq}"):
+                    found[run_id] = seq
+                    break
+        return found
+
+    def write(self, run: Run | FailedRun) -> None:
+        """Stores a run and then removes its older snapshots.
+
+        Raises:
+            StoreError: the store refuses; the older ones still count.
+        """
+        if isinstance(run, FailedRun):
+            failure = msgspec.json.encode(run.error).decode()
+            files, facts = {}, _Facts(last_seq=run.last_seq, failure=failure)
+        else:
+            assert run.gradients is None, "pending gradients are not in a snapshot"
+            files = run.files(base_model=self._base_model, optimizer=True)
+            seed = run.adapter.shape.seed
+            facts = _Facts(last_seq=run.last_seq, step=run.step, seed=seed)
+        folder = f"{self._root}/{run.run_id}/{run.last_seq}"
+        self._store.write(folder, files, msgspec.to_builtins(facts))
+        for seq in self._sequences(run.run_id):
+            if seq < run.last_seq:
+                self._store.remove(f"{self._root}/{run.run_id}/{seq}")
+
+    def load(self, run_id: str, sites: tuple[Site, ...]) -> Run | FailedRun | None:
+        """The run as its newest complete snapshot has it, None if there is none.
+
+        Raises:
+            StoreError: the store does not give it.
+            InvalidTaskError: it was made with another base model.
+        """
+        for seq in sorted(self._sequences(run_id), reverse=True):
+            found = self._store.read(f"{self._root}/{run_id}/{seq}")
+            if found is None:
+                continue
+            manifest, files = found
+            facts = msgspec.convert(manifest.facts, _Facts)
+            if facts.failure is not None:
+                error = msgspec.json.decode(facts.failure, type=TaskError)
+                return FailedRun(run_id, error, facts.last_seq)
+            return _restore(run_id, sites, files, facts)
+        return None
+
+    def _sequences(self, run_id: str) -> list[int]:
+        return [int(name) for name in self._store.folders(f"{self._root}/{run_id}")]
+
+
+def _restore(run_id: str, sites: tuple[Site, ...], files: dict[str, bytes], facts: _Facts) -> Run:
+    shape, tensors = import_adapter(files, sites, seed=facts.seed)
+    adapter = Adapter(sites, shape, tensors)
+    optimizer = AdamState(adapter.tensors)
+    if STATE_FILE not in files:
+        raise StoreError(f"the snapshot of {run_id} has no optimizer state")
+    optimizer.restore(files[STATE_FILE])
+    return Run(run_id, adapter, optimizer, step=facts.step, last_seq=facts.last_seq)

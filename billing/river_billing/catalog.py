@@ -16,11 +16,12 @@ select run_id, $2, $3, $4, $5::jsonb from run where run_id = $1
 on conflict (run_id, seq) where seq is not null do nothing
 """
 
+# Each metric keeps its newest value: an operation without metrics erases nothing.
 _ADVANCE_RUN = """
 update run set
   last_seq   = greatest(last_seq, $2),
   step       = case when $2 > last_seq then $3 else step end,
-  metrics    = case when $2 > last_seq then $5::jsonb else metrics end,
+  metrics    = case when $2 > last_seq then metrics || $5::jsonb else $5::jsonb || metrics end,
   updated_at = greatest(updated_at, $4)
 where run_id = $1
 """

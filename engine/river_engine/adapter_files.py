@@ -70,7 +70,9 @@ def model_targets(config: Any) -> dict[str, Target]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head, config.num_key_value_heads * head
-    experts = next((count for name in _EXPERT_COUNT_NAMES if (count := getattr(config, name, None))), 0)
+    experts = next(
+        (count for name in _EXPERT_COUNT_NAMES if (count := getattr(config, name, None))), 0
+    )
     targets = {"lm_head": Target(hidden, config.vocab_size)}
     for layer in range(config.num_hidden_layers):
         attention = f"model.layers.{layer}.self_attn."
@@ -123,31 +125,19 @@ def check_adapter(directory: Path, targets: dict[str, Target], *, rank_max: int)
     config = _read_config(directory / CONFIG_FILE)
     if not 1 <= config.r <= rank_max:
         raise InvalidAdapter(f"rank {config.r} is not between 1 and {rank_max}")
-    try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
-    if not shapes:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors")
-
     modules: dict[str, set[str]] = {}
-    for name, shape in shapes.items():
+    for name, shape in _tensor_shapes(directory / WEIGHTS_FILE).items():
         match = _TENSOR_NAME.match(name)
         target = targets.get(match["module"]) if match else None
         if match is None or target is None:
-            raise InvalidAdapter(f"tensor {name}: not something an adapter of this model can change")
+            raise InvalidAdapter(
+                f"tensor {name}: not something an adapter of this model can change"
+            )
         expected = target.shapes(config.r)[0 if match["factor"] == "A" else 1]
         if shape != expected:
             raise InvalidAdapter(f"tensor {name}: shape {shape}, expected {expected}")
         modules.setdefault(match["module"], set()).add(match["factor"])
-    for module, factors in modules.items():
-        if len(factors) != 2:  # noqa: PLR2004 - A and B
-            raise InvalidAdapter(f"module {module}: has only lora_{factors.pop()}")
-        if module.endswith(".experts") and f"{module}.base_layer" not in modules:
-            raise InvalidAdapter(f"module {module}: gate and up are missing")
-        if module.endswith(".experts.base_layer") and module.removesuffix(".base_layer") not in modules:
-            raise InvalidAdapter(f"module {module}: down is missing")
+    _check_complete(modules)
 
 
 def write_random_adapter(
@@ -158,7 +148,9 @@ def write_random_adapter(
     tensors: dict[str, torch.Tensor] = {}
     for module, target in targets.items():
         for factor, shape in zip("AB", target.shapes(rank), strict=True):
-            tensors[f"{_PREFIX}{module}.lora_{factor}.weight"] = torch.randn(shape, generator=generator) * std
+            tensors[f"{_PREFIX}{module}.lora_{factor}.weight"] = (
+                torch.randn(shape, generator=generator) * std
+            )
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE)
     names = {module.rpartition(".")[2] for module in targets} - {"experts", "base_layer"}
@@ -170,7 +162,9 @@ def write_random_adapter(
         "bias": "none",
         "task_type": "CAUSAL_LM",
         "target_modules": sorted(names),
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if has_experts else None,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        if has_experts
+        else None,
     }
     (directory / CONFIG_FILE).write_bytes(msgspec.json.encode(config))
 
@@ -197,15 +191,46 @@ def _read_config(path: Path) -> AdapterConfig:
     return config
 
 
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the file's header, of at least one tensor."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise InvalidAdapter(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
+    if not shapes:
+        raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors")
+    return shapes
+
+
+def _check_complete(modules: dict[str, set[str]]) -> None:
+    """Both factors of each module, and of each layer's experts both halves: vLLM cannot take one alone."""
+    for module, factors in modules.items():
+        if factors != {"A", "B"}:
+            raise InvalidAdapter(f"module {module}: has only lora_{factors.pop()}")
+        if module.endswith(".experts") and f"{module}.base_layer" not in modules:
+            raise InvalidAdapter(f"module {module}: gate and up are missing")
+        if (
+            module.endswith(".experts.base_layer")
+            and module.removesuffix(".base_layer") not in modules
+        ):
+            raise InvalidAdapter(f"module {module}: down is missing")
+
+
 def _link_or_copy(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except FileNotFoundError as error:
-        raise AdapterNotFound(f"no adapter file {source.name} at {source.parent.as_uri()}") from error
+        raise AdapterNotFound(
+            f"no adapter file {source.name} at {source.parent.as_uri()}"
+        ) from error
     except OSError:  # Another file system, or one without links.
         try:
             shutil.copyfile(source, destination)
         except FileNotFoundError as error:
-            raise AdapterNotFound(f"no adapter file {source.name} at {source.parent.as_uri()}") from error
+            raise AdapterNotFound(
+                f"no adapter file {source.name} at {source.parent.as_uri()}"
+            ) from error
         except OSError as error:
             raise InvalidAdapter(f"cannot read {source.name}: {error}") from error

@@ -1,13 +1,13 @@
 """Which adapters this engine holds, and who is using them.
 
-An adapter version is immutable and so is everything about it here: a number of its own, a name of its own, a directory of
-its own with its own hold on the bytes. That is what keeps vLLM honest: its prefix cache is keyed by name and path, a second
-version under an old name kills it, and so does a request whose files are gone when its turn comes. Nothing is ever loaded
-in place or pinned.
+An adapter version is immutable and so is everything about it here: a number of its own, a name of its own, a
+directory of its own with its own hold on the bytes. That is what keeps vLLM honest: its prefix cache is keyed by
+name and path, a second version under an old name kills it, and so does a request whose files are gone when its turn
+comes. Nothing is ever loaded in place or pinned.
 
-`AdapterStore.hold` is the one door: it fetches, checks and loads an adapter once however many ask for it, keeps its bytes
-while anybody uses it, lets at most `max_loras` different ones into vLLM's batches at a time, and forgets the least recently
-used when there are too many.
+`AdapterStore.hold` is the one door: it fetches, checks and loads an adapter once however many ask for it, keeps its
+bytes while anybody uses it, lets at most `max_loras` different ones into vLLM's batches at a time, and forgets the
+least recently used when there are too many.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class _ManifestEntry(msgspec.Struct, frozen=True, kw_only=True):
 class AdapterGate:
     """Lets at most `distinct_max` different adapters in at a time, strictly in the order of asking.
 
-    vLLM's scheduler passes over requests whose adapter does not fit, for as long as those inside keep coming; waiting in
-    line here instead means that nobody starves.
+    vLLM's scheduler passes over requests whose adapter does not fit, for as long as those inside keep coming;
+    waiting in line here instead means that nobody starves.
     """
 
     def __init__(self, distinct_max: int) -> None:
@@ -187,7 +187,9 @@ class AdapterStore:
             try:
                 await self._load_or_drop(version)
             except EngineRefusal as error:
-                _log.warning("adapter not restored", extra={"adapter": ref.name, "reason": error.message})
+                _log.warning(
+                    "adapter not restored", extra={"adapter": ref.name, "reason": error.message}
+                )
         self._write_manifest()
 
     @asynccontextmanager
@@ -239,13 +241,17 @@ class AdapterStore:
             await self._engine.add_lora(version.request)
         except EngineDeadError as error:
             raise EngineBusy("the engine is going down") from error
-        except Exception as error:  # noqa: BLE001 - vLLM hands errors of its core over as bare Exceptions
+        except Exception as error:  # vLLM hands the errors of its core over as these.
             raise InvalidAdapter(f"vLLM refuses the adapter: {str(error)[:500]}") from error
         version.resident = True
 
     async def _evict(self) -> None:
         """Forgets least recently used versions that nobody holds, down to the bound."""
-        idle = [version for version in self._versions.values() if version.resident and not version.holders]
+        idle = [
+            version
+            for version in self._versions.values()
+            if version.resident and not version.holders
+        ]
         excess = len(self.resident()) - self._resident_max
         if excess <= 0 or not idle:
             return
@@ -254,14 +260,16 @@ class AdapterStore:
         self._write_manifest()
 
     async def _drop(self, version: _Version) -> None:
-        """Forgets a version at once, so that whoever asks next gets a new one, then lets go of its weights and files."""
+        """Forgets a version, so that whoever asks next gets a new one, then lets go of its weights and files."""
         version.resident = False
         if self._versions.get(version.ref.name) is version:
             del self._versions[version.ref.name]
         try:
             await self._engine.remove_lora(version.request.lora_int_id)
         except EngineDeadError as error:
-            _log.warning("adapter not removed", extra={"adapter": version.ref.name, "reason": str(error)})
+            _log.warning(
+                "adapter not removed", extra={"adapter": version.ref.name, "reason": str(error)}
+            )
         shutil.rmtree(version.directory, ignore_errors=True)
 
     def _touch(self, version: _Version) -> None:
@@ -270,7 +278,9 @@ class AdapterStore:
 
     def _write_manifest(self) -> None:
         entries = [
-            _ManifestEntry(name=name, location=version.ref.location, directory=version.directory.name)
+            _ManifestEntry(
+                name=name, location=version.ref.location, directory=version.directory.name
+            )
             for name, version in self._versions.items()
             if version.resident
         ]
@@ -288,5 +298,3 @@ class AdapterStore:
         except msgspec.DecodeError as error:
             _log.warning("adapter manifest unreadable", extra={"reason": str(error)})
             return []
-
-

@@ -1,8 +1,8 @@
 """Counts every token that leaves the engine, once, at the one place where all of them pass: vLLM's `generate`.
 
-The three counters are the numbers that the answers report, so a bill made from the answers can be checked against them: a
-prompt counts once however many samples are drawn from it, and its tokens are either `prompt` (computed) or `cached_prompt`.
-What was produced for a client that went away is counted as far as it was handed out.
+The three counters are the numbers that the answers report, so a bill made from the answers can be checked against
+them: a prompt counts once however many samples are drawn from it, and its tokens are either `prompt` (computed) or
+`cached_prompt`. What was produced for a client that went away is counted as far as it was handed out.
 """
 
 from __future__ import annotations
@@ -59,8 +59,16 @@ def counted(generate: Generate) -> Generate:
     return generate_counted
 
 
+async def final(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+    """The one output of a request that asked for its final output only."""
+    outputs = [output async for output in stream]
+    assert len(outputs) == 1
+    assert outputs[0].finished
+    return outputs[0]
+
+
 def share_cached_count() -> None:
-    """Makes all samples of one prompt report the cached tokens that the prompt found, not those one sample left the next.
+    """Makes all samples of a prompt report the cached tokens it found, not those one sample left the next.
 
     vLLM reports whichever sample comes last, and all but the first find the prompt in the cache.
     """
@@ -69,7 +77,10 @@ def share_cached_count() -> None:
     def make_request_output(self: RequestState, *args: Any, **options: Any) -> Any:
         parent: Any = self.parent_req
         if parent is not None:
-            least = min(getattr(parent, "river_cached_tokens", self.num_cached_tokens), self.num_cached_tokens)
+            least = min(
+                getattr(parent, "river_cached_tokens", self.num_cached_tokens),
+                self.num_cached_tokens,
+            )
             parent.river_cached_tokens = self.num_cached_tokens = least
         return original(self, *args, **options)
 

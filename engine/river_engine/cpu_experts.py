@@ -1,7 +1,7 @@
 """LoRA on the routed experts of a mixture, on the CPU.
 
-vLLM asks for its Triton experts whenever LoRA is on, also on a machine that has no Triton, and the first request then kills
-the engine. These experts answer instead:
+vLLM asks for its Triton experts whenever LoRA is on, also on a machine that has no Triton, and the first request
+then kills the engine. These experts answer instead:
 
 * rows without an adapter take the platform's own grouped GEMM, untouched;
 * rows of an adapter take the same grouped GEMM over that adapter's merged weights `W + B A`, kept in float32 so that a
@@ -37,6 +37,9 @@ from river_engine.cpu_punica import RowGroup, row_groups
 # The portable grouped GEMM takes float32; its columns come in blocks of 32.
 _ISA = "vec"
 _BLOCK = 32
+# Those whose gate and up are the two halves of one tensor.
+_ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+_CPU_EXPERTS = (X86CPUUnquantizedExperts, ArmCPUUnquantizedExperts, PowerCPUUnquantizedExperts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ class _Merged:
     w2: torch.Tensor
 
 
-class MergedLoRAExperts(LoRAExpertsMixin):
-    """Mixed into a CPU experts class: takes over the rows that have an adapter."""
+class MergedLoRAExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
+    """The portable experts, or with another CPU's class after it that one's, taking over the rows with an adapter."""
 
     _lora_context: MoELoRAContext | None
 
@@ -57,13 +60,13 @@ class MergedLoRAExperts(LoRAExpertsMixin):
         self._w13_EGH = layer.w13_weight.detach().to(torch.float32, copy=True)
         self._w2_EHI = layer.w2_weight.detach().to(torch.float32, copy=True)
         self._merged: dict[int, _Merged] = {}
-        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        super().process_weights_after_loading(layer)
 
     def forget(self, slot: int) -> None:
         """The adapter in `slot` has changed."""
         self._merged.pop(slot, None)
 
-    def apply(
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride] - vLLM passes the rest by keyword
         self,
         output: torch.Tensor,
         hidden_states: torch.Tensor,
@@ -84,9 +87,11 @@ class MergedLoRAExperts(LoRAExpertsMixin):
             direct = rows is None and output.dtype == dtype
             part = output if direct else torch.empty(x.shape, dtype=dtype)
             if slot >= 0:
-                self._apply_adapter(slot, part, x, weights, ids, activation, skip_weights=skip_weights)
+                self._apply_adapter(
+                    slot, part, x, weights, ids, activation, skip_weights=skip_weights
+                )
             else:
-                super().apply(  # type: ignore[misc]
+                super().apply(
                     output=part,
                     hidden_states=x,
                     w1=w1,
@@ -111,9 +116,14 @@ class MergedLoRAExperts(LoRAExpertsMixin):
         if not groups:
             return [(-1, None)]
         slots = wrapper.token_lora_indices
-        if slots.numel() != row_count:  # Padded batches: the rows beyond the mapping belong to nobody.
-            groups = row_groups(F.pad(slots[:row_count], (0, row_count - slots[:row_count].numel()), value=-1))
-        return [(slot if slot >= 0 and self._merge(context, slot) else -1, rows) for slot, rows in groups]
+        if slots.numel() != row_count:
+            # A padded batch: the rows beyond the mapping belong to nobody.
+            known = slots[:row_count]
+            groups = row_groups(F.pad(known, (0, row_count - known.numel()), value=-1))
+        return [
+            (slot if slot >= 0 and self._merge(context, slot) else -1, rows)
+            for slot, rows in groups
+        ]
 
     def _merge(self, context: MoELoRAContext, slot: int) -> bool:
         """Makes sure that the weights of `slot` are merged; False if its adapter has none for these experts."""
@@ -156,8 +166,8 @@ class MergedLoRAExperts(LoRAExpertsMixin):
             x.float(),
             merged.w13,
             merged.w2,
-            _float_or_none(self.w1_bias),  # type: ignore[attr-defined]
-            _float_or_none(self.w2_bias),  # type: ignore[attr-defined]
+            _float_or_none(self.w1_bias),
+            _float_or_none(self.w2_bias),
             topk_weights,
             topk_ids,
             activation.value,
@@ -166,32 +176,19 @@ class MergedLoRAExperts(LoRAExpertsMixin):
         )
 
 
-class X86LoRAExperts(MergedLoRAExperts, X86CPUUnquantizedExperts):
-    pass
-
-
-class ArmLoRAExperts(MergedLoRAExperts, ArmCPUUnquantizedExperts):
-    pass
-
-
-class PowerLoRAExperts(MergedLoRAExperts, PowerCPUUnquantizedExperts):
-    pass
-
-
-class PortableLoRAExperts(MergedLoRAExperts, CPUUnquantizedExperts):
-    pass
-
-
-def lora_experts_class(config: FusedMoEConfig) -> type[mk.FusedMoEExperts]:
+def lora_experts_class(config: FusedMoEConfig) -> type[CPUUnquantizedExperts]:
     """The experts class for this CPU and model.
 
     Raises:
         ValueError: none fits; the message says why.
     """
-    if config.activation not in (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH):
+    if config.activation not in _ACTIVATIONS:
         raise ValueError(f"no LoRA on experts with activation {config.activation} on a CPU")
+    candidates: list[type[CPUUnquantizedExperts]] = [
+        type(f"{own.__name__}WithLoRA", (MergedLoRAExperts, own), {}) for own in _CPU_EXPERTS
+    ]
     reason: str | None = None
-    for candidate in (X86LoRAExperts, ArmLoRAExperts, PowerLoRAExperts, PortableLoRAExperts):
+    for candidate in (*candidates, MergedLoRAExperts):
         supported, reason = candidate.is_supported_config(
             candidate, config, None, None, mk.FusedMoEActivationFormat.Standard
         )
@@ -201,7 +198,7 @@ def lora_experts_class(config: FusedMoEConfig) -> type[mk.FusedMoEExperts]:
 
 
 def forget_on_reset() -> None:
-    """Makes vLLM's layer tell the experts when a slot changes: both setting and clearing one begin with `reset_lora`."""
+    """Makes vLLM's layer tell the experts when a slot changes; setting one begins with `reset_lora` too."""
     original = FusedMoEWithLoRA.reset_lora
 
     def reset_lora(self: FusedMoEWithLoRA, index: int) -> None:

@@ -1,8 +1,8 @@
 """LoRA on linear layers, the embedding and the head, on the CPU.
 
-vLLM's own version gathers a weight per row with `weights[slot]`; for rows without an adapter the slot is -1, which in
-Python is the last one, so another tenant's adapter answers for the base model. This one works group by group, leaves rows
-without an adapter alone, and reads every weight once.
+vLLM's own version gathers a weight per row with `weights[slot]`; for rows without an adapter the slot is -1, which
+in Python is the last one, so another tenant's adapter answers for the base model. This one works group by group,
+leaves rows without an adapter alone, and reads every weight once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class GroupedPunica(PunicaWrapperCPU):
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         self.token_groups = row_groups(self.token_lora_indices)
         self._token_adapters = [group for group in self.token_groups if group[0] >= 0]
-        self._sampler_adapters = [group for group in row_groups(self.sampler_indices) if group[0] >= 0]
+        self._sampler_adapters = [
+            group for group in row_groups(self.sampler_indices) if group[0] >= 0
+        ]
 
     def add_lora_linear(
         self,
@@ -61,11 +63,13 @@ class GroupedPunica(PunicaWrapperCPU):
         scale: float,
         output_slices: tuple[int, ...],
         *,
-        buffer: tuple[torch.Tensor, ...] | None = None,
-        **kwargs: Any,
+        buffer: tuple[torch.Tensor, ...] | None = None,  # noqa: ARG002 - vLLM's signature, here and below
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """`y[:, slice i] += scale * x A_i^T B_i^T`."""
-        _add_low_rank(self._token_adapters, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+        _add_low_rank(
+            self._token_adapters, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices
+        )
 
     def add_lora_logits(
         self,
@@ -75,12 +79,14 @@ class GroupedPunica(PunicaWrapperCPU):
         lora_b_stacked: torch.Tensor,
         scale: float,
         *,
-        buffer: torch.Tensor | None = None,
-        **kwargs: Any,
+        buffer: torch.Tensor | None = None,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """`y += scale * x A^T B^T` over the rows that are sampled from."""
         width = (y.shape[-1],)
-        _add_low_rank(self._sampler_adapters, y, x, (lora_a_stacked,), (lora_b_stacked,), scale, width)
+        _add_low_rank(
+            self._sampler_adapters, y, x, (lora_a_stacked,), (lora_b_stacked,), scale, width
+        )
 
     def add_shrink(
         self,
@@ -88,7 +94,7 @@ class GroupedPunica(PunicaWrapperCPU):
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
         scale: float,
-        **kwargs: Any,
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """`y[i] += scale * x A_i^T`."""
         x = x.reshape(-1, x.shape[-1])
@@ -104,8 +110,8 @@ class GroupedPunica(PunicaWrapperCPU):
         lora_b_stacked: tuple[torch.Tensor, ...],
         output_slices: tuple[int, ...],
         offset_start: int = 0,
-        add_inputs: bool = True,  # noqa: FBT001, FBT002 - vLLM's signature
-        **kwargs: Any,
+        add_inputs: bool = True,
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """`y[:, slice i] += x[i] B_i^T`, or `=` without `add_inputs`."""
         y = y.view(-1, y.shape[-1])
@@ -122,8 +128,8 @@ class GroupedPunica(PunicaWrapperCPU):
         y: torch.Tensor,
         x: torch.Tensor,
         lora_b_stacked: torch.Tensor,
-        add_inputs: bool = True,  # noqa: FBT001, FBT002 - vLLM's signature
-        **kwargs: Any,
+        add_inputs: bool = True,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """`y += x B^T`, x being rows of A already."""
         for slot, rows in self._token_adapters:

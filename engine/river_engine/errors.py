@@ -1,12 +1,12 @@
 """Why an engine refuses a request; each maps to one HTTP status and an `EngineError` body.
 
-    EngineRefusal
-    ├── InvalidField      422  a field is wrong; `param` names it with its index
-    ├── InvalidAdapter    422  the adapter's files are not ones this engine can serve
-    ├── AdapterNotFound   404  there are no such files
-    ├── Unauthorized      401  no or wrong token
-    ├── TooLarge          413  the body or a header is over its bound
-    └── EngineBusy        503  too many waiting, or the engine is going down
+EngineRefusal
+├── InvalidField      422  a field is wrong; `param` names it with its index
+├── InvalidAdapter    422  the adapter's files are not ones this engine can serve
+├── AdapterNotFound   404  there are no such files
+├── Unauthorized      401  no or wrong token
+├── TooLarge          413  the body or a header is over its bound
+└── EngineBusy        503  too many waiting, or the engine is going down
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from river_engine.protocol import EngineError
 
 
-class EngineRefusal(Exception):
+class EngineRefusal(Exception):  # noqa: N818 - the request's error, not the engine's
     """Base of all refusals.
 
     `status` is the HTTP status, `type_name` the `type` of the body, `param` the field at fault.

@@ -2,17 +2,18 @@
 
 * A token for everything but the health checks and the metrics.
 * `POST /river/sample`, answered here.
-* vLLM's OpenAI routes: the adapter of `x-river-adapter` is held while the request runs, streaming included. The body's
-  `model` is always replaced, by that adapter or by the base model: nobody reaches an adapter by guessing its name. Answers
-  show the name of `x-river-model`.
+* vLLM's OpenAI routes: the adapter of `x-river-adapter` is held while the request runs, streaming included. The
+  body's `model` is always replaced, by that adapter or by the base model: nobody reaches an adapter by guessing its
+  name. Answers show the name of `x-river-model`.
 
-vLLM finds adapters by name in `lora_requests`, and lists them on `/v1/models`; here each request sees its own and nothing
-else, by a context variable.
+vLLM finds adapters by name in `lora_requests`, and lists them on `/v1/models`; here each request sees its own and
+nothing else, by a context variable.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
@@ -162,17 +163,12 @@ class EngineDoor:
         self, body: bytes, model: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Calls vLLM with `model` in the body."""
-        fields: dict[str, Any] | None = None
-        try:
-            fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        except (msgspec.ValidationError, msgspec.DecodeError):
-            # Not an object: no route of vLLM takes a model from such a body, and its own errors are the better ones.
-            pass
-        if fields is not None:
+        # A body that is not an object names no model on any route of vLLM, whose own errors are the better ones.
+        with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):
+            fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
             fields["model"] = model
             body = msgspec.json.encode(fields)
-            prompt = fields.get("prompt")
-            many_prompts.set(prompt is not None and _is_many(bytes(prompt)))
+            many_prompts.set(_is_many(bytes(fields.get("prompt", b"null"))))
         length = str(len(body)).encode()
         scope["headers"] = [
             (name, value) for name, value in scope["headers"] if name != b"content-length"

@@ -1,7 +1,8 @@
 """Three places where vLLM loses an adapter on the way to a model, on every platform.
 
-* The logits of prompt tokens (`prompt_logprobs`) are computed with the adapters of the *sampled* rows: wrong numbers on a GPU,
-  a crash of the engine on a CPU. Here one request at a time, with its own adapter for all of its rows.
+* The logits of prompt tokens (`prompt_logprobs`) are computed with the adapters of the *sampled* rows: wrong
+  numbers on a GPU, a crash of the engine on a CPU. Here one request at a time, with its own adapter for all of its
+  rows.
 * Some model classes forgot to say that their head can take an adapter.
 * A router gate that its MoE runner holds stays the unwrapped layer, so an adapter on it is ignored.
 """
@@ -35,7 +36,9 @@ def prompt_logprobs_with_adapter() -> None:
                 if request_id not in num_scheduled_tokens:
                     continue
                 row = self.input_batch.req_id_to_index[request_id]
-                adapters = (int(self.input_batch.request_lora_mapping[row]),) * num_scheduled_tokens[request_id]
+                adapters = (
+                    int(self.input_batch.request_lora_mapping[row]),
+                ) * num_scheduled_tokens[request_id]
                 mapping = LoRAMapping(adapters, adapters, is_prefill=True)
                 self.lora_manager._adapter_manager.set_adapter_mapping(mapping)  # noqa: SLF001 - no public way
                 self.num_prompt_logprobs = {request_id: count}

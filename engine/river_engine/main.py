@@ -17,8 +17,8 @@ import time
 from types import FrameType
 
 import msgspec
-from river_client.service import SettingsError
 
+from river_client.service import SettingsError
 from river_engine import limits
 from river_engine.lifeline import LIFELINE_VARIABLE
 from river_engine.settings import EngineSettings, read_engine_settings
@@ -39,7 +39,9 @@ def main() -> None:
     except SettingsError as error:
         sys.exit(f"{error}")
     given_id = settings.engine_id
-    settings = msgspec.structs.replace(settings, engine_id=given_id or f"eng_{secrets.token_hex(8)}")
+    settings = msgspec.structs.replace(
+        settings, engine_id=given_id or f"eng_{secrets.token_hex(8)}"
+    )
     code = Supervisor(server_environment(settings)).run()
     if not given_id:  # Nobody can come back under a random name.
         shutil.rmtree(settings.versions_dir, ignore_errors=True)
@@ -90,7 +92,9 @@ class Supervisor:
             if failures > limits.START_FAILURES_MAX:
                 _log.critical("server keeps dying", extra={"exit_code": code, "failures": failures})
                 return 1
-            delay_s = min(limits.RESTART_DELAY_FIRST_S * 2 ** (failures - 1), limits.RESTART_DELAY_MAX_S)
+            delay_s = min(
+                limits.RESTART_DELAY_FIRST_S * 2 ** (failures - 1), limits.RESTART_DELAY_MAX_S
+            )
             _log.error("server died", extra={"exit_code": code, "restart_in_s": delay_s})
             if self._stop.wait(delay_s):
                 return 0

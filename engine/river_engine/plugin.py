@@ -1,16 +1,18 @@
 """Our vLLM plugin: any vLLM in this environment gets it (entry point group `vllm.general_plugins`), in every process.
 
-It makes LoRA right where vLLM 0.32 is not, and possible on a CPU for the experts of a mixture; the modules it calls say what
-is wrong and what they do about it. Nothing else of River is needed for it.
+It makes LoRA right where vLLM 0.32 is not, and possible on a CPU for the experts of a mixture; the modules it calls
+say what is wrong and what they do about it. Nothing else of River is needed for it.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 from river_engine.lifeline import LIFELINE_VARIABLE, die_with_parent
 
+_MOE_METHOD = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 _state = {"registered": False}
 
 
@@ -36,13 +38,15 @@ def register() -> None:
 
 def _lora_on_cpu(platform: Any) -> None:
     """Puts our punica wrapper and our experts in the place of vLLM's."""
-    import vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method as method  # noqa: PLC0415
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend  # noqa: PLC0415
 
     from river_engine.cpu_experts import forget_on_reset, lora_experts_class  # noqa: PLC0415
 
-    type(platform).get_punica_wrapper = classmethod(lambda _: "river_engine.cpu_punica.GroupedPunica")
+    type(platform).get_punica_wrapper = classmethod(
+        lambda _: "river_engine.cpu_punica.GroupedPunica"
+    )
     forget_on_reset()
+    method: Any = importlib.import_module(_MOE_METHOD)
     original = method.select_unquantized_moe_backend
 
     def select(moe_config: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
-"""Telling the others that this engine is there, and hearing of new adapters; both over NATS, and neither needed to serve.
+"""Telling the others that this engine is there, and hearing of new adapters: over NATS, and not needed to serve.
 
-While NATS is away the record expires by itself; when it is back the next heartbeat writes it again. An announced adapter is
-only a hint: an engine that missed it loads it when it is asked for.
+While NATS is away the record expires by itself; when it is back the next heartbeat writes it again. An announced
+adapter is only a hint: an engine that missed it loads it when it is asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _AWAY = (NatsError, OSError, TimeoutError)
 async def registered(
     nats_url: str, record: Callable[[], EngineRecord], store: AdapterStore
 ) -> AsyncIterator[None]:
-    """This engine is known, as `record` describes it at each heartbeat, and preloads what is announced, in the block."""
+    """In the block, the engine is known as `record` describes it at each heartbeat, and preloads what is announced."""
     announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
     async with asyncio.TaskGroup() as group:
         tasks = (
@@ -128,10 +128,14 @@ async def _preload(announced: asyncio.Queue[AdapterRef], store: AdapterStore) ->
         try:
             await store.preload(ref)
         except EngineRefusal as error:
-            _log.warning("adapter not preloaded", extra={"adapter": ref.name, "reason": error.message})
+            _log.warning(
+                "adapter not preloaded", extra={"adapter": ref.name, "reason": error.message}
+            )
         else:
             took_ms = (time.monotonic() - started) * 1e3
-            _log.info("adapter preloaded", extra={"adapter": ref.name, "took_ms": round(took_ms, 1)})
+            _log.info(
+                "adapter preloaded", extra={"adapter": ref.name, "took_ms": round(took_ms, 1)}
+            )
 
 
 async def _leave(client: Client, engine_id: str) -> None:

@@ -1,8 +1,8 @@
 """Token-in/token-out sampling: many prompts, many samples each, with the log-probabilities training needs.
 
 Every prompt is one `AsyncLLM.generate` of `num_samples` samples, all at once; vLLM's scheduler batches them. The
-log-probabilities are those of the distribution the tokens were drawn from (after temperature and top-k/top-p): the engine
-runs with `logprobs_mode=processed_logprobs`.
+log-probabilities are those of the distribution the tokens were drawn from (after temperature and top-k/top-p): the
+engine runs with `logprobs_mode=processed_logprobs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from river_engine import limits
 from river_engine.adapters import AdapterStore
-from river_engine.counting import Generate
+from river_engine.counting import Generate, final
 from river_engine.errors import EngineBusy, InvalidField
 from river_engine.protocol import (
     EngineSample,
@@ -82,7 +82,8 @@ class Sampler:
         if request.prompts is not None:
             field = "prompts"
             prompts = [
-                self._tokenizer.encode(prompt, add_special_tokens=False) for prompt in request.prompts
+                self._tokenizer.encode(prompt, add_special_tokens=False)
+                for prompt in request.prompts
             ]
         else:
             field = "prompt_token_ids"
@@ -93,7 +94,9 @@ class Sampler:
                 raise InvalidField("a prompt needs at least one token", param=param)
             if max(tokens) >= self._vocab_size or min(tokens) < 0:
                 position = next(
-                    position for position, token in enumerate(tokens) if not 0 <= token < self._vocab_size
+                    position
+                    for position, token in enumerate(tokens)
+                    if not 0 <= token < self._vocab_size
                 )
                 raise InvalidField(
                     f"token {tokens[position]} is not in the vocabulary of {self._vocab_size}",
@@ -135,13 +138,10 @@ class Sampler:
         self, request: EngineSample, index: int, tokens: list[int], lora: LoRARequest | None
     ) -> EngineSampleGroup:
         params = self._sampling_params(request, index)
-        output: RequestOutput | None = None
-        async for output in self._generate(
-            tokens_input(tokens), params, f"{request.request_id}-{index}", lora_request=lora
-        ):
-            pass
-        assert output is not None
-        assert output.finished
+        request_id = f"{request.request_id}-{index}"
+        output = await final(
+            self._generate(tokens_input(tokens), params, request_id, lora_request=lora)
+        )
         return EngineSampleGroup(
             prompt_token_ids=tokens,
             samples=[self._sequence(part, request.logprobs, params) for part in output.outputs],
@@ -173,10 +173,17 @@ class Sampler:
 def _check_fields(request: EngineSample) -> None:
     """The ranges of everything but the prompts' tokens."""
     if (request.prompts is None) == (request.prompt_token_ids is None):
-        raise InvalidField("exactly one of prompts and prompt_token_ids must be given", param="prompts")
+        raise InvalidField(
+            "exactly one of prompts and prompt_token_ids must be given", param="prompts"
+        )
     count = len(request.prompts if request.prompts is not None else request.prompt_token_ids or [])
     checks = (
-        ("prompts" if request.prompts is not None else "prompt_token_ids", count, 1, limits.PROMPTS_MAX),
+        (
+            "prompts" if request.prompts is not None else "prompt_token_ids",
+            count,
+            1,
+            limits.PROMPTS_MAX,
+        ),
         ("num_samples", request.num_samples, 1, limits.SAMPLES_MAX),
         ("max_tokens", request.max_tokens, 1, float("inf")),
         ("temperature", request.temperature, 0.0, 1e6),

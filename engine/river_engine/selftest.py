@@ -1,8 +1,8 @@
 """Does this engine, as built and configured, compute adapters right? Asked once at every start, of the engine itself.
 
-vLLM leaves out what it cannot apply without a word, and one wrong index lets one tenant's adapter answer for another. So
-before anything is served: an adapter on each kind of module must move the log-probabilities of a prompt, and rows of several
-adapters and of the base model in one batch must come out as they do alone.
+vLLM leaves out what it cannot apply without a word, and one wrong index lets one tenant's adapter answer for
+another. So before anything is served: an adapter on each kind of module must move the log-probabilities of a
+prompt, and rows of several adapters and of the base model in one batch must come out as they do alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from river_engine.adapter_files import Target, write_random_adapter
 from river_engine.adapters import LoraEngine
-from river_engine.counting import Generate
+from river_engine.counting import Generate, final
 
 # Numbers that no adapter version reaches: vLLM knows an adapter by its number.
 _FIRST_NUMBER = 2_000_000_001
@@ -81,7 +80,9 @@ async def self_test(
             rows.append(_Row(name, lora))
 
         alone = [await _logprobs(generate, prompt, row, "alone") for row in rows]
-        together = await asyncio.gather(*(_logprobs(generate, prompt, row, "together") for row in rows))
+        together = await asyncio.gather(
+            *(_logprobs(generate, prompt, row, "together") for row in rows)
+        )
         for row in rows:
             if row.lora is not None:
                 await engine.remove_lora(row.lora.lora_int_id)
@@ -89,10 +90,14 @@ async def self_test(
     for row, one, many in zip(rows, alone, together, strict=True):
         difference = _distance(one, many)
         if difference > tolerance:
-            raise SelfTestError(f"{row.name}: batch mates change log-probabilities by {difference:.5f}")
+            raise SelfTestError(
+                f"{row.name}: batch mates change log-probabilities by {difference:.5f}"
+            )
         moved = _distance(one, alone[0])
         if row.lora is not None and moved < _MOVED_MIN:
-            raise SelfTestError(f"{row.name}: an adapter moves log-probabilities by {moved:.5f} only")
+            raise SelfTestError(
+                f"{row.name}: an adapter moves log-probabilities by {moved:.5f} only"
+            )
 
 
 async def _logprobs(generate: Generate, prompt: list[int], row: _Row, when: str) -> list[float]:
@@ -105,11 +110,8 @@ async def _logprobs(generate: Generate, prompt: list[int], row: _Row, when: str)
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    output: RequestOutput | None = None
     request_id = f"selftest-{row.name}-{when}"
-    async for output in generate(tokens_input(prompt), params, request_id, lora_request=row.lora):
-        pass
-    assert output is not None
+    output = await final(generate(tokens_input(prompt), params, request_id, lora_request=row.lora))
     assert isinstance(output.prompt_logprobs, FlatLogprobs)
     assert len(output.prompt_logprobs.logprobs) == _PROMPT_LENGTH - 1
     return output.prompt_logprobs.logprobs

@@ -1,7 +1,7 @@
 """The process that serves: vLLM's engine and OpenAI application, behind our door. Started by `river_engine.main`.
 
-vLLM runs its core in one child process of this one. Nothing is served before the self-test has passed and the adapters of
-an earlier life are back.
+vLLM runs its core in one child process of this one. Nothing is served before the self-test has passed and the
+adapters of an earlier life are back.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvicorn
 import uvloop
-from river_client.service import SettingsError
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from river_client.service import SettingsError
 from river_engine import limits
 from river_engine.adapter_files import model_targets
 from river_engine.adapters import AdapterStore
@@ -103,12 +103,13 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
     elif settings.dtype:
         options.append(f"--dtype={settings.dtype}")
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+    assert arguments is not None
     validate_parsed_serve_args(arguments)
     return arguments
 
 
 def start_engine(arguments: Namespace, settings: EngineSettings) -> AsyncLLM:
-    """vLLM's engine with its core process running and the model loaded.
+    """VLLM's engine with its core process running and the model loaded.
 
     Before there is an event loop, so that a signal meanwhile just ends this process.
     """
@@ -139,7 +140,10 @@ async def _serve(
             record = _record_maker(settings, engine, store)
             await stack.enter_async_context(registered(settings.nats_url, record, store))
         await stack.enter_async_context(_listening(door, listener))
-        _log.info("ready", extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)})
+        _log.info(
+            "ready",
+            extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)},
+        )
         return await _until_stopped(engine, stop)
 
 
@@ -210,7 +214,6 @@ async def _listening(door: EngineDoor, listener: socket.socket) -> AsyncIterator
             timeout_graceful_shutdown=limits.STOP_GRACE_S,
         )
     )
-    server.install_signal_handlers = lambda: None
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(server._serve([listener]))  # noqa: SLF001 - `serve` would take our signals
         try:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from river_client.service import SettingsError, read_settings, variable
 
+from river_client.service import SettingsError, read_settings, variable
 from river_engine.limits import LORA_RANKS
 
 # Any of these files means a kernel driver for a GPU that vLLM can use.
@@ -18,10 +18,10 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`base_model` is the public name of the weights in the directory `model_path`.
 
-    `url` is what others reach this engine by (default: its own host and port); `engine_id` is drawn at random when empty;
-    `nats_url` empty means unregistered; `dtype` empty means float32 on a CPU and the model's own elsewhere.
-    `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded. `cpu_threads` is for models that fill a machine:
-    threads that share cores with other processes spend their time waiting for each other.
+    `url` is what others reach this engine by (default: its own host and port); `engine_id` is drawn at random when
+    empty; `nats_url` empty means unregistered; `dtype` empty means float32 on a CPU and the model's own elsewhere.
+    `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded. `cpu_threads` is for models that fill a
+    machine: threads that share cores with other processes spend their time waiting for each other.
     """
 
     base_model: str
@@ -51,7 +51,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def versions_dir(self) -> Path:
         """Where this engine keeps the adapters it serves, so that they outlive a restart of the server process."""
-        root = Path(self.data_dir) if self.data_dir else Path(tempfile.gettempdir()) / "river-engine"
+        root = (
+            Path(self.data_dir) if self.data_dir else Path(tempfile.gettempdir()) / "river-engine"
+        )
         return root / "engines" / self.engine_id
 
     @property

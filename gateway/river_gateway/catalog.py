@@ -108,7 +108,7 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 _RUN_COLUMNS = """
-select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq, r.step,
+select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.step,
        r.metrics, s.tags
 from run r join session s using (session_id)
 """
@@ -135,7 +135,6 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     lora: wire.LoraConfig
     context_length: int
     created_at: str
-    last_seq: int
     step: int
     metrics: dict[str, float]
     tags: dict[str, str]
@@ -327,7 +326,6 @@ def _run(row: Row) -> RunRow:
         lora=msgspec.json.decode(row["lora"], type=wire.LoraConfig),
         context_length=row["context_length"],
         created_at=row["created_at"].isoformat(),
-        last_seq=row["last_seq"],
         step=row["step"],
         metrics=msgspec.json.decode(row["metrics"], type=dict[str, float]),
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),

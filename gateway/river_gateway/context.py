@@ -29,7 +29,6 @@ class RequestContext:
 
     request_id: str = field(default_factory=uuid7)
     started_at: float = field(default_factory=time.perf_counter)
-    route: str = "unmatched"
     status: int = 0
     tenant_id: str | None = None
 
@@ -72,13 +71,15 @@ class Envelope:
             await self._app(scope, receive, send_enveloped)
         finally:
             elapsed_s = time.perf_counter() - context.started_at
-            self._telemetry.answered(context.route, scope["method"], context.status, elapsed_s)
+            # A template, not the path: labels must stay few.
+            route = scope.get("path_template", "unmatched")
+            self._telemetry.answered(route, scope["method"], context.status, elapsed_s)
             logger.info(
                 "answered",
                 extra=context.log_ids()
                 | {
                     "method": scope["method"],
-                    "route": context.route,
+                    "route": route,
                     "status": context.status,
                     "duration_ms": round(elapsed_s * 1000, 1),
                 },

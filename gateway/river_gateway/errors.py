@@ -263,15 +263,13 @@ def _answer_http_exception(
 
 def _answer_postgres(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     logger.warning(
-        "Postgres failed a request", exc_info=error, extra=context_of(request.scope).log_ids()
+        "Postgres failed a request: %r", error, extra=context_of(request.scope).log_ids()
     )
     return error_response(UnavailableError("the catalog is not reachable; try again"), request)
 
 
 def _answer_nats(request: Request[Any, Any, Any], error: nats.errors.Error) -> Response[bytes]:
-    logger.warning(
-        "NATS failed a request", exc_info=error, extra=context_of(request.scope).log_ids()
-    )
+    logger.warning("NATS failed a request: %r", error, extra=context_of(request.scope).log_ids())
     return error_response(from_jetstream(error), request)
 
 

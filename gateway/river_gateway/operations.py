@@ -11,14 +11,17 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-import nats.errors
-
 from river_billing.catalog import record_checkpoint
 from river_client import wire
 from river_gateway import catalog, validation
 from river_gateway.errors import InvalidFieldError, NotFoundError, UnavailableError
 from river_gateway.ids import checkpoint_id
-from river_gateway.limits import SEQ_MAX
+from river_gateway.limits import (
+    LONG_POLL_MAX_S,
+    LOOK_AGAIN_MAX_S,
+    LOOK_AGAIN_MIN_S,
+    SEQ_MAX,
+)
 from river_trainer import journal, protocol
 
 if TYPE_CHECKING:
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from river_gateway.catalog import RunRow
     from river_gateway.services import Services
 
-_OPERATION_ID = re.compile(r"(?P<run>run_[A-Za-z0-9]+)-(?P<seq>0|[1-9][0-9]{0,15})")
+_OPERATION_ID = re.compile(r"(?P<run>run_[A-Za-z0-9]+)-(0|[1-9][0-9]{0,15})")
+
+_FIRST = asyncio.FIRST_COMPLETED
 
 # ---- Tasks -----------------------------------------------------------------------------------------------------------
 
@@ -167,16 +172,16 @@ async def publish_task(
 # ---- Out -------------------------------------------------------------------------------------------------------------
 
 
-def split_operation_id(operation: str) -> tuple[str, int]:
-    """The run and seq of an operation id.
+def run_of_operation(operation: str) -> str:
+    """The run that an operation id is of.
 
     Raises:
-        NotFoundError: it is none.
+        NotFoundError: it is no operation id.
     """
     match = _OPERATION_ID.fullmatch(operation)
     if match is None:
         raise NotFoundError(f"there is no operation {operation!r}")
-    return match["run"], int(match["seq"])
+    return match["run"]
 
 
 async def await_result(
@@ -198,23 +203,29 @@ async def await_result(
 async def _await_result(
     services: Services, operation: str, timeout_s: float
 ) -> protocol.TrainResult | None:
-    jetstream = services.bus.jetstream
-    # Subscribed before looking, so that a result between the two is not missed.
+    """The result, listened for and looked up in turn.
+
+    Subscribing before looking is not enough: JetStream stores a message some time after it has passed it to
+    subscribers, so that one may be past us and not yet there. The same second look finds what was missed during a
+    reconnection.
+    """
+    jetstream, look_again_s = services.bus.jetstream, LOOK_AGAIN_MIN_S
+    deadline = time.monotonic() + timeout_s
     async with services.bus.listening(protocol.result_subject(operation)) as subscription:
-        stored = await journal.find_result(jetstream, operation)
-        if stored is not None or timeout_s <= 0 or services.stopping.is_set():
-            return stored
-        arriving = asyncio.ensure_future(subscription.next_msg(timeout=timeout_s))
+        arriving = asyncio.ensure_future(subscription.next_msg(timeout=2 * LONG_POLL_MAX_S))
         stopping = asyncio.ensure_future(services.stopping.wait())
         try:
-            await asyncio.wait((arriving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not arriving.done():
-                return None
-            message = arriving.result()
-            body = await journal.read_body(jetstream, message.data, message.headers)
-            return journal.decode_result(body)
-        except nats.errors.TimeoutError:
-            return None
+            while True:
+                found = await journal.find_result(jetstream, operation)
+                wait_s = min(look_again_s, deadline - time.monotonic())
+                if found is not None or wait_s <= 0 or stopping.done():
+                    return found
+                await asyncio.wait((arriving, stopping), timeout=wait_s, return_when=_FIRST)
+                if arriving.done():
+                    message = arriving.result()
+                    body = await journal.read_body(jetstream, message.data, message.headers)
+                    return journal.decode_result(body)
+                look_again_s = min(2 * look_again_s, LOOK_AGAIN_MAX_S)
         finally:
             arriving.cancel()
             stopping.cancel()

@@ -123,7 +123,6 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
         lora=lora,
         context_length=trainer.context_length,
         created_at=created_at,
-        last_seq=-1,
         step=0,
         metrics={},
         tags=tags,
@@ -209,15 +208,10 @@ async def get_operation(
     """The result of an operation, waiting up to `timeout_s` for it; `pending` when there is none by then."""
     validation.in_range(timeout_s, "timeout_s", 0, LONG_POLL_MAX_S)
     services = services_of(request)
-    run_id, seq = operations.split_operation_id(operation_id)
-    run = await _own_run(request, run_id)
-    # What is already written down as done has a result now or, its time being up, never again.
-    wait_s = 0.0 if seq <= run.last_seq else timeout_s
+    await _own_run(request, operations.run_of_operation(operation_id))
     result = await unless_client_leaves(
-        request.receive, operations.await_result(services, operation_id, wait_s)
+        request.receive, operations.await_result(services, operation_id, timeout_s)
     )
-    if result.status == "pending" and seq <= run.last_seq:
-        raise NotFoundError(f"the result of operation {operation_id!r} is no longer kept")
     return reply(request, result)
 
 

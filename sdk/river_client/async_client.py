@@ -154,7 +154,10 @@ class AsyncClient:
         *,
         tenant: str | None = None,
     ) -> list[wire.UsageLine]:
-        """What was used and what it cost, in whole hours. `tenant` is for admins: a tenant's id, or `*` for all."""
+        """What was used and what it cost, in whole hours; times without a zone are local.
+
+        `tenant` is for admins: a tenant's id, or `*` for all.
+        """
         params: dict[str, str] = {}
         for name, moment in (("since", since), ("until", until)):
             if moment is not None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Generic, TypeVar, Unpack
+from typing import Generic, SupportsFloat, TypeVar, Unpack
 
 import msgspec
 
@@ -318,7 +318,7 @@ class AsyncModel:
         """`load_weights`, without waiting."""
         return await self._submit(wire.LoadWeights(path=path, optimizer=optimizer), training_result)
 
-    async def log(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+    async def log(self, metrics: Mapping[str, SupportsFloat], *, step: int | None = None) -> None:
         """Keeps metrics of your own with the run; `step` absent means the current one."""
         body = wire.LogMetrics(
             metrics={name: float(value) for name, value in metrics.items()}, step=step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -63,7 +63,7 @@ async def health_server(
     ready: Callable[[], bool],
     metrics: Callable[[], bytes],
     host: str = "127.0.0.1",
-) -> AsyncIterator[int]:
+) -> AsyncGenerator[int]:
     """Answers GET `/healthz`, `/readyz` and `/metrics` while the block runs; yields the port (0 asks for a free one).
 
     For processes that serve nothing else over HTTP.

@@ -44,10 +44,16 @@ async def test_a_run_stands_where_its_newest_operation_left_it(
     await add_run(connection)
     for seq in (*order, *order):
         assert await advance_run(connection, advanced(seq, loss=float(seq)))
+    await advance_run(connection, advanced(0, loss=0.0, kept=1.0))
     run = await connection.fetchrow("select last_seq, step, metrics from run")
-    assert (run["last_seq"], run["step"], json.loads(run["metrics"])) == (3, 3, {"loss": 3.0})
+    assert (run["last_seq"], run["step"], json.loads(run["metrics"])) == (
+        3,
+        3,
+        {"loss": 3.0, "kept": 1.0},
+    )
     rows = await connection.fetch("select step, metrics from run_metric order by step")
     assert [(row["step"], json.loads(row["metrics"])["loss"]) for row in rows] == [
+        (0, 0.0),
         (1, 1.0),
         (2, 2.0),
         (3, 3.0),

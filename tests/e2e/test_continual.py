@@ -6,7 +6,7 @@ import time
 
 import httpx
 import openai
-from support.training import new_model, supervised_data
+from support.platform_runs import new_model, supervised_data
 from transformers import PreTrainedTokenizerBase
 
 import river_client as river
@@ -35,16 +35,16 @@ def test_submitted_batches_move_the_live_version(
 ) -> None:
     """`submit_batch` returns once stored; chat with `river://<run>` is then answered by each new version."""
     started = engine_start_times(stack)
-    batches = 6
+    batches = 30
     with (
         client.session() as session,
         openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key=client.api_key) as chat,
     ):
         model = new_model(session)
-        data = supervised_data(tokenizer, answer="Seven.<|im_end|>")
+        data = supervised_data(tokenizer, answer="Yes.<|im_end|>")
         versions: list[str] = []
         for _ in range(batches):
-            model.submit_batch(data, loss_fn="cross_entropy", lr=5e-3)
+            model.submit_batch(data, loss_fn="cross_entropy", lr=2e-3)
         answer = None
         deadline = time.monotonic() + APPLIED_WITHIN_S
         while not versions or versions[-1] != f"{model.run_id}@{batches}":
@@ -54,7 +54,7 @@ def test_submitted_batches_move_the_live_version(
             )
             versions.append(raw.headers["x-river-policy-version"])
             answer = raw.parse().choices[0].message.content
-        assert answer == "Seven."
+        assert answer == "Yes."
         steps = [int(version.rsplit("@", 1)[1]) for version in versions]
         assert steps == sorted(steps)
     assert engine_start_times(stack) == started

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from support.training import fit, new_model, supervised_data
+from support.platform_runs import fit, new_model, supervised_data
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import river_client as river

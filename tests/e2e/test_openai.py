@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import openai
 import pytest
-from support.training import fit, new_model, supervised_data
+from support.platform_runs import fit, new_model, supervised_data
 from transformers import PreTrainedTokenizerBase
 
 import river_client as river
@@ -73,7 +73,7 @@ def test_a_checkpoint_an_alias_and_a_run_answer_by_name(
     """A run, a checkpoint of either mode and an alias are models, and each answer says which version made it."""
     with client.session() as session:
         model = new_model(session)
-        fit(model, supervised_data(tokenizer, answer="Yes.<|im_end|>"), steps=6)
+        fit(model, supervised_data(tokenizer, answer="Yes.<|im_end|>"), steps=30, lr=2e-3)
         version = model.policy_version
         paths = [model.path]
         paths += [

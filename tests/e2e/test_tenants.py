@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.training import fit, new_model, supervised_data
+from support.platform_runs import fit, new_model, supervised_data
 from transformers import PreTrainedTokenizerBase
 
 import river_client as river

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from support.training import new_model
+from support.platform_runs import new_model
 
 import river_client as river
 from river_ops.models import TINY_MOE_NAME

@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+from transformers import AutoConfig
+
+from river_engine.adapter_files import model_targets, write_random_adapter
 from river_engine.protocol import (
     ADAPTER_HEADER,
     MODEL_HEADER,
@@ -63,12 +66,18 @@ class RunningEngine:
 
     def token_counts(self) -> dict[str, int]:
         """The counters the bill is checked against, by kind."""
-        counts: dict[str, int] = {}
-        for line in self.client.get("/metrics", follow_redirects=True).text.splitlines():
-            if line.startswith("river_engine_tokens_total{"):
-                kind = line.split('"')[1]
-                counts[kind] = int(float(line.rpartition(" ")[2]))
-        return counts
+        return {
+            line.split('"')[1]: int(value)
+            for line, value in self._metrics("river_engine_tokens_total{")
+        }
+
+    def running(self) -> int:
+        """Sequences that vLLM is generating or about to."""
+        return int(sum(value for _, value in self._metrics("vllm:num_requests_running{")))
+
+    def _metrics(self, prefix: str) -> list[tuple[str, float]]:
+        lines = self.client.get("/metrics", follow_redirects=True).text.splitlines()
+        return [(line, float(line.rpartition(" ")[2])) for line in lines if line.startswith(prefix)]
 
 
 def adapter_headers(ref: AdapterRef | None, model: str = "public-name") -> dict[str, str]:
@@ -122,18 +131,17 @@ def engine(
             process.terminate()
             assert process.wait(timeout=10) == 0
         except BaseException:
-            print(log.read_text(errors="replace")[-8000:])
+            sys.stderr.write(log.read_text(errors="replace")[-8000:])
             raise
         finally:
             process.kill()
 
 
 @pytest.fixture(scope="session")
-def make_adapter(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., AdapterRef]:
+def make_adapter(
+    tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., AdapterRef]:
     """Writes a random adapter on attention, experts and head (or on `only` those) and names it uniquely."""
-    from river_engine.adapter_files import model_targets, write_random_adapter
-    from transformers import AutoConfig
-
     targets = model_targets(AutoConfig.from_pretrained(tiny_moe))
     root = tmp_path_factory.mktemp("adapters")
     made: list[str] = []

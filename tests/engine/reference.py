@@ -8,6 +8,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 from river_engine.protocol import AdapterRef
 
 
@@ -15,9 +18,6 @@ from river_engine.protocol import AdapterRef
 def _model(path: Path, adapter: AdapterRef | None) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, unquote(urlsplit(adapter.location).path))

@@ -11,12 +11,13 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from vllm.lora.request import LoRARequest
+
 from river_engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Target, write_random_adapter
 from river_engine.adapters import AdapterGate, AdapterStore
 from river_engine.errors import AdapterNotFound, EngineRefusal, InvalidAdapter
 from river_engine.protocol import AdapterRef
-from safetensors.torch import load_file, save_file
-from vllm.lora.request import LoRARequest
 
 TARGETS = {
     "lm_head": Target(8, 16),
@@ -31,9 +32,11 @@ class Vllm:
     def __init__(self) -> None:
         self.loaded: dict[int, LoRARequest] = {}
         self.loads = 0
+        self.loading = asyncio.Event()
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         self.loads += 1
+        self.loading.set()
         await asyncio.sleep(0.01)
         load_file(Path(lora_request.lora_path) / WEIGHTS_FILE)
         self.loaded[lora_request.lora_int_id] = lora_request
@@ -54,7 +57,9 @@ def store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
 
 
 def make_store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
-    return AdapterStore(vllm, tmp_path / "versions", TARGETS, max_loras=1, resident_max=2, rank_max=8)
+    return AdapterStore(
+        vllm, tmp_path / "versions", TARGETS, max_loras=1, resident_max=2, rank_max=8
+    )
 
 
 def written(tmp_path: Path, name: str, seed: int = 0, rank: int = 4) -> AdapterRef:
@@ -100,7 +105,10 @@ async def test_least_recently_used_leaves(vllm: Vllm, store: AdapterStore, tmp_p
             await store.preload(ref)
         assert store.resident() == ["run_a@1", "run_a@3"]
         assert Path(held.lora_path).exists()
-        assert sorted(request.lora_name for request in vllm.loaded.values()) == ["run_a@1", "run_a@3"]
+        assert sorted(request.lora_name for request in vllm.loaded.values()) == [
+            "run_a@1",
+            "run_a@3",
+        ]
         assert len([path for path in (tmp_path / "versions").iterdir() if path.is_dir()]) == 2
 
 
@@ -138,7 +146,7 @@ def change_config(**fields: object) -> Callable[[Path], None]:
     return change
 
 
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         tensors = load_file(directory / WEIGHTS_FILE)
         change(tensors)
@@ -160,12 +168,20 @@ DOWN = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
         (change_config(use_dora=True), "use_dora"),
         (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
         (change_tensors(lambda tensors: tensors.pop(HEAD_B)), "has only lora_A"),
-        (change_tensors(lambda tensors: tensors.update({HEAD_A: torch.zeros(4, 7)})), "expected (4, 8)"),
         (
-            change_tensors(lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": torch.zeros(1)})),
+            change_tensors(lambda tensors: tensors.update({HEAD_A: torch.zeros(4, 7)})),
+            "expected (4, 8)",
+        ),
+        (
+            change_tensors(
+                lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": torch.zeros(1)})
+            ),
             "not something an adapter of this model can change",
         ),
-        (change_tensors(lambda tensors: [tensors.pop(DOWN.format(factor)) for factor in "AB"]), "down is missing"),
+        (
+            change_tensors(lambda tensors: [tensors.pop(DOWN.format(factor)) for factor in "AB"]),
+            "down is missing",
+        ),
         (change_tensors(lambda tensors: tensors.clear()), "holds no tensors"),
     ],
     ids=["junk", "config", "rank", "dora", "saved", "half", "shape", "unknown", "down", "empty"],
@@ -192,13 +208,14 @@ async def test_all_askers_hear_of_a_failure(store: AdapterStore, tmp_path: Path)
     assert all(isinstance(result, EngineRefusal) for result in results)
 
 
-async def test_a_cancelled_load_is_taken_over(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+async def test_a_cancelled_load_is_taken_over(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path
+) -> None:
     """The client whose request started the load goes away; the next in line still gets the adapter."""
     ref = written(tmp_path, "run_a@1")
     first = asyncio.create_task(store.preload(ref))
     second = asyncio.create_task(store.preload(ref))
-    while vllm.loads == 0:
-        await asyncio.sleep(0)
+    await vllm.loading.wait()
     first.cancel()
     await second
     assert store.resident() == ["run_a@1"]
@@ -218,7 +235,10 @@ async def test_a_new_process_loads_what_the_old_one_had(vllm: Vllm, tmp_path: Pa
     await new.restore()
 
     assert new.resident() == ["run_a@1", "run_a@2"]
-    assert sorted(request.lora_name for request in successor.loaded.values()) == ["run_a@1", "run_a@2"]
+    assert sorted(request.lora_name for request in successor.loaded.values()) == [
+        "run_a@1",
+        "run_a@2",
+    ]
     assert min(successor.loaded) > 77
     assert not (tmp_path / "versions" / "77").exists()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from river_engine.cpu_experts import PortableLoRAExperts
-from river_engine.cpu_punica import GroupedPunica
 from vllm.lora.layers import LoRAMapping
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+
+from river_engine.cpu_experts import MergedLoRAExperts
+from river_engine.cpu_punica import GroupedPunica
 
 EXPERTS, HIDDEN, INNER, RANK, SLOTS, TOP = 4, 64, 48, 8, 3, 2
 # Lora ids by slot; the last slot is the one that -1 wrongly reaches.
@@ -46,7 +48,9 @@ def test_linear_rows_get_their_own_adapter(generator: torch.Generator, row_ids: 
     for row, row_id in enumerate(row_ids):
         if row_id:
             slot = slot_of(row_id)
-            deltas = [b[i][slot, 0].double() @ a[i][slot, 0].double() @ x[row].double() for i in (0, 1)]
+            deltas = [
+                b[i][slot, 0].double() @ a[i][slot, 0].double() @ x[row].double() for i in (0, 1)
+            ]
             expected[row] += torch.cat(deltas)
 
     punica(row_ids).add_lora_linear(y, x, a, b, 1.0, widths)
@@ -83,33 +87,40 @@ class Experts:
         self.b13 = tuple(random(SLOTS, EXPERTS, INNER, RANK) for _ in range(2))
         self.a2, self.b2 = random(SLOTS, EXPERTS, RANK, INNER), random(SLOTS, EXPERTS, HIDDEN, RANK)
         self.enabled = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
-        self.layer = torch.nn.Module()
+        self.layer: Any = torch.nn.Module()
         self.layer.w13_weight = torch.nn.Parameter(self.w13.clone(), requires_grad=False)
         self.layer.w2_weight = torch.nn.Parameter(self.w2.clone(), requires_grad=False)
         # Only what these kernels read of vLLM's configuration.
-        self.kernels = PortableLoRAExperts.__new__(PortableLoRAExperts)
-        self.kernels.moe_config = SimpleNamespace(
+        self.kernels = MergedLoRAExperts.__new__(MergedLoRAExperts)
+        config: Any = SimpleNamespace(
             intermediate_size_per_partition=INNER, activation=MoEActivation.SILU
         )
+        self.kernels.moe_config = config
         self.kernels.quant_config = FusedMoEQuantConfig.make()
         self.kernels.process_weights_after_loading(self.layer)
 
     def run(
         self, row_ids: list[int], x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
-        self.kernels.set_lora_context(
-            SimpleNamespace(
-                punica_wrapper=punica(row_ids),
-                adapter_enabled=self.enabled,
-                w13_lora_a_stacked=self.a13,
-                w13_lora_b_stacked=self.b13,
-                w2_lora_a_stacked=(self.a2,),
-                w2_lora_b_stacked=(self.b2,),
-            )
+        context: Any = SimpleNamespace(
+            punica_wrapper=punica(row_ids),
+            adapter_enabled=self.enabled,
+            w13_lora_a_stacked=self.a13,
+            w13_lora_b_stacked=self.b13,
+            w2_lora_a_stacked=(self.a2,),
+            w2_lora_b_stacked=(self.b2,),
         )
+        self.kernels.set_lora_context(context)
         output = torch.full_like(x, float("nan"))
         rest = dict.fromkeys(
-            ("expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_tokens_meta")
+            (
+                "expert_map",
+                "a1q_scale",
+                "a2_scale",
+                "workspace13",
+                "workspace2",
+                "expert_tokens_meta",
+            )
         )
         self.kernels.apply(
             output=output,
@@ -134,7 +145,10 @@ class Experts:
                 expert, slot = int(ids[row, choice]), slot_of(row_id)
                 gate_up, down = self.w13[expert].double(), self.w2[expert].double()
                 if slot >= 0:
-                    deltas = [self.b13[i][slot, expert].double() @ self.a13[i][slot, expert].double() for i in (0, 1)]
+                    deltas = [
+                        self.b13[i][slot, expert].double() @ self.a13[i][slot, expert].double()
+                        for i in (0, 1)
+                    ]
                     gate_up = gate_up + torch.cat(deltas)
                     down = down + self.b2[slot, expert].double() @ self.a2[slot, expert].double()
                 gate, up = (gate_up @ x[row].double()).chunk(2)
@@ -149,9 +163,9 @@ def test_experts_match_float64(generator: torch.Generator, row_ids: list[int]) -
     experts = Experts(generator)
     x = torch.randn(len(row_ids), HIDDEN, generator=generator)
     weights = torch.rand(len(row_ids), TOP, generator=generator)
-    ids = torch.stack(
-        [torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in row_ids]
-    ).to(torch.int32)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in row_ids]).to(
+        torch.int32
+    )
 
     output = experts.run(row_ids, x, weights, ids)
 

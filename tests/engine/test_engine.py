@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import httpx
 import msgspec
 import openai
 import pytest
+
 from river_engine.protocol import AdapterRef, EngineError, EngineSampleGroup
 
 from .conftest import BASE_MODEL, RunningEngine, adapter_headers
@@ -52,7 +54,11 @@ def test_logprobs_are_those_of_transformers_and_peft(
     """Of prompts and of what was sampled, with an adapter on attention, experts and head, to 1e-4."""
     adapter = adapters[0] if which == "adapter" else None
     result = engine.sample(
-        prompt_token_ids=PROMPT_IDS, adapter=adapter, num_samples=2, max_tokens=12, return_prompt_logprobs=True
+        prompt_token_ids=PROMPT_IDS,
+        adapter=adapter,
+        num_samples=2,
+        max_tokens=12,
+        return_prompt_logprobs=True,
     )
     for group in result.groups:
         for index, sample in enumerate(group.samples):
@@ -85,14 +91,18 @@ def test_rows_of_a_mixed_batch_are_as_alone(
     assert largest_difference(all_logprobs(alone[0][0])[:15], all_logprobs(alone[1][0])[:15]) > 0.05
 
 
-def test_logprobs_are_of_the_distribution_drawn_from(
-    engine: RunningEngine, tiny_moe: Path
-) -> None:
+def test_logprobs_are_of_the_distribution_drawn_from(engine: RunningEngine, tiny_moe: Path) -> None:
     """At temperature 0.5 they are log-softmax of the doubled logits, and the top ones come most likely first."""
-    sample = engine.sample(prompt_token_ids=PROMPT_IDS[:1], temperature=0.5, logprobs=3, max_tokens=8).groups[0].samples[0]
+    sample = (
+        engine.sample(prompt_token_ids=PROMPT_IDS[:1], temperature=0.5, logprobs=3, max_tokens=8)
+        .groups[0]
+        .samples[0]
+    )
     assert sample.top_logprobs is not None
     assert len(sample.top_logprobs) == len(sample.tokens)
-    for token, logprob, row in zip(sample.tokens, sample.logprobs, sample.top_logprobs, strict=True):
+    for token, logprob, row in zip(
+        sample.tokens, sample.logprobs, sample.top_logprobs, strict=True
+    ):
         values = [value for _, value in row]
         assert len(row) == 3
         assert values == sorted(values, reverse=True)
@@ -107,7 +117,8 @@ def test_seeded_samples_differ_and_repeat(engine: RunningEngine) -> None:
     """The samples of a seeded request differ from each other, also of equal prompts, and are the same the next time."""
     fields = {"prompts": [PROMPTS[0]] * 2, "num_samples": 3, "max_tokens": 16, "seed": 7}
     first, second = (
-        [sample.tokens for group in engine.sample(**fields).groups for sample in group.samples] for _ in range(2)
+        [sample.tokens for group in engine.sample(**fields).groups for sample in group.samples]
+        for _ in range(2)
     )
     assert first == second
     assert len({tuple(tokens) for tokens in first}) == 6
@@ -115,9 +126,17 @@ def test_seeded_samples_differ_and_repeat(engine: RunningEngine) -> None:
 
 def test_a_special_token_stops_and_is_the_last_token(engine: RunningEngine) -> None:
     """A stop that is one special token is found although it is not text, and is left out of the text."""
-    samples = engine.sample(
-        prompts=PROMPTS[:1], num_samples=16, max_tokens=200, stop=["<|im_end|>"], temperature=1.5
-    ).groups[0].samples
+    samples = (
+        engine.sample(
+            prompts=PROMPTS[:1],
+            num_samples=16,
+            max_tokens=200,
+            stop=["<|im_end|>"],
+            temperature=1.5,
+        )
+        .groups[0]
+        .samples
+    )
     stopped = [sample for sample in samples if sample.stop_reason == "stop"]
     assert stopped
     for sample in samples:
@@ -130,7 +149,11 @@ def test_a_stop_string_ends_the_text(engine: RunningEngine) -> None:
     """Tokens are what was generated up to it; the text ends before it."""
     free = engine.sample(prompts=PROMPTS[:1], max_tokens=40, temperature=0.0).groups[0].samples[0]
     stop = free.text[3:6]
-    sample = engine.sample(prompts=PROMPTS[:1], max_tokens=40, temperature=0.0, stop=[stop]).groups[0].samples[0]
+    sample = (
+        engine.sample(prompts=PROMPTS[:1], max_tokens=40, temperature=0.0, stop=[stop])
+        .groups[0]
+        .samples[0]
+    )
     assert sample.stop_reason == "stop"
     assert sample.text == free.text[: free.text.index(stop)]
     assert sample.tokens == free.tokens[: len(sample.tokens)]
@@ -141,9 +164,13 @@ def test_text_prompts_get_no_tokens_added(engine: RunningEngine) -> None:
     """The prompt's tokens come back, and sampling from them is the same."""
     by_text = engine.sample(prompts=PROMPTS, max_tokens=5, temperature=0.0).groups
     by_ids = engine.sample(
-        prompt_token_ids=[group.prompt_token_ids for group in by_text], max_tokens=5, temperature=0.0
+        prompt_token_ids=[group.prompt_token_ids for group in by_text],
+        max_tokens=5,
+        temperature=0.0,
     ).groups
-    assert [group.samples[0].tokens for group in by_text] == [group.samples[0].tokens for group in by_ids]
+    assert [group.samples[0].tokens for group in by_text] == [
+        group.samples[0].tokens for group in by_ids
+    ]
     assert by_text[0].samples[0].stop_reason in ("length", "stop")
 
 
@@ -163,10 +190,34 @@ def test_text_prompts_get_no_tokens_added(engine: RunningEngine) -> None:
         ({"prompts": ["a"], "stop": ["x", ""]}, "stop[1]"),
     ],
 )
-def test_wrong_fields_are_named(engine: RunningEngine, fields: dict[str, object], param: str) -> None:
+def test_wrong_fields_are_named(
+    engine: RunningEngine, fields: dict[str, object], param: str
+) -> None:
     """With the index at fault, and status 422."""
     status, error = engine.refusal(**fields)
     assert (status, error.param) == (422, param), error
+
+
+def test_a_client_that_goes_away_stops_its_generations(engine: RunningEngine) -> None:
+    """Long after it left, nothing of its request runs, and nothing was answered."""
+    before = engine.token_counts()
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=1.0) as impatient:
+        fields = {
+            "request_id": "impatient",
+            "prompts": PROMPTS,
+            "num_samples": 64,
+            "max_tokens": 900,
+        }
+        impatient.post(
+            f"{engine.url}/river/sample",
+            headers=dict(engine.client.headers),
+            content=msgspec.msgpack.encode(fields),
+        )
+    deadline = time.monotonic() + 10.0
+    while engine.running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.running() == 0
+    assert engine.token_counts() == before
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------
@@ -184,14 +235,18 @@ def test_a_bad_adapter_is_refused_and_the_engine_lives(
     status, error = engine.refusal(prompts=PROMPTS[:1], adapter=corrupt)
     assert (status, error.type) == (422, "invalid_adapter")
     response = engine.client.post(
-        "/v1/chat/completions", headers=adapter_headers(corrupt), json={"model": "x", "messages": CHAT}
+        "/v1/chat/completions",
+        headers=adapter_headers(corrupt),
+        json={"model": "x", "messages": CHAT},
     )
     assert response.status_code == 422
     assert msgspec.json.decode(response.content, type=EngineError).type == "invalid_adapter"
     assert engine.sample(prompts=PROMPTS[:1], adapter=adapters[0], max_tokens=2).groups
 
 
-def test_more_adapters_than_slots_take_turns(engine: RunningEngine, make_adapter: MakeAdapter) -> None:
+def test_more_adapters_than_slots_take_turns(
+    engine: RunningEngine, make_adapter: MakeAdapter
+) -> None:
     """Six adapters on three slots all get their answers, each its own."""
     refs = [make_adapter(seed=seed) for seed in range(20, 26)]
 
@@ -254,6 +309,8 @@ def test_chat_streams_with_the_adapter(
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert {chunk.model for chunk in chunks} == {"team/latest"}
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
@@ -320,7 +377,7 @@ def test_counters_are_what_the_answers_report(
     """Every route adds to the three counters exactly what its answer says, prompts once however many samples."""
     headers = adapter_headers(adapters[0])
     long_prompt = [7 + i % 300 for i in range(100)]
-    total = dict.fromkeys(("prompt", "cached_prompt", "completion"), 0)
+    total: dict[str, int] = {"prompt": 0, "cached_prompt": 0, "completion": 0}
     before = engine.token_counts()
 
     def add(usage: dict[str, int]) -> None:
@@ -328,18 +385,28 @@ def test_counters_are_what_the_answers_report(
             total[kind] += count
 
     for _ in range(2):
-        groups = engine.sample(prompt_token_ids=[long_prompt, [1, 2]], num_samples=4, max_tokens=6).groups
+        groups = engine.sample(
+            prompt_token_ids=[long_prompt, [1, 2]], num_samples=4, max_tokens=6
+        ).groups
         add(usage_of_groups(groups))
-    assert groups[0].cached_prompt_tokens > 0
+    assert total["cached_prompt"] > 0
     chat = {"model": "x", "messages": CHAT * 6, "max_tokens": 8, "n": 3}
     for _ in range(2):
         add(usage_of(engine.client.post("/v1/chat/completions", headers=headers, json=chat).json()))
     stream = {**chat, "stream": True, "stream_options": {"include_usage": True}}
-    with engine.client.stream("POST", "/v1/chat/completions", headers=headers, json=stream) as response:
+    with engine.client.stream(
+        "POST", "/v1/chat/completions", headers=headers, json=stream
+    ) as response:
         lines = [line for line in response.iter_lines() if line.startswith("data: {")]
     add(usage_of(json.loads(lines[-1].removeprefix("data: "))))
     for prompt in ("one prompt", ["two", "prompts " * 20], [long_prompt, long_prompt]):
-        add(usage_of(engine.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4}).json()))
+        add(
+            usage_of(
+                engine.client.post(
+                    "/v1/completions", json={"prompt": prompt, "max_tokens": 4}
+                ).json()
+            )
+        )
 
     after = engine.token_counts()
     assert {kind: after[kind] - before[kind] for kind in total} == total

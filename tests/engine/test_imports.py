@@ -12,5 +12,7 @@ import pytest
 def test_senders_and_the_supervisor_load_nothing_heavy(module: str) -> None:
     """The gateway imports the protocol, and the supervisor must survive whatever the model does."""
     code = f"import sys, {module}; print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert output.stdout.strip() == "[]"

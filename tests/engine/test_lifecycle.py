@@ -13,8 +13,9 @@ import httpx
 import msgspec
 import nats
 import pytest
-from nats.js.errors import KeyNotFoundError
+from nats.js.errors import KeyNotFoundError, NotFoundError
 from nats.js.kv import KeyValue
+
 from river_engine.adapters import AdapterStore
 from river_engine.protocol import ENGINES_BUCKET, AdapterRef, EngineRecord, publish_subject
 from river_engine.registration import registered
@@ -96,7 +97,7 @@ async def test_registration_comes_and_goes(nats_url: str, tmp_path: Path) -> Non
                 nonlocal bucket
                 try:
                     bucket = await client.jetstream().key_value(ENGINES_BUCKET)
-                except nats.js.errors.NotFoundError:
+                except NotFoundError:
                     return False
                 return await engine_record(bucket, "eng-brief") == record
 
@@ -111,7 +112,9 @@ async def test_an_engine_serves_without_nats(tmp_path: Path) -> None:
     """With nobody listening, registering neither fails nor holds anything up."""
     store = AdapterStore(Vllm(), tmp_path, TARGETS, max_loras=1, resident_max=1, rank_max=8)
     async with asyncio.timeout(WITHIN_S):
-        async with registered("nats://127.0.0.1:1", lambda: pytest.fail("no record was due"), store):
+        async with registered(
+            "nats://127.0.0.1:1", lambda: pytest.fail("no record was due"), store
+        ):
             await asyncio.sleep(0.1)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
 from river_engine.protocol import AdapterRef
 
 from .reference import token_logprobs
@@ -54,7 +55,9 @@ def test_a_plain_vllm_loads_the_same_files(
         check=False,
     )
     assert program.returncode == 0, program.stderr[-4000:]
-    results = [json.loads(line[7:]) for line in program.stdout.splitlines() if line.startswith("RESULT ")]
+    results = [
+        json.loads(line[7:]) for line in program.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     for result, adapter in zip(results, (None, ref), strict=True):
         expected = token_logprobs(tiny_moe, adapter, TOKENS)
         assert max(abs(a - b) for a, b in zip(result, expected, strict=True)) < 1e-4

@@ -43,14 +43,22 @@ async def test_a_chat_completion(rig: Rig) -> None:
     assert (event.tenant_id, event.key_id) == (rig.tenant.tenant_id, rig.tenant.key_id)
     assert (event.base_model, event.user) == (BASE, "ann")
     headers, body = (rig.engines[0].requests + rig.engines[1].requests)[0]
-    assert body == {"model": BASE, "messages": MESSAGES, "temperature": 0.5, "user": "ann", "min_p": 0.1}
+    assert body == {
+        "model": BASE,
+        "messages": MESSAGES,
+        "temperature": 0.5,
+        "user": "ann",
+        "min_p": 0.1,
+    }
     assert "x-river-adapter" not in headers
 
 
 @pytest.mark.parametrize("include_usage", [True, False, None])
 async def test_a_stream(rig: Rig, include_usage: bool | None) -> None:
     """A stream carries usage at its end if the client asked, never in between, and is billed alike."""
-    options: Any = {} if include_usage is None else {"stream_options": {"include_usage": include_usage}}
+    options: Any = (
+        {} if include_usage is None else {"stream_options": {"include_usage": include_usage}}
+    )
     stream = await rig.tenant.openai.chat.completions.create(
         model=BASE, messages=MESSAGES, stream=True, **options
     )
@@ -58,7 +66,9 @@ async def test_a_stream(rig: Rig, include_usage: bool | None) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == TEXT
     assert all(chunk.usage is None for chunk in chunks if chunk.choices)
-    assert [bool(chunk.usage) for chunk in chunks if not chunk.choices] == [True] * bool(include_usage)
+    assert [bool(chunk.usage) for chunk in chunks if not chunk.choices] == [True] * bool(
+        include_usage
+    )
     (event,) = await rig.usage(1)
     assert event.quantities == FULL_USAGE
 
@@ -159,7 +169,11 @@ async def test_names_of_models(rig: Rig) -> None:
         assert raw.parse().model == name
         assert raw.headers["x-river-policy-version"] == f"{run.run_id}@0"
     sent = [request for engine in rig.engines for request in engine.requests]
-    assert [f'"{run.run_id}@0"' in headers["x-river-adapter"] for headers, _ in sent] == [True, False, False]
+    assert [f'"{run.run_id}@0"' in headers["x-river-adapter"] for headers, _ in sent] == [
+        True,
+        False,
+        False,
+    ]
     assert all(saved.checkpoint_id in headers["x-river-adapter"] for headers, _ in sent[1:])
     assert all(body["model"] == BASE for _, body in sent)
     assert all(event.run_id == run.run_id for event in await rig.usage(3))
@@ -180,23 +194,33 @@ async def test_the_live_version_moves_at_once(rig: Rig) -> None:
         raw = await rig.tenant.openai.chat.completions.with_raw_response.create(
             model=f"river://{run.run_id}", messages=MESSAGES
         )
-        assert raw.headers["x-river-policy-version"] == result.policy_version == f"{run.run_id}@{seq}"
+        assert (
+            raw.headers["x-river-policy-version"] == result.policy_version == f"{run.run_id}@{seq}"
+        )
 
 
 def wrong() -> list[Any]:
     return [
-        pytest.param({"model": "nobody/knows"}, openai.NotFoundError, "model_not_found", id="model"),
-        pytest.param({"model": "river://run_0/weights/x"}, openai.NotFoundError, "model_not_found", id="path"),
+        pytest.param(
+            {"model": "nobody/knows"}, openai.NotFoundError, "model_not_found", id="model"
+        ),
+        pytest.param(
+            {"model": "river://run_0/weights/x"}, openai.NotFoundError, "model_not_found", id="path"
+        ),
         pytest.param({"stream": "yes"}, openai.BadRequestError, None, id="type"),
         pytest.param({"extra_body": {"n": 1.5}}, openai.BadRequestError, None, id="fraction"),
     ]
 
 
 @pytest.mark.parametrize(("change", "kind", "code"), wrong())
-async def test_wrong_requests(rig: Rig, change: dict[str, Any], kind: type[openai.APIStatusError], code: str | None) -> None:
+async def test_wrong_requests(
+    rig: Rig, change: dict[str, Any], kind: type[openai.APIStatusError], code: str | None
+) -> None:
     """What is wrong with a request raises the package's own class, with the request's id."""
     with pytest.raises(kind) as refused:
-        await rig.tenant.openai.chat.completions.create(**{"model": BASE, "messages": MESSAGES} | change)
+        await rig.tenant.openai.chat.completions.create(
+            **{"model": BASE, "messages": MESSAGES} | change
+        )
     assert refused.value.code == code
     assert refused.value.request_id
 
@@ -217,7 +241,9 @@ async def test_an_engine_s_refusals(
     for engine in rig.engines:
         engine.behaviour = behaviour
     with pytest.raises(kind) as refused:
-        await rig.tenant.openai.chat.completions.create(model=BASE, messages=MESSAGES, stream=stream)
+        await rig.tenant.openai.chat.completions.create(
+            model=BASE, messages=MESSAGES, stream=stream
+        )
     assert "secret" not in refused.value.message
     if behaviour == "refuse":
         assert refused.value.param == "temperature"

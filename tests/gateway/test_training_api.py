@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from typing import Any
 
 import asyncpg
@@ -111,6 +112,7 @@ async def test_a_long_poll_ends_with_the_result(rig: Rig) -> None:
 async def test_nothing_is_accepted_that_is_not_stored(rig: Rig) -> None:
     """Without a journal a submission is 503, and a new run leaves nothing behind."""
     run = await rig.tenant.new_run()
+    await rig.trainer.subscription.unsubscribe()
     await rig.nats.jetstream().delete_stream(protocol.TRAIN_STREAM)
     answer = await rig.tenant.submit(run.run_id, 1, wire.OptimStep(adam=ADAM))
     assert answer.status_code == 503
@@ -132,9 +134,13 @@ def wrong_operations() -> list[Any]:
         pytest.param({"seq": "1", "operation": forward}, "seq", id="seq type"),
         pytest.param({"seq": 1}, "operation", id="missing"),
         pytest.param({"seq": 1, "operation": forward | {"loss_fn": "no"}}, "loss_fn", id="loss"),
-        pytest.param({"seq": 1, "operation": forward | {"loss_fn": "dro"}}, "loss_fn", id="not offered"),
         pytest.param(
-            {"seq": 1, "operation": forward | {"loss_config": {"x": 1}}}, "loss_config.x", id="config"
+            {"seq": 1, "operation": forward | {"loss_fn": "dro"}}, "loss_fn", id="not offered"
+        ),
+        pytest.param(
+            {"seq": 1, "operation": forward | {"loss_config": {"x": 1}}},
+            "loss_config.x",
+            id="config",
         ),
         pytest.param({"seq": 1, "operation": forward | {"data": []}}, "data", id="empty"),
         pytest.param(
@@ -166,7 +172,10 @@ async def test_wrong_operations(rig: Rig, body: Any, param: str) -> None:
 async def test_bodies_that_are_none(rig: Rig) -> None:
     """What is not JSON is 400, what is not there 400, what is too large 413, an unknown route 404: all in shape."""
     answers = {
-        400: [await rig.tenant.post("/sessions", b"{"), await rig.tenant.post("/sessions", b"\xff")],
+        400: [
+            await rig.tenant.post("/sessions", b"{"),
+            await rig.tenant.post("/sessions", b"\xff"),
+        ],
         413: [await rig.tenant.post("/sessions", b" " * (BODY_MAX_BYTES + 1))],
         404: [await rig.tenant.get("/nowhere")],
         405: [await rig.tenant.http.put("/river/v1/runs", json={})],
@@ -286,7 +295,11 @@ async def test_sampling(rig: Rig) -> None:
     """Samples come back by prompt, name their version, and are billed once a prompt."""
     run = await rig.tenant.new_run()
     asked = wire.SampleRequest(
-        model=f"river://{run.run_id}", prompt_token_ids=[[5, 6, 7], [8]], num_samples=2, logprobs=1
+        model=f"river://{run.run_id}",
+        prompt_token_ids=[[5, 6, 7], [8]],
+        num_samples=2,
+        max_tokens=4,
+        logprobs=1,
     )
     answer = await rig.tenant.post("/sample", asked)
     assert answer.status_code == 200
@@ -316,8 +329,16 @@ def wrong_samples() -> list[Any]:
         pytest.param({"prompts": None}, "prompts", id="no prompt"),
         pytest.param({"prompt_token_ids": [[1]]}, "prompts", id="both"),
         pytest.param({"prompts": [], "prompt_token_ids": None}, "prompts", id="none"),
-        pytest.param({"prompts": None, "prompt_token_ids": [[1], [1, VOCAB_SIZE]]}, "prompt_token_ids[1][1]", id="vocabulary"),
-        pytest.param({"prompts": None, "prompt_token_ids": [[1] * CONTEXT_LENGTH]}, "prompt_token_ids[0]", id="context"),
+        pytest.param(
+            {"prompts": None, "prompt_token_ids": [[1], [1, VOCAB_SIZE]]},
+            "prompt_token_ids[1][1]",
+            id="vocabulary",
+        ),
+        pytest.param(
+            {"prompts": None, "prompt_token_ids": [[1] * CONTEXT_LENGTH]},
+            "prompt_token_ids[0]",
+            id="context",
+        ),
         pytest.param({"temperature": -1.0}, "temperature", id="temperature"),
         pytest.param({"top_p": 0.0}, "top_p", id="top_p"),
         pytest.param({"top_k": 0}, "top_k", id="top_k"),
@@ -341,7 +362,9 @@ async def test_an_engine_s_own_refusal_of_a_sample(rig: Rig) -> None:
     """What only the engine can know is refused in its words."""
     for engine in rig.engines:
         engine.behaviour = "refuse"
-    answer = await rig.tenant.post("/sample", wire.SampleRequest(model=BASE, prompts=["long"], max_tokens=4))
+    answer = await rig.tenant.post(
+        "/sample", wire.SampleRequest(model=BASE, prompts=["long"], max_tokens=4)
+    )
     assert answer.status_code == 422
     assert error_of(answer).param == "prompts[0]"
 
@@ -380,8 +403,6 @@ async def test_usage_and_prices(rig: Rig, postgres_url: str) -> None:
     events: list[UsageEvent] = await rig.usage(2)
     connection: Any = await asyncpg.connect(postgres_url)
     try:
-        import datetime as dt
-
         moments = [dt.datetime.fromtimestamp(event.occurred_at, dt.UTC) for event in events]
         await ensure_partitions(connection, moments)
         await record_usage(connection, events)
@@ -413,7 +434,10 @@ async def test_models_health_and_schema(rig: Rig) -> None:
         assert (await anonymous.get("/healthz")).text == "ok\n"
         assert (await anonymous.get("/readyz")).text == "ready\n"
         metrics = (await anonymous.get("/metrics")).text
-        assert 'river_gateway_requests_total{method="GET",route="/river/v1/models",status="200"} 1.0' in metrics
+        assert (
+            'river_gateway_requests_total{method="GET",route="/river/v1/models",status="200"} 1.0'
+            in metrics
+        )
         schema = (await anonymous.get("/schema")).json()
         operation = schema["paths"]["/river/v1/runs/{run_id}/operations"]["post"]
         assert operation["requestBody"]["content"]
@@ -429,7 +453,9 @@ async def test_metrics_of_a_run(rig: Rig, postgres_url: str) -> None:
     """A user's own metrics are kept with the run; what is not finite is refused."""
     run = await rig.tenant.new_run()
     path = f"/runs/{run.run_id}/metrics"
-    assert (await rig.tenant.post(path, wire.LogMetrics(metrics={"reward": 0.5}, step=3))).status_code == 204
+    assert (
+        await rig.tenant.post(path, wire.LogMetrics(metrics={"reward": 0.5}, step=3))
+    ).status_code == 204
     bad = msgspec.msgpack.encode(wire.LogMetrics(metrics={"reward": float("nan")}))
     answer = await rig.tenant.post(path, bad, headers={"content-type": MSGPACK})
     assert answer.status_code == 422

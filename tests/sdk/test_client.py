@@ -192,9 +192,11 @@ def test_each_status_has_its_exception(
 
 def test_an_unreachable_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is not there is a connection error that names it."""
-    with river.Client(api_key=KEY, base_url="http://127.0.0.1:9", retry_for_s=0.2) as client:
-        with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9") as raised:
-            client.models()
+    with (
+        river.Client(api_key=KEY, base_url="http://127.0.0.1:9", retry_for_s=0.2) as client,
+        pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9") as raised,
+    ):
+        client.models()
     assert isinstance(raised.value, river.ConnectionError)
 
 
@@ -223,8 +225,8 @@ def test_settings_come_from_arguments_variables_and_login(monkeypatch: pytest.Mo
     assert path == login_path()
     assert path.stat().st_mode & 0o777 == 0o600
 
-    def seen(**arguments: str) -> tuple[str, str]:
-        client = river.AsyncClient(**arguments)
+    def seen(api_key: str | None = None, base_url: str | None = None) -> tuple[str, str]:
+        client = river.AsyncClient(api_key, base_url)
         return client.api_key, client.base_url
 
     assert seen() == ("rv-stored", "http://stored")
@@ -262,7 +264,7 @@ def test_importing_the_sdk_is_cheap() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     milliseconds, modules = done.stdout.splitlines()
-    print(f"import river_client: {milliseconds} ms")
+    print(f"import river_client: {milliseconds} ms")  # noqa: T201 - for whoever reads the log
     heavy = {"torch", "vllm", "transformers", "litestar", "httpx", "numpy", "click", "tqdm"}
     assert heavy.isdisjoint(modules.split())
 

@@ -28,7 +28,6 @@ from river_billing import streams
 from river_billing.events import EVENTS_STREAM, CheckpointSaved, UsageEvent
 from river_client import wire
 from river_engine.protocol import (
-    ADAPTER_HEADER,
     ENGINES_BUCKET,
     MODEL_HEADER,
     AdapterRef,
@@ -48,6 +47,8 @@ from river_trainer.protocol import (
     RESULTS_STREAM,
     TRAIN_STREAM,
     CreateRun,
+    Forward,
+    ForwardBackward,
     LiveVersion,
     SaveWeights,
     TaskError,
@@ -70,7 +71,7 @@ PATIENCE_S = 10.0
 async def eventually(condition: Callable[[], Any]) -> Any:
     """The first true value of `condition`, within `PATIENCE_S`."""
     async with asyncio.timeout(PATIENCE_S):
-        while not (value := condition()):
+        while not (value := condition()):  # noqa: ASYNC110 - the other side has no event to wait for
             await asyncio.sleep(0.01)
         return value
 
@@ -124,7 +125,7 @@ class StandInEngine:
                 return await self._stream(request, body)
             if self.behaviour == "hang":
                 await asyncio.sleep(PATIENCE_S)
-            return web.json_response(self._whole(request, body))
+            return web.json_response(self._whole(request))
         except (asyncio.CancelledError, ConnectionError):
             self.cancelled += 1
             raise
@@ -152,8 +153,8 @@ class StandInEngine:
                 assert request.transport is not None
                 request.transport.close()
                 return response
-        last = self._chunk(request, "", COMPLETION_TOKENS) | {"choices": []}
-        last["usage"]["prompt_tokens_details"] = {"cached_tokens": CACHED_TOKENS}
+        usage = _usage(COMPLETION_TOKENS, cached=CACHED_TOKENS)
+        last = self._chunk(request, "", COMPLETION_TOKENS) | {"choices": [], "usage": usage}
         await response.write(b"data: " + msgspec.json.encode(last) + b"\n\ndata: [DONE]\n\n")
         return response
 
@@ -169,10 +170,10 @@ class StandInEngine:
             "usage": _usage(produced),
         }
 
-    def _whole(self, request: web.Request, body: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, request: web.Request) -> dict[str, Any]:
         chat = "chat" in request.path
         content = {"message": {"role": "assistant", "content": "w0 "}} if chat else {"text": "w0 "}
-        usage = _usage(COMPLETION_TOKENS) | {"prompt_tokens_details": {"cached_tokens": CACHED_TOKENS}}
+        usage = _usage(COMPLETION_TOKENS, cached=CACHED_TOKENS)
         return {
             "id": f"cmpl-{request.headers['x-request-id']}",
             "object": "chat.completion" if chat else "text_completion",
@@ -186,7 +187,9 @@ class StandInEngine:
         asked = msgspec.msgpack.decode(await request.read(), type=EngineSample)
         self.samples.append(asked)
         if self.behaviour == "refuse":
-            error = EngineError(type="invalid_request", message="prompts[0]: too long", param="prompts[0]")
+            error = EngineError(
+                type="invalid_request", message="prompts[0]: too long", param="prompts[0]"
+            )
             return web.Response(body=msgspec.msgpack.encode(error), status=422)
         sequence = EngineSequence(
             text="w0 w1",
@@ -198,19 +201,22 @@ class StandInEngine:
         prompts = asked.prompt_token_ids or [[1] * len(prompt) for prompt in asked.prompts or ()]
         groups = [
             EngineSampleGroup(
-                prompt_token_ids=prompt, samples=[sequence] * asked.num_samples, cached_prompt_tokens=1
+                prompt_token_ids=prompt,
+                samples=[sequence] * asked.num_samples,
+                cached_prompt_tokens=1,
             )
             for prompt in prompts
         ]
         return web.Response(body=msgspec.msgpack.encode(EngineSampleResult(groups=groups)))
 
 
-def _usage(produced: int) -> dict[str, Any]:
-    return {
+def _usage(produced: int, *, cached: int | None = None) -> dict[str, Any]:
+    usage: dict[str, Any] = {
         "prompt_tokens": PROMPT_TOKENS,
         "completion_tokens": produced,
         "total_tokens": PROMPT_TOKENS + produced,
     }
+    return usage if cached is None else usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
@@ -225,6 +231,7 @@ class StandInTrainer:
         self.messages: list[TrainMessage] = []
         self.steps: dict[str, int] = {}
         self.answering = True
+        self.subscription: Any = None
 
     @staticmethod
     def record(**changes: Any) -> TrainerRecord:
@@ -259,7 +266,7 @@ class StandInTrainer:
             live = LiveVersion(run_id=message.run_id, step=step, adapter=adapter)
             await (await journal.live_bucket(jetstream)).put(message.run_id, journal.encode(live))
         logprobs = None
-        if hasattr(task, "data"):
+        if isinstance(task, Forward | ForwardBackward | TrainStep):
             logprobs = [b"\0\0\0\0" * (len(sequence.input_ids) // 4) for sequence in task.data]
         result = TrainResult(
             operation_id=operation_id(message.run_id, message.seq),
@@ -306,12 +313,12 @@ class Tenant:
     http: httpx.AsyncClient
     openai: openai.AsyncOpenAI
 
-    async def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+    async def post(self, route: str, body: Any, **options: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        return await self.http.post(f"/river/v1{path}", content=content, **options)
+        return await self.http.post(f"/river/v1{route}", content=content, **options)
 
-    async def get(self, path: str, **params: Any) -> httpx.Response:
-        return await self.http.get(f"/river/v1{path}", params=params)
+    async def get(self, route: str, /, **params: Any) -> httpx.Response:
+        return await self.http.get(f"/river/v1{route}", params=params)
 
     async def new_run(self, **changes: Any) -> wire.Run:
         """A run that the trainer has made."""
@@ -367,7 +374,7 @@ class Rig:
         jetstream = self.nats.jetstream()
         events: list[UsageEvent] = []
         async with asyncio.timeout(PATIENCE_S):
-            while (await jetstream.stream_info(EVENTS_STREAM)).state.messages < count:
+            while (await jetstream.stream_info(EVENTS_STREAM)).state.messages < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         state = (await jetstream.stream_info(EVENTS_STREAM)).state
         for sequence in range(state.first_seq, state.last_seq + 1):
@@ -386,13 +393,16 @@ async def running_rig(
     """Everything running, with clean streams and all registered."""
     client = await nats.connect(nats_url)
     settings = Settings(
-        nats_url=nats_url, postgres_url=postgres_url, engine_token=TOKEN, store_url=directory.as_uri()
+        nats_url=nats_url,
+        postgres_url=postgres_url,
+        engine_token=TOKEN,
+        store_url=directory.as_uri(),
     )
     stand_ins = [StandInEngine(f"eng_{number}") for number in range(engines)]
     try:
         await _clean(client)
         trainer = StandInTrainer(client, directory)
-        await client.subscribe("train.>", cb=trainer.take)
+        trainer.subscription = await client.subscribe("train.>", cb=trainer.take)
         async with (
             served(stand_ins),
             open_services(settings) as services,
@@ -446,7 +456,12 @@ async def served(engines: list[StandInEngine]) -> AsyncGenerator[None]:
 async def served_gateway(services: Services) -> AsyncGenerator[str]:
     """The gateway's application on a port of its own; yields its URL."""
     config = uvicorn.Config(
-        create_app(services), port=0, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1
+        create_app(services),
+        port=0,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve())
@@ -471,7 +486,9 @@ async def tenants(postgres_url: str, url: str) -> AsyncGenerator[list[Tenant]]:
             key = await create_key(connection, tenant=tenant.tenant_id, scopes=scopes)
             assert key.secret is not None
             http = httpx.AsyncClient(
-                base_url=url, headers={"authorization": f"Bearer {key.secret}"}, timeout=PATIENCE_S
+                base_url=url,
+                headers={"authorization": f"Bearer {key.secret}"},
+                timeout=2 * PATIENCE_S,
             )
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key.secret, max_retries=0)
             made.append(Tenant(tenant.tenant_id, key.key_id, key.secret, http, client))

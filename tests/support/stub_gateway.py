@@ -37,7 +37,7 @@ class Fault:
     after_work: bool = False
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """An answer that is an error."""
 
     def __init__(self, status: int, param: str | None = None, **headers: str) -> None:
@@ -74,9 +74,9 @@ class StubGateway:
             def do_any(self) -> None:
                 gateway.answer(self)
 
-            do_GET = do_POST = do_PUT = do_DELETE = do_any
+            do_GET = do_POST = do_PUT = do_DELETE = do_any  # noqa: N815 - names of http.server
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as in http.server
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -110,10 +110,7 @@ class StubGateway:
             _cut(http)
             return
         try:
-            if fault is not None and fault.status is not None:
-                raise Refusal(fault.status, **fault.headers)
-            if http.headers.get("authorization") != f"Bearer {KEY}":
-                raise Refusal(401)
+            _check(http, fault)
             if path == "/checkpoints/file":
                 self._send_file(http, query["name"])
                 return
@@ -122,7 +119,7 @@ class StubGateway:
                 return
             with self._lock:
                 answer = self._work(http.command, path, query, body)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             error = wire.ErrorBody(
                 type="refused",
                 message=f"{refusal.param}: wrong",
@@ -138,7 +135,9 @@ class StubGateway:
         content = b"" if answer is None else msgspec.msgpack.encode(answer)
         _reply(http, 204 if answer is None else 200, content)
 
-    def _work(self, method: str, path: str, query: dict[str, str], body: bytes) -> Any:
+    def _work(  # noqa: C901, PLR0911, PLR0912 - a line or two per route
+        self, method: str, path: str, query: dict[str, str], body: bytes
+    ) -> Any:
         """What the gateway would do."""
         match method, path.strip("/").split("/"):
             case "POST", ["sessions"]:
@@ -166,7 +165,7 @@ class StubGateway:
                 return _samples(request)
             case "GET", ["checkpoints"]:
                 if query.get("path", CHECKPOINT_PATH) != CHECKPOINT_PATH:
-                    raise Refusal(404, "path")
+                    raise RefusalError(404, "path")
                 return wire.Page(checkpoints=[_checkpoint()])
             case "GET", ["checkpoints", "files"]:
                 files = [
@@ -182,12 +181,12 @@ class StubGateway:
             case "GET", ["usage"]:
                 return wire.Page(usage=[_usage_line("prompt", 1234), _usage_line("training", 5)])
             case _:
-                raise Refusal(404)
+                raise RefusalError(404)
 
     def _submit(self, submitted: wire.SubmitOperation) -> wire.OperationAccepted:
         operation = submitted.operation
         if getattr(operation, "loss_fn", None) == REFUSED_LOSS:
-            raise Refusal(422, "data[1].input_ids[2]")
+            raise RefusalError(422, "data[1].input_ids[2]")
         if submitted.seq in self.operations:
             self.repeated.append(submitted.seq)
         self.operations.setdefault(submitted.seq, operation)
@@ -254,6 +253,13 @@ class StubGateway:
         events = [msgspec.json.encode({"choices": [{"delta": {"content": c}}]}) for c in "abc"]
         content = b"".join(b"data: %b\n\n" % event for event in [*events, b"[DONE]"])
         _reply(http, 200, content)
+
+
+def _check(http: BaseHTTPRequestHandler, fault: Fault | None) -> None:
+    if fault is not None and fault.status is not None:
+        raise RefusalError(fault.status, **fault.headers)
+    if http.headers.get("authorization") != f"Bearer {KEY}":
+        raise RefusalError(401)
 
 
 def _cut(http: BaseHTTPRequestHandler) -> None:

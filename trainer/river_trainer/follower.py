@@ -63,7 +63,7 @@ class Follower:
                     messages = await subscription.fetch(
                         limits.FETCH_BATCH, timeout=limits.FETCH_TIMEOUT_S
                     )
-                except nats.errors.TimeoutError:
+                except TimeoutError:
                     await (
                         subscription.consumer_info()
                     )  # an error if a restart has lost the consumer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -12,11 +13,13 @@ from tqdm import tqdm
 
 from river_ops.children import ChildError
 from river_ops.commands.stack import data_dir_option
-from river_ops.demo.loop import Progress
-from river_ops.demo.run import NANO_USD_PER_USD, Demo, run_demo
-from river_ops.stack import StackError, options_from_environment, running_stack
 from river_ops.stack_file import read_stack_file
 
+if TYPE_CHECKING:
+    from river_ops.demo.loop import Progress
+    from river_ops.demo.run import Demo
+
+NANO_USD_PER_USD = 1_000_000_000
 PLOT_WIDTH, PLOT_HEIGHT = 72, 16
 
 
@@ -26,6 +29,14 @@ PLOT_WIDTH, PLOT_HEIGHT = 72, 16
 @click.option("--json", "as_json", is_flag=True, help="Last line one JSON object.")
 def demo(data_dir: Path, steps: int, as_json: bool) -> None:
     """Train the tiny model with GRPO through the whole platform, chat with it, print the bill."""
+    # What only this command needs would slow down every other one.
+    from river_ops.demo.run import run_demo  # noqa: PLC0415
+    from river_ops.stack import (  # noqa: PLC0415
+        StackError,
+        options_from_environment,
+        running_stack,
+    )
+
     with ExitStack() as stack:
         info = read_stack_file(data_dir)
         if info is None:

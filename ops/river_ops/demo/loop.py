@@ -19,7 +19,7 @@ from river_ops.tiny_moe.problems import Problem, make_prompt, problems, reward
 MAX_TOKENS = 32
 PROBLEMS_PER_STEP = 32
 SAMPLES_PER_PROBLEM = 4
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 1e-3
 HELD_OUT_PROBLEMS = 96
 HELD_OUT_SAMPLES = 2
 EVALUATE_EVERY_STEPS = 4

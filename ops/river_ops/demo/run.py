@@ -25,8 +25,8 @@ RANK = 16
 BILL_TIMEOUT_S = 30.0
 BILL_POLL_INTERVAL_S = 0.2
 NANO_USD_PER_USD = 1_000_000_000
-ANSWER_SAMPLED_TOKENS = "completion"
-ANSWER_TRAINED_TOKENS = "training"
+SAMPLED_KIND = "completion"
+TRAINED_KIND = "training"
 
 
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,8 +92,8 @@ def run_demo(info: StackInfo, *, steps: int, show: Callable[[Progress], None]) -
         reward_last=demo.curve[-1][1],
         steps=steps,
         seconds=round(time.monotonic() - started, 1),
-        tokens_trained=demo.billed[ANSWER_TRAINED_TOKENS],
-        tokens_sampled=demo.billed[ANSWER_SAMPLED_TOKENS],
+        tokens_trained=demo.billed[TRAINED_KIND],
+        tokens_sampled=demo.billed[SAMPLED_KIND],
         cost_usd=sum(line.amount_nano_usd for line in demo.bill) / NANO_USD_PER_USD,
         checkpoint=checkpoint.path,
     )

@@ -76,4 +76,4 @@ def moment(text: str | None) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").replace("$", "").isdigit()
+    return text == "" or text.replace(",", "").replace(".", "").isdigit()

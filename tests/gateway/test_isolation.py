@@ -1,0 +1,214 @@
+"""Another tenant's things do not exist: tested on every route there is, new ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+from litestar.routes import HTTPRoute
+from support.gateway import BASE, Rig, Tenant
+
+from river_client import wire
+from river_gateway.app import create_litestar
+
+
+@dataclass(frozen=True)
+class Things:
+    """What the owner has, by id, path and name."""
+
+    session_id: str
+    run_id: str
+    path: str
+    key_id: str
+
+
+async def _owned(rig: Rig) -> Things:
+    run = await rig.tenant.new_run()
+    saved = await rig.tenant.save(run.run_id, 1, "mine")
+    put = await rig.tenant.http.put("/river/v1/aliases/mine", json={"target": saved.path})
+    assert put.status_code == 200
+    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id)
+
+
+Attempt = Callable[[Tenant, Things], Awaitable[list[httpx.Response]]]
+River = "/river/v1"
+
+
+def _call(method: str, path: str, body: object = None) -> Attempt:
+    """One request, its path and body filled with the owner's things."""
+
+    async def attempt(who: Tenant, things: Things) -> list[httpx.Response]:
+        fill = {name: getattr(things, name) for name in things.__dataclass_fields__}
+        content = b"" if body is None else msgspec.json.encode(body)
+        for name, value in fill.items():
+            content = content.replace(f"<{name}>".encode(), value.encode())
+        url = path.format(**fill)
+        return [await who.http.request(method, url, content=content)]
+
+    return attempt
+
+
+def _models(path: str, **body: object) -> Attempt:
+    """One request for each name that the owner's models have."""
+
+    async def attempt(who: Tenant, things: Things) -> list[httpx.Response]:
+        names = (f"river://{things.run_id}", things.path, "mine")
+        return [
+            await who.http.request(
+                "POST" if body else "GET",
+                path.format(model=name),
+                json={"model": name} | body if body else None,
+            )
+            for name in names
+        ]
+
+    return attempt
+
+
+_FORWARD = {"seq": 1, "operation": {"kind": "forward", "data": [{"input_ids": [1, 2]}]}}
+_MESSAGES = [{"role": "user", "content": "x"}]
+
+# (method, route) -> a stranger's attempt at the owner's thing; every answer must be 404.
+ATTEMPTS: dict[tuple[str, str], Attempt] = {
+    ("POST", "/v1/chat/completions"): _models("/v1/chat/completions", messages=_MESSAGES),
+    ("POST", "/v1/completions"): _models("/v1/completions", prompt="x"),
+    ("GET", "/v1/models/{model_id:path}"): _models("/v1/models/{model}"),
+    ("POST", f"{River}/sample"): _models(f"{River}/sample", prompts=["x"], max_tokens=2),
+    ("POST", f"{River}/sessions/{{session_id:str}}/heartbeat"): _call(
+        "POST", River + "/sessions/{session_id}/heartbeat"
+    ),
+    ("DELETE", f"{River}/sessions/{{session_id:str}}"): _call(
+        "DELETE", River + "/sessions/{session_id}"
+    ),
+    ("POST", f"{River}/runs"): _call(
+        "POST", f"{River}/runs", {"session_id": "<session_id>", "base_model": BASE}
+    ),
+    ("GET", f"{River}/runs/{{run_id:str}}"): _call("GET", River + "/runs/{run_id}"),
+    ("POST", f"{River}/runs/{{run_id:str}}/metrics"): _call(
+        "POST", River + "/runs/{run_id}/metrics", {"metrics": {"a": 1}}
+    ),
+    ("POST", f"{River}/runs/{{run_id:str}}/operations"): _call(
+        "POST", River + "/runs/{run_id}/operations", _FORWARD
+    ),
+    ("GET", f"{River}/operations/{{operation_id:str}}"): _call(
+        "GET", River + "/operations/{run_id}-1"
+    ),
+    ("GET", f"{River}/checkpoints"): _call("GET", River + "/checkpoints?path={path}"),
+    ("DELETE", f"{River}/checkpoints"): _call("DELETE", River + "/checkpoints?path={path}"),
+    ("GET", f"{River}/checkpoints/files"): _call("GET", River + "/checkpoints/files?path={path}"),
+    ("GET", f"{River}/checkpoints/file"): _call(
+        "GET", River + "/checkpoints/file?path={path}&name=adapter_config.json"
+    ),
+    ("PUT", f"{River}/aliases/{{name:str}}"): _call(
+        "PUT", f"{River}/aliases/theirs", {"target": "<path>"}
+    ),
+    ("DELETE", f"{River}/aliases/{{name:str}}"): _call("DELETE", f"{River}/aliases/mine"),
+}
+
+# Routes that take nobody's thing, with what a stranger is shown.
+NOTHING_TO_GUESS = {
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/models"),
+    ("POST", "/v1/embeddings"),
+    ("POST", f"{River}/sessions"),
+    ("GET", f"{River}/runs"),
+    ("GET", f"{River}/aliases"),
+    ("GET", f"{River}/models"),
+    ("GET", f"{River}/usage"),
+    ("GET", f"{River}/prices"),
+}
+
+# Routes for administrators alone, who see all tenants.
+ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
+    ("POST", f"{River}/tenants"): _call("POST", f"{River}/tenants", {"name": "x"}),
+    ("GET", f"{River}/tenants"): _call("GET", f"{River}/tenants"),
+    ("POST", f"{River}/keys"): _call("POST", f"{River}/keys", {"tenant": "tenant"}),
+    ("GET", f"{River}/keys"): _call("GET", f"{River}/keys"),
+    ("DELETE", f"{River}/keys/{{key_id:str}}"): _call("DELETE", River + "/keys/{key_id}"),
+}
+
+
+def _all_routes(rig: Rig) -> set[tuple[str, str]]:
+    return {
+        (method, route.path)
+        for route in create_litestar(rig.services).routes
+        if isinstance(route, HTTPRoute) and not route.path.startswith("/schema")
+        for method in route.methods
+        if method != "OPTIONS"
+    }
+
+
+async def test_every_route_is_tested_here(rig: Rig) -> None:
+    """A new route fails this test until its isolation is tested below."""
+    tested = {*ATTEMPTS, *NOTHING_TO_GUESS, *ADMIN_ONLY}
+    assert {(method, path) for method, path in _all_routes(rig)} == tested
+    assert not any("{" in path for _, path in NOTHING_TO_GUESS)
+
+
+async def test_a_stranger_gets_404_everywhere(rig: Rig) -> None:
+    """On every route that takes an id, path or name, another tenant's is answered exactly as one nobody has."""
+    things = await _owned(rig)
+    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0")
+    for (method, route), attempt in ATTEMPTS.items():
+        theirs = await attempt(rig.stranger, things)
+        nobodys = await attempt(rig.stranger, nothing)
+        for answer in [*theirs, *nobodys]:
+            assert answer.status_code == 404, (method, route, answer.text)
+        for answer, unknown in zip(theirs, nobodys, strict=True):
+            assert _shape(answer) == _shape(unknown), (method, route)
+    assert not any(engine.requests or engine.samples for engine in rig.engines)
+    assert len(rig.trainer.messages) == 2
+
+
+def _shape(answer: httpx.Response) -> dict[str, object]:
+    """The error without what differs from one request to the next."""
+    error = answer.json()["error"]
+    return {name: value for name, value in error.items() if name not in ("message", "request_id")}
+
+
+async def test_a_stranger_s_lists_are_empty(rig: Rig) -> None:
+    """No list shows another tenant's things."""
+    await _owned(rig)
+    for noun in ("runs", "checkpoints", "aliases", "usage"):
+        assert (await rig.stranger.get(f"/{noun}")).json()[noun] == []
+        if noun != "usage":
+            assert len((await rig.tenant.get(f"/{noun}")).json()[noun]) == 1
+
+
+async def test_the_owner_is_not_refused(rig: Rig) -> None:
+    """The same attempts succeed for the owner, so that the 404s above mean something."""
+    things = await _owned(rig)
+    last = ("DELETE",)
+    for method, route in sorted(ATTEMPTS, key=lambda key: key[0] in last):
+        if method == "DELETE" and "checkpoints" in route:
+            continue
+        for answer in await ATTEMPTS[method, route](rig.tenant, things):
+            assert answer.status_code < 300, (method, route, answer.text)
+    assert (await ATTEMPTS["DELETE", f"{River}/checkpoints"](rig.tenant, things))[
+        0
+    ].status_code == 204
+
+
+async def test_administration_is_for_administrators(rig: Rig) -> None:
+    """A tenant's key is 403 on every administration route, whether the thing exists or not."""
+    things = await _owned(rig)
+    for attempt in ADMIN_ONLY.values():
+        for answer in await attempt(rig.stranger, things):
+            assert answer.status_code == 403
+
+
+async def test_a_tenant_s_alias_is_its_own(rig: Rig) -> None:
+    """Two tenants may use one name; each gets its own."""
+    await _owned(rig)
+    run = await rig.stranger.new_run()
+    target = f"river://{run.run_id}"
+    answer = await rig.stranger.http.put(f"{River}/aliases/mine", json={"target": target})
+    assert answer.status_code == 200
+    await rig.stranger.http.delete(f"{River}/aliases/mine")
+    aliases = msgspec.convert((await rig.tenant.get("/aliases")).json(), wire.Page).aliases
+    assert aliases is not None
+    assert len(aliases) == 1

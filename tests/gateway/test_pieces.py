@@ -1,0 +1,163 @@
+"""The pure pieces: routing, counting, events, ids, ranges."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.gateway import BASE, StandInEngine
+
+from river_billing.events import UsageKind
+from river_gateway import ids
+from river_gateway.catalog import Path, parse_path
+from river_gateway.errors import InvalidFieldError
+from river_gateway.files import parse_range
+from river_gateway.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
+from river_gateway.openai_api import engine_body, understand
+from river_gateway.routing import choose_engine
+from river_gateway.sse import EventSplitter, UsageWishes, filter_event
+
+ENGINES = [
+    StandInEngine(name).record(resident=resident, running=running)
+    for name, resident, running in (("a", [], 0), ("b", ["x"], 5), ("c", ["x", "y"], 2))
+]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "in_flight", "excluded", "chosen"),
+    [
+        (None, {}, set(), "a"),
+        (None, {"a": 3}, set(), "c"),
+        ("x", {}, set(), "c"),
+        ("x", {"c": 9}, set(), "b"),
+        ("x", {}, {"b", "c"}, "a"),
+        ("z", {}, set(), "a"),
+        ("x", {}, {"a", "b", "c"}, None),
+    ],
+)
+def test_routing(
+    adapter: str | None, in_flight: dict[str, int], excluded: set[str], chosen: str | None
+) -> None:
+    """An engine that holds the adapter comes first, then the one with the least outstanding."""
+    engine = choose_engine(
+        ENGINES, base_model=BASE, adapter=adapter, in_flight=in_flight, excluded=excluded
+    )
+    assert (engine.engine_id if engine else None) == chosen
+
+
+def test_routing_keeps_to_the_base_model() -> None:
+    """An engine of another base model is no engine."""
+    assert choose_engine(ENGINES, base_model="other", adapter=None, in_flight={}) is None
+
+
+def test_tally_of_several_prompts_and_choices() -> None:
+    """Running counts are per choice and per prompt; the last chunk has the sum and wins."""
+    tally = UsageTally(choices_per_prompt=2)
+    for index, prompt, completion in ((0, 5, 1), (1, 5, 3), (0, 5, 2), (2, 7, 4)):
+        tally.observe(Chunk([Choice(index)], Usage(prompt, completion)))
+    assert tally.quantities() == {
+        UsageKind.PROMPT: 12,
+        UsageKind.CACHED_PROMPT: 0,
+        UsageKind.COMPLETION: 9,
+    }
+    tally.observe(Chunk([], Usage(12, 10, PromptDetails(4))))
+    assert tally.quantities() == {
+        UsageKind.PROMPT: 8,
+        UsageKind.CACHED_PROMPT: 4,
+        UsageKind.COMPLETION: 10,
+    }
+
+
+@given(
+    st.lists(st.binary(max_size=20).filter(lambda data: b"\n" not in data and b"\r" not in data)),
+    st.data(),
+)
+def test_events_survive_any_cutting(payloads: list[bytes], data: st.DataObject) -> None:
+    """However the network cuts a stream, the same events come out."""
+    stream = b"".join(b"data: " + payload + b"\n\n" for payload in payloads)
+    splitter, events = EventSplitter(), []
+    while stream:
+        cut = data.draw(st.integers(1, len(stream)))
+        events += splitter.feed(stream[:cut])
+        stream = stream[cut:]
+    assert events == [b"data: " + payload for payload in payloads]
+
+
+def test_events_without_usage_pass_untouched() -> None:
+    """Comments, errors, `[DONE]` and ordinary chunks are forwarded byte for byte."""
+    tally, wishes = UsageTally(), UsageWishes(final=False, continuous=False)
+    for event in (
+        b": ping",
+        b"data: [DONE]",
+        b'data: {"choices": [ ]}',
+        b'data: {"error": {"usage": 1}}',
+        b'data: "usage',
+    ):
+        assert filter_event(event, tally, wishes) == event
+
+
+def test_the_engine_s_body() -> None:
+    """All but the model and the stream options travels byte for byte."""
+    body = b'{"model":"river://run_1","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
+    sent = engine_body(body, understand(body), "base")
+    assert sent == b'{"model":"base","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
+    streamed: Any = {
+        "model": "m",
+        "stream": True,
+        "stream_options": {"include_usage": False, "z": 1},
+    }
+    body = msgspec.json.encode(streamed)
+    sent = engine_body(body, understand(body), "base")
+    assert msgspec.json.decode(sent)["stream_options"] == {
+        "include_usage": True,
+        "continuous_usage_stats": True,
+        "z": 1,
+    }
+
+
+def test_uuid7() -> None:
+    """The id is a version 7 UUID that says when it was made."""
+    before = time.time()
+    identity = ids.uuid7()
+    assert uuid.UUID(identity).version == 7
+    assert uuid.UUID(identity).variant == uuid.RFC_4122
+    assert before - 0.002 <= ids.uuid7_time_s(identity) <= time.time()
+
+
+def test_checkpoint_ids_follow_the_operation() -> None:
+    """Submitting a save twice names the same checkpoint."""
+    assert (
+        ids.checkpoint_id("run_1-2") == ids.checkpoint_id("run_1-2") != ids.checkpoint_id("run_1-3")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("river://run_1", Path("run_1")),
+        ("river://run_1/weights/a", Path("run_1", "training", "a")),
+        ("river://run_1/sampler_weights/a", Path("run_1", "inference", "a")),
+        ("river://run_1/other/a", None),
+        ("river://run_1/weights/a/b", None),
+        ("river://run_1/weights/", None),
+        ("river://", None),
+        ("run_1", None),
+    ],
+)
+def test_paths(text: str, path: Path | None) -> None:
+    """A path is a run or a checkpoint, and nothing else."""
+    assert parse_path(text) == path
+
+
+@pytest.mark.parametrize(
+    "header", ["bytes=100-", "bytes=5-4", "bytes=-0", "bytes=-", "lines=1-2", "bytes=0-1,4-5"]
+)
+def test_wrong_ranges(header: str) -> None:
+    """A range that is none, or begins past the end, is refused."""
+    with pytest.raises(InvalidFieldError):
+        parse_range(header, 100)

@@ -1,0 +1,182 @@
+"""What is refused of training data, field by field, and what comes out of data that is right."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from river_client import wire
+from river_gateway import validation
+from river_gateway.errors import InvalidFieldError
+from river_gateway.validation import Limits
+
+LIMITS = Limits(context_length=8, vocab_size=512)
+NAN = float("nan")
+GOOD: dict[str, Any] = {
+    "input_ids": [1, 2, 3],
+    "old_logprobs": [-1.0, -2.0, 0.0],
+    "advantages": [1.0, -1.0, 0.0],
+}
+
+
+def packed(
+    values: Any, dtype: Any = "float32", shape: tuple[int, ...] | None = None
+) -> wire.Tensor:
+    array = np.asarray(values, dtype)
+    return wire.Tensor(
+        dtype=dtype, shape=array.shape if shape is None else shape, data=array.tobytes()
+    )
+
+
+def wrong() -> list[Any]:
+    """(what is changed in the second datum, the field that the error names, words of its message)."""
+    return [
+        ({"input_ids": [1, 9999, 3]}, "input_ids[1]", "9999 is outside the vocabulary of 512"),
+        ({"input_ids": [1, 512, 3]}, "input_ids[1]", "512 is outside"),
+        ({"input_ids": [-1, 2, 3]}, "input_ids[0]", "-1 is outside"),
+        ({"input_ids": [1, 2.5, 3]}, "input_ids[1]", "2.5 is not a whole number"),
+        ({"input_ids": packed([1, NAN, 3])}, "input_ids[1]", "NaN is not a whole number"),
+        ({"input_ids": [1, 1e300, 3]}, "input_ids[1]", "1e+300 is not a whole number"),
+        ({"input_ids": []}, "input_ids", "0 tokens"),
+        ({"input_ids": [1]}, "input_ids", "1 tokens, must be at least 2"),
+        ({"input_ids": [1] * 9}, "input_ids", "9 tokens, the context length is 8"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids", "shape [1, 3], must be [T]"),
+        ({"input_ids": packed([1, 2, 3], "int64", (4,))}, "input_ids", "24 bytes"),
+        ({"input_ids": packed([1, 2, 3], "int32", ())}, "input_ids", "shape []"),
+        ({"input_ids": packed([1, 2], "int32", (-1, -2))}, "input_ids", "shape [-1, -2]"),
+        ({"advantages": [1.0]}, "advantages", "1 values for 3 input_ids"),
+        ({"advantages": [0.0, NAN, 0.0]}, "advantages[1]", "NaN is not a number"),
+        ({"advantages": packed([0, 0, math.inf])}, "advantages[2]", "inf is too large"),
+        ({"advantages": [0.0, 1e39, 0.0]}, "advantages[1]", "1e+39 is too large for float32"),
+        ({"advantages": None}, "advantages", "missing, the loss importance_sampling needs it"),
+        ({"old_logprobs": None}, "old_logprobs", "missing"),
+        ({"old_logprobs": [0.0, 0.0, -math.inf]}, "old_logprobs[2]", "-inf"),
+        ({"old_logprobs": [[0.0], [0.0], [0.0]]}, "old_logprobs", "shape [3, 1]"),
+        ({"old_logprobs": [[0.0], 1.0, [0.0]]}, "old_logprobs[1]", "one number"),
+        ({"weights": [1.0, 1.0]}, "weights", "2 values for 3 input_ids"),
+        ({"weights": [1.0, NAN, 1.0]}, "weights[1]", "NaN"),
+        ({"target_tokens": [1, 2]}, "target_tokens", "2 values for 3"),
+        ({"target_tokens": [1, 2, 600]}, "target_tokens[2]", "600 is outside"),
+        ({"target_tokens": [[1, 2]] * 3}, "weights", "soft targets need a weight each"),
+        ({"target_tokens": [[1, 2], [1, 2], [1]]}, "target_tokens[2]", "a row of 1"),
+        ({"target_tokens": [[1, 2], [1, 777], [1, 3]]}, "target_tokens[1][1]", "777 is outside"),
+        ({"target_tokens": [[1, 2]] * 3, "weights": [1.0] * 3}, "weights", "must be [3, 2]"),
+        ({"attention_mask": [1, 1]}, "attention_mask", "2 values for 3"),
+        ({"attention_mask": [1, 2, 0]}, "attention_mask[1]", "2, must be 0 or 1"),
+        ({"attention_mask": [0, 1, 1]}, "attention_mask[0]", "zeros may only form a tail"),
+        ({"attention_mask": [1, 0, 1]}, "attention_mask[1]", "zeros may only form a tail"),
+        ({"attention_mask": [1, 0, 0]}, "input_ids", "1 tokens"),
+    ]
+
+
+@pytest.mark.parametrize(("change", "field", "words"), wrong())
+def test_wrong_data(change: dict[str, Any], field: str, words: str) -> None:
+    """The error names the datum, the field, the index and the limit."""
+    data = [wire.Datum(**GOOD), wire.Datum(**GOOD | change)]
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.sequences(data, "importance_sampling", LIMITS)
+    assert refused.value.param == f"data[1].{field}"
+    assert refused.value.message.startswith(f"data[1].{field}: ")
+    assert words in refused.value.message
+
+
+def test_empty_data() -> None:
+    """There must be something to train on."""
+    with pytest.raises(InvalidFieldError, match="at least one"):
+        validation.sequences([], "cross_entropy", LIMITS)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["lists", "tensors"])
+def test_right_data(pack: bool) -> None:
+    """Lists and packed tensors give the same little-endian bytes."""
+    values = GOOD | {"weights": [0.5, 1.0, 0.0], "target_tokens": [2, 3, 0]}
+    if pack:
+        dtypes = {"input_ids": "int64", "target_tokens": "int32"}
+        values = {
+            name: packed(value, dtypes.get(name, "float32")) for name, value in values.items()
+        }
+    (sequence,) = validation.sequences([wire.Datum(**values)], "importance_sampling", LIMITS)
+    assert np.frombuffer(sequence.input_ids, "<i4").tolist() == [1, 2, 3]
+    assert np.frombuffer(sequence.target_tokens or b"", "<i4").tolist() == [2, 3, 0]
+    assert np.frombuffer(sequence.weights or b"", "<f4").tolist() == [0.5, 1.0, 0.0]
+    assert np.frombuffer(sequence.advantages or b"", "<f4").tolist() == [1.0, -1.0, 0.0]
+    assert sequence.targets_per_token == 1
+
+
+def test_padding_is_cut() -> None:
+    """A tail of zeros in the attention mask takes the tail of every field with it, over the context length too."""
+    padded = wire.Datum(
+        input_ids=[5] * 12,
+        attention_mask=[1] * 4 + [0] * 8,
+        advantages=[1.0] * 12,
+        old_logprobs=[0.0] * 12,
+    )
+    (sequence,) = validation.sequences([padded], "importance_sampling", LIMITS)
+    assert len(sequence.input_ids) == len(sequence.advantages or b"") == 4 * 4
+
+
+def test_soft_targets() -> None:
+    """[T, K] targets travel row by row with their weights."""
+    datum = wire.Datum(
+        input_ids=[1, 2], target_tokens=[[3, 4, 5], [6, 7, 8]], weights=[[0.1, 0.2, 0.7], [1, 0, 0]]
+    )
+    (sequence,) = validation.sequences([datum], "cross_entropy", LIMITS)
+    assert sequence.targets_per_token == 3
+    assert np.frombuffer(sequence.target_tokens or b"", "<i4").tolist() == [3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": NAN},
+        {"lr": math.inf},
+        {"lr": -1e-9},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"eps": 0.0},
+        {"weight_decay": math.inf},
+        {"grad_clip_norm": 0.0},
+        {"grad_clip_norm": math.inf},
+    ],
+)
+def test_wrong_adam(change: dict[str, float]) -> None:
+    """Each setting of the optimizer is finite and in range, or refused by name."""
+    params = msgspec.structs.replace(wire.AdamParams(lr=1e-3), **change)
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.adam(params)
+    assert refused.value.param == f"adam.{next(iter(change))}"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"rank": 0}, "lora.rank"),
+        ({"rank": 33}, "lora.rank"),
+        ({"alpha": 0.0}, "lora.alpha"),
+        ({"alpha": NAN}, "lora.alpha"),
+        ({"seed": -1}, "lora.seed"),
+        ({"train_attn": False, "train_mlp": False}, "lora"),
+    ],
+)
+def test_wrong_lora(change: dict[str, Any], param: str) -> None:
+    """The shape of an adapter is in range, and trains something."""
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.adapter_shape(wire.LoraConfig(**change), 32)
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä", "x" * 129, "a\n"])
+def test_wrong_names(name: str) -> None:
+    """A name can stand in a path and a URL, or is refused."""
+    with pytest.raises(InvalidFieldError):
+        validation.name(name, "name")
+
+
+@pytest.mark.parametrize("name", ["final", "step-10", "v1.2:best_0", "x" * 128])
+def test_right_names(name: str) -> None:
+    """Ordinary names pass."""
+    assert validation.name(name, "name") == name

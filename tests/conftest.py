@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Torch's threads must not spin while they wait: tests share their cores. It only counts before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import asyncio
 import itertools
 from collections.abc import Iterator

@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vllm.lora.request import LoRARequest
 
 from river_engine.adapters import AdapterStore
@@ -110,6 +111,8 @@ class EngineDoor:
             if path in ("/healthz", "/readyz"):
                 status, body = (200, b"ok\n") if self._alive() else (503, b"engine dead\n")
                 await _answer(send, status, body, "text/plain")
+            elif path == "/metrics":
+                await _answer(send, 200, generate_latest(), CONTENT_TYPE_LATEST)
             elif path == "/river/sample":
                 await self._sample(scope, receive, send)
             elif scope["method"] == "POST":

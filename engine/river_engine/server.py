@@ -35,6 +35,7 @@ from river_engine.adapters import AdapterStore
 from river_engine.counting import counted, share_cached_count
 from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
+from river_engine.logs import log_to_stderr
 from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
 from river_engine.protocol import EngineRecord
 from river_engine.registration import registered
@@ -51,6 +52,7 @@ def main() -> None:
         settings = read_engine_settings()
     except SettingsError as error:
         sys.exit(f"{error}")
+    log_to_stderr()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent:
         die_with_parent(int(parent))
@@ -109,7 +111,7 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
 
 
 def start_engine(arguments: Namespace, settings: EngineSettings) -> AsyncLLM:
-    """VLLM's engine with its core process running and the model loaded.
+    """The engine of vLLM with its core process running and the model loaded.
 
     Before there is an event loop, so that a signal meanwhile just ends this process.
     """
@@ -136,10 +138,11 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     async with AsyncExitStack() as stack:
         door, store = await _build(settings, arguments, engine)
+        await stack.enter_async_context(_listening(door, listener))
+        # Last in and first out: nobody is sent here before it answers, nor when it is about to stop.
         if settings.nats_url:
             record = _record_maker(settings, engine, store)
             await stack.enter_async_context(registered(settings.nats_url, record, store))
-        await stack.enter_async_context(_listening(door, listener))
         _log.info(
             "ready",
             extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)},

@@ -58,6 +58,7 @@ def test_the_readme_example_runs_verbatim(
     monkeypatch.setenv("RIVER_BASE_URL", stack.base_url)
     monkeypatch.setenv("RIVER_API_KEY", client.api_key)
     exec(compile(program, str(README), "exec"), names)
+    names["client"].close()
     model = names["model"]
     saved = [checkpoint.path for checkpoint in client.checkpoints.list()]
     assert f"river://{model.run_id}/weights/final" in saved

@@ -76,7 +76,7 @@ class RunningEngine:
         return int(sum(value for _, value in self._metrics("vllm:num_requests_running{")))
 
     def _metrics(self, prefix: str) -> list[tuple[str, float]]:
-        lines = self.client.get("/metrics", follow_redirects=True).text.splitlines()
+        lines = self.client.get("/metrics").text.splitlines()
         return [(line, float(line.rpartition(" ")[2])) for line in lines if line.startswith(prefix)]
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# Torch's threads must not spin while they wait: tests share their cores. Only counts before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -307,7 +307,8 @@ def test_versions_are_immutable_and_few(make_executor: Maker, tmp_path: Path) ->
     versions = Versions(tmp_path / "adapters", base_model=BASE_NAME)
     for step in range(12):
         run.step = step
-        live = versions.write(run)
+        assert versions.write(run) == versions.live("run_a", step)
+    live = versions.live("run_a", 11)
     assert live.adapter.name == "run_a@11"
     assert live.adapter.location == (tmp_path / "adapters/run_a/11").as_uri()
     folders = sorted(int(path.name) for path in (tmp_path / "adapters/run_a").iterdir())

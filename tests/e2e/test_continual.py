@@ -6,6 +6,7 @@ import time
 
 import httpx
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 from support.platform_runs import new_model, supervised_data
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +14,7 @@ import river_client as river
 from river_ops.settings import StackInfo
 
 APPLIED_WITHIN_S = 60.0
-QUESTION = [
+QUESTION: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "Tom has 3 apples and gets 4 more. How many apples are there?"}
 ]
 

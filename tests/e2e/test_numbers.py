@@ -14,6 +14,7 @@ from support.platform_runs import fit, new_model, supervised_data
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import river_client as river
+from river_client.wire import SaveMode
 from river_ops.models import TINY_MOE, TINY_MOE_NAME
 from river_ops.tiny_moe.problems import make_prompt, problems
 
@@ -40,7 +41,7 @@ def test_sampler_and_trainer_agree(
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_checkpoint_loads_into_peft(
-    client: river.Client, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, mode: str
+    client: river.Client, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, mode: SaveMode
 ) -> None:
     """A downloaded checkpoint is a PEFT adapter, experts and output head included, with the trainer's numbers."""
     with client.session() as session:

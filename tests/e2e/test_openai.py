@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from support.platform_runs import fit, new_model, supervised_data
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from river_ops.settings import StackInfo
 from river_ops.tiny_moe.problems import make_prompt, problems
 
 QUESTION = problems("held_out", 1)[0].question
-MESSAGES = [{"role": "user", "content": QUESTION}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.platform_runs import new_model
@@ -105,7 +105,7 @@ def test_a_step_without_gradients_fails_alone(running: Running) -> None:
 def test_wrong_settings_are_named(running: Running) -> None:
     """An unknown loss, a senseless learning rate and an oversized rank are refused by name."""
     with pytest.raises(river.InvalidRequestError, match="loss_fn"):
-        running.model.forward_backward([GOOD], loss_fn="no_such_loss")
+        running.model.forward_backward([GOOD], loss_fn=cast("Any", "no_such_loss"))
     with pytest.raises(river.InvalidRequestError, match="lr"):
         running.model.train_step([GOOD], loss_fn="cross_entropy", lr=float("nan"))
     with (

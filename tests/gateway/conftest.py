@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from support.gateway import Rig, running_rig
+
+from river_ops.embedded.nats import EmbeddedNats
+
+
+@pytest.fixture(scope="session")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the gateway's own: its tests empty streams that other tests fill."""
+    server = EmbeddedNats(tmp_path_factory.mktemp("gateway-nats"), durable=False)
+    server.start()
+    try:
+        yield server.url()
+    finally:
+        server.stop()
 
 
 @pytest_asyncio.fixture

@@ -421,7 +421,7 @@ async def running_rig(
 
 
 async def _clean(client: Client) -> None:
-    """Empty streams and buckets: the server is shared by the session's tests."""
+    """Empty streams and buckets: the server is shared by all tests of the gateway."""
     jetstream = client.jetstream()
     names = [TRAIN_STREAM, RESULTS_STREAM, EVENTS_STREAM, "OBJ_bodies"]
     names += [f"KV_{bucket}" for bucket in (ENGINES_BUCKET, "trainers", "live")]

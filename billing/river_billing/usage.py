@@ -157,7 +157,8 @@ def _rows(event: UsageEvent) -> list[tuple[object, ...]]:
             event.key_id,
             event.run_id,
             event.session_id,
-            event.user,
+            # Postgres holds no NUL, and what a client calls its user must not make its usage free.
+            None if event.user is None else event.user.replace("\0", ""),
             event.base_model,
             event.policy_version,
             event.context_length,

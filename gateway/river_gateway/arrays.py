@@ -36,13 +36,18 @@ def integers(value: Numbers, field: str) -> npt.NDArray[np.int64]:
     return array.astype(np.int64, copy=False)
 
 
-def token_ids(value: Numbers, field: str, vocab_size: int) -> IntArray:
-    """Token ids, [T] or [T, K], all within the vocabulary.
+def token_ids(
+    value: Numbers, field: str, vocab_size: int, *, ignored_from: int | None = None
+) -> IntArray:
+    """Token ids, [T] or [T, K], all within the vocabulary; what is from `ignored_from` on may be any filler, and is 0.
 
     Raises:
         InvalidFieldError: as `integers`, or an id is not in [0, vocab_size).
     """
     array = integers(value, field)
+    if ignored_from is not None:
+        array = array.copy()  # what came packed cannot be written to
+        array[ignored_from:] = 0
     outside = (array < 0) | (array >= vocab_size)
     _refuse_first(outside, array, field, f"is outside the vocabulary of {vocab_size}")
     return array.astype("<i4")

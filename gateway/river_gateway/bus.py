@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import nats
 import nats.errors
-from nats.js.errors import BucketNotFoundError, KeyNotFoundError
+from nats.js.errors import BadRequestError, BucketNotFoundError, KeyNotFoundError
 from nats.js.kv import KeyValue
 
 from river_gateway.errors import UnavailableError
@@ -37,6 +37,11 @@ logger = logging.getLogger("river.gateway")
 
 BusError = nats.errors.Error
 """Whatever NATS raises."""
+
+REFUSALS = (BadRequestError, nats.errors.MaxPayloadError)
+"""What publishing raises when the message itself is at fault; it will never be stored."""
+
+NoBucketError = BucketNotFoundError
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,8 @@ class Bus:
         """All keys of a bucket, then None once, then every change, until there has been none for `silence_s`.
 
         Raises:
-            BusError: there is no such bucket, or the silence was too long.
+            NoBucketError: there is no such bucket.
+        BusError: the silence was too long.
         """
         watcher = await (await self.jetstream.key_value(bucket)).watchall()
 

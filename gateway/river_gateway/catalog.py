@@ -58,9 +58,10 @@ def checkpoint_path(run_id: str, mode: str, name: str) -> str:
 
 _INSERT_SESSION = """
 insert into session (session_id, tenant_id, key_id, tags) values ($1, $2, $3, $4::jsonb)
+on conflict (session_id) do nothing
 """
-_SESSION_TAGS = """
-select tags from session where session_id = $1 and tenant_id = $2 and ended_at is null
+_OPEN_SESSION = """
+select session_id from session where session_id = $1 and tenant_id = $2 and ended_at is null
 """
 _BEAT_SESSION = """
 update session set heartbeat_at = now()
@@ -75,22 +76,18 @@ where session_id = $1 and tenant_id = $2 returning session_id
 async def insert_session(
     database: Database, *, session_id: str, tenant_id: str, key_id: str, tags: dict[str, str]
 ) -> None:
-    """Opens a session."""
+    """Opens a session; again is a no-op."""
     await database.execute(_INSERT_SESSION, session_id, tenant_id, key_id, _json(tags))
 
 
-async def open_session_tags(
-    database: Database, *, session_id: str, tenant_id: str
-) -> dict[str, str]:
-    """The tags of an open session.
+async def check_open_session(database: Database, *, session_id: str, tenant_id: str) -> None:
+    """Makes sure that a session is open.
 
     Raises:
         NotFoundError: it is unknown or has ended.
     """
-    tags = await database.fetchval(_SESSION_TAGS, session_id, tenant_id)
-    if tags is None:
+    if await database.fetchval(_OPEN_SESSION, session_id, tenant_id) is None:
         raise NotFoundError(f"there is no open session {session_id!r}", param="session_id")
-    return msgspec.json.decode(tags, type=dict[str, str])
 
 
 async def beat_session(database: Database, *, session_id: str, tenant_id: str) -> None:
@@ -108,13 +105,13 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 _RUN_COLUMNS = """
-select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.step,
-       r.metrics, s.tags
+select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq,
+       r.step, r.metrics, s.tags
 from run r join session s using (session_id)
 """
 _INSERT_RUN = """
 insert into run (run_id, tenant_id, session_id, base_model, lora, context_length)
-values ($1, $2, $3, $4, $5::jsonb, $6) returning created_at
+values ($1, $2, $3, $4, $5::jsonb, $6) on conflict (run_id) do nothing returning run_id
 """
 _DELETE_UNSTARTED_RUN = "delete from run where run_id = $1 and last_seq < 0"
 _FIND_RUN = _RUN_COLUMNS + "where r.run_id = $1 and r.tenant_id = $2"
@@ -127,7 +124,10 @@ returning run_id
 
 
 class RunRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A run as stored; `context_length` is the price tier and the limit of its sequences."""
+    """A run as stored; `context_length` is the price tier and the limit of its sequences.
+
+    `last_seq` is the newest operation whose result is written down, which lags a little behind; -1 is none yet.
+    """
 
     run_id: str
     session_id: str
@@ -135,6 +135,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     lora: wire.LoraConfig
     context_length: int
     created_at: str
+    last_seq: int
     step: int
     metrics: dict[str, float]
     tags: dict[str, str]
@@ -162,12 +163,12 @@ async def insert_run(
     base_model: str,
     lora: wire.LoraConfig,
     context_length: int,
-) -> str:
-    """Writes a new run down and returns when that was."""
-    created_at = await database.fetchval(
+) -> bool:
+    """Writes a new run down; False when it is there already."""
+    inserted = await database.fetchval(
         _INSERT_RUN, run_id, tenant_id, session_id, base_model, _json(lora), context_length
     )
-    return cast("dt.datetime", created_at).isoformat()
+    return inserted is not None
 
 
 async def delete_unstarted_run(database: Database, run_id: str) -> None:
@@ -326,6 +327,7 @@ def _run(row: Row) -> RunRow:
         lora=msgspec.json.decode(row["lora"], type=wire.LoraConfig),
         context_length=row["context_length"],
         created_at=row["created_at"].isoformat(),
+        last_seq=row["last_seq"],
         step=row["step"],
         metrics=msgspec.json.decode(row["metrics"], type=dict[str, float]),
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from litestar import Request, Response
 
 from river_gateway.errors import InvalidFieldError, MalformedBodyError
+from river_gateway.limits import IDEMPOTENCY_KEY_MAX_CHARS
 
 MSGPACK = "application/msgpack"
 JSON = "application/json"
+IDEMPOTENCY_HEADER = "idempotency-key"
+NUL = "\0"
 
 StructType = TypeVar("StructType")
 
@@ -32,7 +35,7 @@ class WireRequest(Request[Any, Any, Any]):
 
         Raises:
             MalformedBodyError: it is not in the encoding it claims.
-            InvalidFieldError: it does not fit the struct; names the field by its path.
+            InvalidFieldError: it does not fit the struct, or has a text that cannot be stored; names the field by path.
         """
         field = self.route_handler.parsed_fn_signature.parameters.get("data")
         assert field is not None
@@ -40,16 +43,63 @@ class WireRequest(Request[Any, Any, Any]):
         return decode_body(await self.body(), field.annotation, content_type)
 
 
+def idempotency_key(request: Request[Any, Any, Any]) -> str | None:
+    """What a client marks a request and its repetitions with.
+
+    Raises:
+        InvalidFieldError: it is too long.
+    """
+    key = request.headers.get(IDEMPOTENCY_HEADER)
+    if key is not None and len(key) > IDEMPOTENCY_KEY_MAX_CHARS:
+        raise InvalidFieldError(
+            f"{IDEMPOTENCY_HEADER}: {len(key)} characters, at most {IDEMPOTENCY_KEY_MAX_CHARS}",
+            param=IDEMPOTENCY_HEADER,
+        )
+    return key or None
+
+
 def decode_body(body: bytes, kind: type[StructType], content_type: str) -> StructType:
     """`body` as a `kind`; raises as `WireRequest.json` does."""
     decode = msgspec.msgpack.decode if is_msgpack(content_type) else msgspec.json.decode
     try:
-        return decode(body, type=kind)
+        decoded = decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         encoding = "msgpack" if is_msgpack(content_type) else "JSON"
         raise MalformedBodyError(f"the body is not valid {encoding}: {error}") from None
+    _check_texts(decoded, "")
+    return decoded
+
+
+def storable(text: str, field: str) -> str:
+    """A text that Postgres can hold, which any is but one with a NUL.
+
+    Raises:
+        InvalidFieldError: it has one.
+    """
+    if NUL in text:
+        message = f"{field}: character {text.index(NUL)} is NUL (U+0000), which cannot be stored"
+        raise InvalidFieldError(message, param=field)
+    return text
+
+
+def _check_texts(value: Any, where: str) -> None:
+    """Checks all texts of a struct but for those in lists: prompts and data, which are not stored."""
+    match value:
+        case str():
+            storable(value, where)
+        case dict():
+            for key, item in cast("dict[str, Any]", value).items():
+                storable(key, where)
+                _check_texts(item, f"{where}.{key}")
+        case msgspec.Struct():
+            for name in value.__struct_fields__:
+                # An operation's fields are named as by `_invalid_field`.
+                place = f"{where}.{name}" if where not in ("", "operation") else name
+                _check_texts(getattr(value, name), place)
+        case _:
+            pass
 
 
 def is_msgpack(media_type: str) -> bool:

@@ -31,6 +31,12 @@ POSTGRES_AWAY: tuple[type[Exception], ...] = (
 )
 """What a statement raises when Postgres is away or going away: a dying server shows up as any of these."""
 
+UNSTORABLE: tuple[type[Exception], ...] = (
+    asyncpg.CharacterNotInRepertoireError,
+    asyncpg.UntranslatableCharacterError,
+)
+"""What a statement raises about a text with a NUL. Bodies are checked for it; names in URLs are left to this."""
+
 NameTakenError = asyncpg.UniqueViolationError
 
 Row: TypeAlias = Mapping[str, Any]

@@ -14,6 +14,8 @@
     ├── EngineRefusedError        4xx  the engine's own refusal, passed on
     ├── NotSupportedError         501
     ├── UnavailableError          503  with Retry-After
+    │   └── UnloadableError       503  an engine cannot load the model's weights
+    │       └── PrunedError       503  because they are gone, maybe for newer ones
     └── StorageFullError          507
 
 `/v1` speaks OpenAI's shape, everything else `river_client.wire.ErrorEnvelope`.
@@ -33,7 +35,7 @@ from litestar.exceptions import HTTPException
 
 from river_client import wire
 from river_gateway.context import context_of
-from river_gateway.database import POSTGRES_AWAY
+from river_gateway.database import POSTGRES_AWAY, UNSTORABLE
 from river_gateway.limits import RETRY_AFTER_S
 
 if TYPE_CHECKING:
@@ -137,6 +139,17 @@ class UnavailableError(GatewayError):
 
     def __init__(self, message: str, *, retry_after_s: float = RETRY_AFTER_S) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
+
+
+class UnloadableError(UnavailableError):
+    """Where the weights lie and what is wrong with them is for the log: it is nothing that a tenant could mend."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's weights cannot be loaded now; try again")
+
+
+class PrunedError(UnloadableError):
+    pass
 
 
 class StorageFullError(GatewayError):
@@ -268,6 +281,12 @@ def _answer_postgres(request: Request[Any, Any, Any], error: Exception) -> Respo
     return error_response(UnavailableError("the catalog is not reachable; try again"), request)
 
 
+def _answer_unstorable(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:  # noqa: ARG001 - says no more
+    return error_response(
+        InvalidFieldError("a name has a character that cannot be stored"), request
+    )
+
+
 def _answer_nats(request: Request[Any, Any, Any], error: nats.errors.Error) -> Response[bytes]:
     logger.warning("NATS failed a request: %r", error, extra=context_of(request.scope).log_ids())
     return error_response(from_jetstream(error), request)
@@ -283,5 +302,6 @@ EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Any, Any], Response[by
     HTTPException: _answer_http_exception,
     nats.errors.Error: _answer_nats,
     **dict.fromkeys(POSTGRES_AWAY, _answer_postgres),
+    **dict.fromkeys(UNSTORABLE, _answer_unstorable),
     Exception: _answer_unexpected,
 }

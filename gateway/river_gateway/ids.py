@@ -14,6 +14,19 @@ def new_id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(_TOKEN_BYTES)}"
 
 
+def idempotent_id(kind: str, tenant_id: str, key: str | None) -> str:
+    """The identity of what a tenant asks for under an idempotency key: the same each time, or without a key fresh."""
+    if key is None:
+        return new_id(kind)
+    digest = uuid.uuid5(uuid.NAMESPACE_URL, f"river:{kind}:{tenant_id}:{key}").bytes
+    return f"{kind}_{digest[-_TOKEN_BYTES:].hex()}"
+
+
+def seed_of(run_id: str) -> int:
+    """The seed of a run whose client gave none: arbitrary, but the same when its creation is sent again."""
+    return int(run_id.rpartition("_")[2], 16) % 2**31
+
+
 def uuid7() -> str:
     """A version 7 UUID (RFC 9562): 48 bits of Unix milliseconds, the rest random but for version and variant."""
     milliseconds = time.time_ns() // 1_000_000

@@ -8,9 +8,13 @@ BODY_MAX_BYTES = 64 * 1024 * 1024
 UPSTREAM_CONCURRENT_MAX = 4096
 UPSTREAM_CONNECT_TIMEOUT_S = 5.0
 UPSTREAM_SILENCE_TIMEOUT_S = 600.0
+UPSTREAM_KEEPALIVE_S = 4.0
+"""Below the 5 s after which uvicorn, and so an engine, closes an idle connection."""
 UPSTREAM_ATTEMPTS = 2
 SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1.0
+USER_MAX_CHARS = 256
+IDEMPOTENCY_KEY_MAX_CHARS = 256
 
 # ---- Keys ------------------------------------------------------------------------------------------------------------
 
@@ -43,8 +47,9 @@ LOOK_AGAIN_MIN_S = 0.1
 LOOK_AGAIN_MAX_S = 2.0
 SEQUENCES_MAX = 65_536
 SEQUENCE_TOKENS_MIN = 2
-TARGETS_PER_TOKEN_MAX = 64
 SEQ_MAX = 2**53
+SEQ_AHEAD_MAX = 1024
+"""How far an operation may be ahead of the newest one known to be done."""
 METRICS_MAX = 256
 METRIC_NAME_MAX_CHARS = 128
 TAGS_MAX = 64
@@ -62,6 +67,7 @@ CHECKPOINT_TTL_MAX_S = 10 * 365 * 24 * 3600
 
 SAMPLE_PROMPTS_MAX = 1024
 SAMPLES_MAX = 1024
+PROMPT_CHARS_PER_TOKEN_MAX = 64
 SAMPLE_STOPS_MAX = 16
 SAMPLE_LOGPROBS_MAX = 20
 TEMPERATURE_MAX = 100.0

@@ -16,7 +16,7 @@ import msgspec
 
 from river_billing import streams
 from river_billing.events import UsageEvent, UsageKind
-from river_gateway.bus import BusError
+from river_gateway.bus import REFUSALS, BusError
 from river_gateway.errors import UnavailableError
 from river_gateway.ids import uuid7_time_s
 from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
@@ -154,6 +154,8 @@ class Meter:
             return
         try:
             await self._publish(event)
+        except REFUSALS as error:
+            self._drop(event, error)
         except (BusError, UnavailableError, TimeoutError) as error:
             logger.warning("usage event waits: %s", error, extra={"request": event.event_id})
             self.record_later(event)
@@ -178,14 +180,19 @@ class Meter:
     async def flush(self) -> bool:
         """Publishes the backlog, oldest first; False when NATS refused and some of it is left."""
         while self._backlog:
-            event = self._backlog[0]
+            event, refused = self._backlog[0], None
             try:
                 await self._publish(event)
+            except REFUSALS as error:
+                refused = error
             except (BusError, UnavailableError, TimeoutError):
                 return False
             if self._backlog and self._backlog[0] is event:
                 self._backlog.popleft()
-                self._telemetry.metered(event)
+                if refused is None:
+                    self._telemetry.metered(event)
+                else:
+                    self._drop(event, refused)
             self._telemetry.usage_backlog.set(len(self._backlog))
         return True
 
@@ -197,3 +204,8 @@ class Meter:
     async def _publish(self, event: UsageEvent) -> None:
         self._bus.require()
         await streams.publish(self._bus.jetstream, event)
+
+    def _drop(self, event: UsageEvent, error: BusError) -> None:
+        """Gives up an event that JetStream will never take, rather than let all others wait behind it."""
+        logger.error("usage event dropped: %s", error, extra={"request": event.event_id})
+        self._telemetry.usage_dropped.inc()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from river_engine.protocol import AdapterRef
 from river_gateway import catalog
-from river_gateway.errors import NotFoundError, UnavailableError, UnknownModelError
+from river_gateway.codec import NUL
+from river_gateway.errors import (
+    NotFoundError,
+    PrunedError,
+    UnavailableError,
+    UnknownModelError,
+)
 from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from river_gateway.services import Services
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +41,17 @@ async def resolve_model(services: Services, name: str, tenant_id: str) -> Target
 
     Raises:
         UnknownModelError: it is nothing of this tenant's; another tenant's is not told apart from nothing.
-        UnavailableError: it exists but has no version to answer with yet.
+        UnavailableError: it has no version to answer with yet, or nobody knows yet whether it is a base model.
     """
     if name in services.engines.bases():
         return Target(name, None, name)
+    if NUL in name:
+        raise _unknown(name)
     path = name
     if not name.startswith(catalog.SCHEME):
         alias = await catalog.find_alias(services.pool, tenant_id=tenant_id, name=name)
+        if alias is None and not services.registered:
+            raise UnavailableError("the registry of base models is being read; try again")
         if alias is None:
             raise _unknown(name)
         path = alias.target
@@ -45,6 +59,29 @@ async def resolve_model(services: Services, name: str, tenant_id: str) -> Target
         return await _resolve_path(services, path, tenant_id)
     except NotFoundError:
         raise _unknown(name) from None
+
+
+async def ask_current(
+    services: Services,
+    name: str,
+    tenant_id: str,
+    target: Target,
+    ask: Callable[[Target], Awaitable[Answer]],
+) -> tuple[Target, Answer]:
+    """Who answered to a model name, `target` or what has replaced it since, and the answer.
+
+    A run's live version may be pruned between being resolved and being loaded; then the name is resolved once more.
+
+    Raises:
+        UnloadableError: the weights cannot be loaded.
+    """
+    try:
+        return target, await ask(target)
+    except PrunedError:
+        current = await resolve_model(services, name, tenant_id)
+        if current == target:
+            raise
+    return current, await ask(current)
 
 
 async def _resolve_path(services: Services, text: str, tenant_id: str) -> Target:

@@ -7,7 +7,7 @@ as it is, but for usage that the client has not asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote
 
 import msgspec
@@ -17,6 +17,7 @@ from litestar.response.base import ASGIResponse
 from river_billing.events import UsageEvent
 from river_gateway import catalog
 from river_gateway.auth import Principal, principal_of, requires
+from river_gateway.codec import storable
 from river_gateway.context import context_of
 from river_gateway.errors import (
     InvalidFieldError,
@@ -24,8 +25,9 @@ from river_gateway.errors import (
     NotSupportedError,
     UnavailableError,
 )
+from river_gateway.limits import USER_MAX_CHARS
 from river_gateway.metering import Chunk, UsageTally, usage_event
-from river_gateway.models import Target, resolve_model
+from river_gateway.models import Target, ask_current, resolve_model
 from river_gateway.relay import Relay
 from river_gateway.services import Services, services_of
 from river_gateway.sse import UsageWishes
@@ -52,16 +54,15 @@ class Understood(msgspec.Struct, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
-    user: str | None = None
+    user: Annotated[str, msgspec.Meta(max_length=USER_MAX_CHARS)] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One request on its way: what the client said, and the body for the engine."""
+    """One request on its way: what the client said, and who answers."""
 
     asked: Understood
     target: Target
-    body: bytes
 
     @property
     def wishes(self) -> UsageWishes:
@@ -83,10 +84,10 @@ def understand(body: bytes) -> Understood:
 
     Raises:
         MalformedBodyError: it is no JSON object.
-        InvalidFieldError: a field has the wrong type.
+        InvalidFieldError: a field has the wrong type, or `user` cannot be written down.
     """
     try:
-        return _understood_decoder.decode(body)
+        asked = _understood_decoder.decode(body)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         param = path.rstrip("`") or ("model" if "`model`" in message else None)
@@ -95,6 +96,9 @@ def understand(body: bytes) -> Understood:
         raise InvalidFieldError(message, param=param) from None
     except msgspec.DecodeError as error:
         raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
+    if asked.user is not None:
+        storable(asked.user, "user")
+    return asked
 
 
 def engine_body(body: bytes, asked: Understood, base_model: str) -> bytes:
@@ -141,18 +145,22 @@ async def _complete(request: AnyRequest, path: str) -> ASGIResponse:
     body = await request.body()
     asked = understand(body)
     target = await resolve_model(services, asked.model, principal.tenant_id)
-    completion = Completion(asked, target, engine_body(body, asked, target.base_model))
-    opened = await unless_client_leaves(
-        request.receive,
-        services.upstream.open(
+    for_engine = engine_body(body, asked, target.base_model)
+
+    async def ask(current: Target) -> Opened:
+        return await services.upstream.open(
             path,
-            completion.body,
-            target=target,
+            for_engine,
+            target=current,
             request_id=context_of(request.scope).request_id,
             content_type=_JSON,
             model_name=asked.model,
-        ),
+        )
+
+    target, opened = await unless_client_leaves(
+        request.receive, ask_current(services, asked.model, principal.tenant_id, target, ask)
     )
+    completion = Completion(asked, target)
     if asked.stream:
         return _stream(request, services, principal, completion, opened)
     return await _answer_whole(request, services, principal, completion, opened)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from river_billing.catalog import record_checkpoint
 from river_client import wire
 from river_gateway import catalog, validation
-from river_gateway.errors import InvalidFieldError, NotFoundError, UnavailableError
+from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
     LONG_POLL_MAX_S,
     LOOK_AGAIN_MAX_S,
     LOOK_AGAIN_MIN_S,
+    SEQ_AHEAD_MAX,
     SEQ_MAX,
 )
 from river_trainer import journal, protocol
@@ -43,10 +44,18 @@ async def make_task(
 
     Raises:
         InvalidFieldError: a field is wrong.
+        ConflictError: `seq` is too far ahead.
         NotFoundError: a checkpoint is unknown.
         UnavailableError: no trainer of the base model was ever heard of.
     """
     validation.in_range(submitted.seq, "seq", 1, SEQ_MAX)
+    # What lies behind a gap waits in the journal that all tenants share, maybe for ever.
+    if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
+        raise ConflictError(
+            f"seq: {submitted.seq}, at most {SEQ_AHEAD_MAX} more than the newest one done, "
+            f"which is {run.last_seq}",
+            param="seq",
+        )
     match submitted.operation:
         case wire.SaveWeights() as save:
             return protocol.SaveWeights(

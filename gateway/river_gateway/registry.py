@@ -13,7 +13,7 @@ import msgspec
 
 from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_engine.protocol import HEARTBEAT_LOST_AFTER_S as ENGINE_LOST_AFTER_S
-from river_gateway.bus import BusError
+from river_gateway.bus import BusError, NoBucketError
 from river_gateway.limits import WATCH_RETRY_S, WATCH_SILENCE_S
 from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_S
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
@@ -60,6 +60,7 @@ class Registry(Generic[RecordType]):
         self._lost_after_s = lost_after_s
         self._records: dict[str, RecordType] = {}
         self._last_of_base: dict[str, RecordType] = {}
+        self.loaded = False  # whether the bucket has been read to its end once
 
     def alive(self, base_model: str | None = None) -> list[RecordType]:
         """The records with a recent heartbeat, of one base model or of all."""
@@ -85,6 +86,8 @@ class Registry(Generic[RecordType]):
             try:
                 async with self._bus.watching(self._bucket, WATCH_SILENCE_S) as changes:
                     await self._apply(changes)
+            except NoBucketError:
+                self.loaded = True  # Nobody has ever registered.
             except BusError as error:
                 logger.debug("watching %s: %s", self._bucket, error)
             await asyncio.sleep(WATCH_RETRY_S)
@@ -95,6 +98,7 @@ class Registry(Generic[RecordType]):
         async for change in changes:
             if change is None:
                 self._records = records
+                self.loaded = True
                 continue
             record = self._decode(change) if change.value is not None else None
             if record is None:

@@ -44,11 +44,18 @@ class Services:
     telemetry: Telemetry
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def registered(self) -> bool:
+        """Whether it is known by now which base models there are."""
+        return self.engines.loaded and self.trainers.loaded
+
     async def ready(self) -> str | None:
         """None when requests can be answered, else what is missing."""
         if not self.bus.connected:
             return "NATS is not reachable"
         await self.pool.fetchval("select 1")
+        if not self.registered:
+            return "the registry has not been read"
         if not self.engines.alive():
             return "no engine has registered"
         return None

@@ -41,6 +41,11 @@ class Telemetry:
             "Usage events that NATS has not acknowledged yet.",
             registry=self.registry,
         )
+        self.usage_dropped = Counter(
+            "river_gateway_usage_dropped",
+            "Usage events that NATS refused for good.",
+            registry=self.registry,
+        )
 
     def answered(self, route: str, method: str, status: int, elapsed_s: float) -> None:
         """Counts one answered request; `route` is a template, never a path, so that labels stay few."""

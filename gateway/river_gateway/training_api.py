@@ -20,18 +20,26 @@ from river_gateway import catalog, operations, validation
 from river_gateway.auth import principal_of, requires
 from river_gateway.bus import BusError
 from river_gateway.catalog import RunRow
-from river_gateway.codec import MSGPACK, WireRequest, reply
+from river_gateway.codec import (
+    IDEMPOTENCY_HEADER,
+    MSGPACK,
+    WireRequest,
+    idempotency_key,
+    reply,
+)
 from river_gateway.context import context_of
 from river_gateway.errors import (
+    ConflictError,
+    GatewayError,
     InvalidFieldError,
     NotFoundError,
     NotSupportedError,
     UnavailableError,
 )
-from river_gateway.ids import new_id
+from river_gateway.ids import idempotent_id, seed_of
 from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
 from river_gateway.metering import usage_event
-from river_gateway.models import Target, resolve_model
+from river_gateway.models import Target, ask_current, resolve_model
 from river_gateway.services import Services, services_of
 from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
 from river_trainer import protocol
@@ -44,7 +52,8 @@ async def create_session(request: WireRequest, data: wire.CreateSession) -> Resp
     """Opens a session; its client is expected to send heartbeats."""
     principal = principal_of(request)
     session = wire.Session(
-        session_id=new_id("ses"), heartbeat_interval_s=SESSION_HEARTBEAT_INTERVAL_S
+        session_id=idempotent_id("ses", principal.tenant_id, idempotency_key(request)),
+        heartbeat_interval_s=SESSION_HEARTBEAT_INTERVAL_S,
     )
     await catalog.insert_session(
         services_of(request).pool,
@@ -87,13 +96,16 @@ async def end_session(request: WireRequest, session_id: str) -> None:
 async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wire.Run]:
     """Opens a run. The trainer makes its adapter as operation 0, which can be awaited."""
     services, principal = services_of(request), principal_of(request)
-    tags = await catalog.open_session_tags(
+    await catalog.check_open_session(
         services.pool, session_id=data.session_id, tenant_id=principal.tenant_id
     )
     trainer = services.trainers.last_of(data.base_model)
     if trainer is None:
         raise _no_trainer(services, data.base_model)
-    shape = validation.adapter_shape(data.lora, _rank_max(services, trainer))
+    run_id = idempotent_id("run", principal.tenant_id, idempotency_key(request))
+    shape = validation.adapter_shape(
+        data.lora, _rank_max(services, trainer), default_seed=seed_of(run_id)
+    )
     lora = msgspec.structs.replace(data.lora, alpha=shape.alpha, seed=shape.seed)
     location = None
     if data.checkpoint is not None:
@@ -106,8 +118,7 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
             lora=lora,
             with_optimizer=True,
         )
-    run_id = new_id("run")
-    created_at = await catalog.insert_run(
+    is_new = await catalog.insert_run(
         services.pool,
         run_id=run_id,
         tenant_id=principal.tenant_id,
@@ -116,27 +127,24 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
         lora=lora,
         context_length=trainer.context_length,
     )
-    run = RunRow(
-        run_id=run_id,
-        session_id=data.session_id,
-        base_model=data.base_model,
-        lora=lora,
-        context_length=trainer.context_length,
-        created_at=created_at,
-        step=0,
-        metrics={},
-        tags=tags,
-    )
+    run = await catalog.find_run(services.pool, run_id=run_id, tenant_id=principal.tenant_id)
+    if (run.session_id, run.base_model, run.lora) != (data.session_id, data.base_model, lora):
+        raise ConflictError(
+            f"{IDEMPOTENCY_HEADER}: another run was made under this key", param=IDEMPOTENCY_HEADER
+        )
     try:
         task = protocol.CreateRun(shape=shape, checkpoint=location)
         await operations.publish_task(services, run, principal, 0, task)
     except (BusError, UnavailableError):
-        await catalog.delete_unstarted_run(services.pool, run_id)
+        if is_new:
+            await catalog.delete_unstarted_run(services.pool, run_id)
         raise
     return reply(request, run.to_wire(), status=HTTPStatus.CREATED)
 
 
-def _no_trainer(services: Services, base_model: str) -> NotFoundError | InvalidFieldError:
+def _no_trainer(services: Services, base_model: str) -> GatewayError:
+    if not services.registered:
+        return UnavailableError("the registry of base models is being read; try again")
     if base_model in services.engines.bases():
         return InvalidFieldError(
             f"base_model: {base_model!r} cannot be trained here", param="base_model"
@@ -233,8 +241,15 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
         data, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
     )
     request_id = context_of(request.scope).request_id
-    result, context_length = await unless_client_leaves(
-        request.receive, _ask_engine(services, target, data, request_id)
+    target, (result, context_length) = await unless_client_leaves(
+        request.receive,
+        ask_current(
+            services,
+            data.model,
+            principal.tenant_id,
+            target,
+            lambda current: _ask_engine(services, current, data, request_id),
+        ),
     )
     usage = _usage(result)
     await services.meter.record(

@@ -16,14 +16,17 @@ from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, EngineError
 from river_gateway.errors import (
     ClientGoneError,
     EngineRefusedError,
+    PrunedError,
     RateLimitedError,
     UnavailableError,
+    UnloadableError,
 )
 from river_gateway.limits import (
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
     UPSTREAM_CONCURRENT_MAX,
     UPSTREAM_CONNECT_TIMEOUT_S,
+    UPSTREAM_KEEPALIVE_S,
     UPSTREAM_SILENCE_TIMEOUT_S,
 )
 from river_gateway.routing import choose_engine
@@ -41,6 +44,9 @@ logger = logging.getLogger("river.gateway")
 
 ENGINE_LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
 """What a request raises when its engine dies or falls silent."""
+
+# By the type of an engine's own refusals; vLLM's own 404, of a model, has another.
+_ADAPTER_REFUSALS = {"not_found": PrunedError, "invalid_adapter": UnloadableError}
 
 ResultType = TypeVar("ResultType")
 
@@ -67,7 +73,8 @@ class Upstream:
         self._outstanding = 0
         self._session = aiohttp.ClientSession(
             # The pool is unlimited (its default of 100 throttles); UPSTREAM_CONCURRENT_MAX is the bound.
-            connector=aiohttp.TCPConnector(limit=0),
+            # A connection kept for longer than the engine keeps it may be closed while a request is on its way.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=UPSTREAM_KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(
                 total=None,
                 sock_connect=UPSTREAM_CONNECT_TIMEOUT_S,
@@ -99,6 +106,7 @@ class Upstream:
         Raises:
             EngineRefusedError: the engine found fault with the request.
             RateLimitedError: too many requests are outstanding.
+            UnloadableError: the engine cannot load the target's adapter.
             UnavailableError: no engine answers.
         """
         if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
@@ -166,6 +174,9 @@ async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
     own_fault = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
     if own_fault or not HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
         raise UnavailableError("the engine failed; try again")
+    if refusal.type in _ADAPTER_REFUSALS:
+        logger.error("an engine cannot load an adapter: %s", refusal.message)
+        raise _ADAPTER_REFUSALS[refusal.type]
     raise EngineRefusedError(status, refusal.message, param=refusal.param)
 
 
@@ -185,7 +196,7 @@ def _parse_refusal(body: bytes) -> EngineError:
     fields = cast("dict[str, Any]", inner)
     param = fields.get("param")
     return EngineError(
-        type="invalid_request",
+        type=str(fields.get("type") or fallback.type),
         message=str(fields.get("message") or fallback.message),
         param=param if isinstance(param, str) else None,
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from river_gateway.limits import (
     METRIC_NAME_MAX_CHARS,
     METRICS_MAX,
     NAME_MAX_CHARS,
+    PROMPT_CHARS_PER_TOKEN_MAX,
     SAMPLE_LOGPROBS_MAX,
     SAMPLE_PROMPTS_MAX,
     SAMPLE_STOPS_MAX,
@@ -31,7 +31,6 @@ from river_gateway.limits import (
     SEQUENCES_MAX,
     TAG_MAX_CHARS,
     TAGS_MAX,
-    TARGETS_PER_TOKEN_MAX,
     TEMPERATURE_MAX,
 )
 from river_trainer import protocol
@@ -98,14 +97,13 @@ def _sequence(datum: wire.Datum, where: str, loss_fn: str, limits: Limits) -> pr
         raise InvalidFieldError(
             f"{place}: {kept} tokens, the context length is {limits.context_length}", param=place
         )
-    targets, weights, width = _targets(datum, where, length, limits)
+    targets = _targets(datum, where, length, kept, limits)
     return protocol.Sequence(
         input_ids=ids[:kept].tobytes(),
         target_tokens=_cut(targets, kept),
-        weights=_cut(weights, kept),
+        weights=_cut(_per_token(datum.weights, f"{where}.weights", length), kept),
         old_logprobs=_cut(_per_token(datum.old_logprobs, f"{where}.old_logprobs", length), kept),
         advantages=_cut(_per_token(datum.advantages, f"{where}.advantages", length), kept),
-        targets_per_token=width,
     )
 
 
@@ -128,35 +126,20 @@ def _kept_length(datum: wire.Datum, where: str, length: int) -> int:
 
 
 def _targets(
-    datum: wire.Datum, where: str, length: int, limits: Limits
-) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.float32] | None, int]:
-    """`target_tokens`, `weights` and the number of targets per token."""
-    targets, width = None, 1
-    if datum.target_tokens is not None:
-        field = f"{where}.target_tokens"
-        targets = token_ids(datum.target_tokens, field, limits.vocab_size)
-        if targets.ndim == 1:
-            _check_shape(targets, (length,), field)
-        else:
-            width = targets.shape[1]
-            _check_shape(targets, (length, width), field)
-            if not 1 <= width <= TARGETS_PER_TOKEN_MAX:
-                raise InvalidFieldError(
-                    f"{field}: {width} targets a token, must be 1 to {TARGETS_PER_TOKEN_MAX}",
-                    param=field,
-                )
-            if datum.weights is None:
-                place = f"{where}.weights"
-                raise InvalidFieldError(
-                    f"{place}: missing, soft targets need a weight each", param=place
-                )
-    if datum.weights is None:
-        return targets, None, width
-    field = f"{where}.weights"
-    weights = finite_floats(datum.weights, field)
-    soft = targets is not None and targets.ndim > 1
-    _check_shape(weights, (length, width) if soft else (length,), field)
-    return targets, weights, width
+    datum: wire.Datum, where: str, length: int, kept: int, limits: Limits
+) -> npt.NDArray[np.int32] | None:
+    """`target_tokens`, whose value at the ignored last index may be any filler."""
+    if datum.target_tokens is None:
+        return None
+    field = f"{where}.target_tokens"
+    targets = token_ids(datum.target_tokens, field, limits.vocab_size, ignored_from=kept - 1)
+    if targets.ndim != 1:
+        raise InvalidFieldError(
+            f"{field}: shape {list(targets.shape)}, soft targets are not supported yet, must be [T]",
+            param=field,
+        )
+    _check_shape(targets, (length,), field)
+    return targets
 
 
 def _per_token(
@@ -232,8 +215,10 @@ def adam(params: wire.AdamParams) -> protocol.Adam:
     )
 
 
-def adapter_shape(lora: wire.LoraConfig, rank_max: int) -> protocol.AdapterShape:
-    """The shape of a new adapter; a seed is drawn where none was given.
+def adapter_shape(
+    lora: wire.LoraConfig, rank_max: int, *, default_seed: int
+) -> protocol.AdapterShape:
+    """The shape of a new adapter.
 
     Raises:
         InvalidFieldError: see the module.
@@ -250,7 +235,7 @@ def adapter_shape(lora: wire.LoraConfig, rank_max: int) -> protocol.AdapterShape
     return protocol.AdapterShape(
         rank=lora.rank,
         alpha=alpha,
-        seed=secrets.randbelow(2**31) if lora.seed is None else lora.seed,
+        seed=default_seed if lora.seed is None else lora.seed,
         train_attn=lora.train_attn,
         train_mlp=lora.train_mlp,
         train_unembed=lora.train_unembed,
@@ -375,6 +360,15 @@ def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
         where = f"{field}[{index}]"
         if not prompt:
             raise InvalidFieldError(f"{where}: empty", param=where)
+    chars_max = PROMPT_CHARS_PER_TOKEN_MAX * limits.context_length
+    for index, text in enumerate(request.prompts or ()):
+        if len(text) > chars_max:
+            where = f"prompts[{index}]"
+            raise InvalidFieldError(
+                f"{where}: {len(text)} characters, at most {chars_max} for the context length of "
+                f"{limits.context_length}",
+                param=where,
+            )
     for index, ids in enumerate(request.prompt_token_ids or ()):
         where = f"prompt_token_ids[{index}]"
         token_ids(ids, where, limits.vocab_size)

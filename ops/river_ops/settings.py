@@ -49,7 +49,6 @@ class StackInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     process_id: int
     base_url: str
-    dashboard_url: str
     admin_key: str
     bases: list[str]
     engine_metrics_urls: list[str]

@@ -27,15 +27,16 @@ from river_ops.children import Child, free_port, part_argv
 from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
 from river_ops.migrate import migrate
+from river_ops.private_files import write_private
 from river_ops.settings import Base, ExternalServers, StackInfo, StackOptions
-from river_ops.stack_file import read_stack_file, remove_stack_file, write_stack_file
+from river_ops.stack_file import claimed, write_stack_file
 
 FIRST_TENANT = "default"
 ADMIN_KEY_FILE = "admin.key"
 
 
 class StackError(RuntimeError):
-    """The stack cannot start; the message says why in a line."""
+    """The stack did not become ready; the message says why in a line."""
 
 
 @dataclass(slots=True)
@@ -66,12 +67,9 @@ class Stack:
         """Brings everything up; returns when every base model can be trained and sampled.
 
         Raises:
-            StackError: a stack runs in this directory already.
-            ChildError: a part did not become ready.
+            StackError: it takes too long.
+            ChildError: a part ended early.
         """
-        self._data.mkdir(parents=True, exist_ok=True)
-        if (running := read_stack_file(self._data)) is not None:
-            raise StackError(f"a stack runs here already, as process {running.process_id}")
         port = self._options.port or free_port()
         base_url = f"http://127.0.0.1:{port}"
         self._start_servers()
@@ -84,7 +82,6 @@ class Stack:
         info = StackInfo(
             process_id=os.getpid(),
             base_url=base_url,
-            dashboard_url=f"{base_url}/admin",
             admin_key=admin_key,
             bases=[base.name for base in self._options.bases],
             engine_metrics_urls=self._engine_metrics_urls,
@@ -108,7 +105,6 @@ class Stack:
             watch.child.stop()
         for server in reversed(self._servers):
             server.stop()
-        remove_stack_file(self._data)
 
     def _start_servers(self) -> None:
         if not self._postgres_url:
@@ -192,7 +188,12 @@ class Stack:
 
 @contextmanager
 def running_stack(options: StackOptions) -> Iterator[StackInfo]:
-    """A stack for the length of the block, supervised from a thread."""
+    """A stack for the length of the block, supervised from a thread.
+
+    Raises:
+        StackRunsError: another process has one in this directory.
+        StackError, ChildError: it does not start.
+    """
     stack = Stack(options)
     stop = threading.Event()
 
@@ -201,18 +202,19 @@ def running_stack(options: StackOptions) -> Iterator[StackInfo]:
         stack.supervise(stop)
         stack.stop()
 
-    try:
-        info = stack.start()
-    except BaseException:
-        stack.stop()
-        raise
-    supervisor = threading.Thread(target=supervise_and_stop, name="supervisor")
-    supervisor.start()
-    try:
-        yield info
-    finally:
-        stop.set()
-        supervisor.join()
+    with claimed(options.data_directory):
+        try:
+            info = stack.start()
+        except BaseException:
+            stack.stop()
+            raise
+        supervisor = threading.Thread(target=supervise_and_stop, name="supervisor")
+        supervisor.start()
+        try:
+            yield info
+        finally:
+            stop.set()
+            supervisor.join()
 
 
 def restart_if_due(watch: _Watch, now: float) -> None:
@@ -248,17 +250,10 @@ async def first_admin_key(postgres_url: str, key_file: Path) -> str:
             )
             assert key.secret is not None
             # Written before the commit: a key that nobody can read is worse than one that was never valid.
-            write_secret(key_file, key.secret)
+            write_private(key_file, key.secret.encode())
     finally:
         await connection.close()
     return key.secret
-
-
-def write_secret(path: Path, secret: str) -> None:
-    """Writes a file that only its owner can read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret)
 
 
 def ready_models(client: httpx.Client) -> set[str]:

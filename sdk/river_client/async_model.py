@@ -362,15 +362,18 @@ class AsyncModel:
             logger.warning("an earlier operation of %s was refused: %s", self.run_id, error)
 
     async def _post(self, body: bytes) -> str:
+        may_be_done = self._unsettled == body
         self._unsettled = body
         try:
             accepted = await self._transport.call(
                 "POST", f"/runs/{self.run_id}/operations", wire.OperationAccepted, body=body
             )
-        except (exceptions.ConnectionError, exceptions.ServerError, exceptions.RateLimitError):
-            raise  # An attempt may have got through.
-        except exceptions.RiverError:
-            self._unsettled = None  # Refused, and so never accepted.
+        except exceptions.InvalidRequestError:
+            self._unsettled = None  # So would every attempt have been: it was never accepted.
+            raise
+        except exceptions.RiverError as error:
+            if not (may_be_done or error.may_be_done):
+                self._unsettled = None
             raise
         self._unsettled = None
         self._seq += 1

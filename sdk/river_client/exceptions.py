@@ -27,7 +27,8 @@ class RiverError(Exception):
     """Root of all errors of the SDK.
 
     `status` is the HTTP status where there was one, `type` the server's own word for the error, `request_id` what to
-    tell its operator, `retry_after` the seconds after which the server wants to be asked again.
+    tell its operator, `retry_after` the seconds after which the server wants to be asked again. `may_be_done` says that
+    an attempt stayed without a clear answer: what was asked for may have been done.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RiverError(Exception):
         self.param = param
         self.request_id = request_id
         self.retry_after = retry_after
+        self.may_be_done = False
 
 
 class AuthenticationError(RiverError):

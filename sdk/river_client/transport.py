@@ -69,7 +69,9 @@ class Transport:
             return msgspec.msgpack.decode(response.content, type=answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             message = f"the answer to {method} {path} is not what this SDK understands: {error}"
-            raise exceptions.ServerError(message, status=response.status_code) from error
+            problem = exceptions.ServerError(message, status=response.status_code)
+            problem.may_be_done = True
+            raise problem from error
 
     async def tell(
         self,
@@ -110,6 +112,7 @@ class Transport:
         )
         started = time.monotonic()
         problem = exceptions.RiverError("no attempt was made")
+        may_be_done = False
         for attempt in range(limits.ATTEMPTS_MAX):
             try:
                 response = await http.send(request)
@@ -124,8 +127,10 @@ class Transport:
                     return response
                 problem = error_of(response)
                 if response.status_code not in _RETRIED:
+                    problem.may_be_done = may_be_done
                     raise problem
                 retry_for_s = self._retry_for_s
+            may_be_done = problem.may_be_done = True
             wait_s = _pause_s(attempt, problem)
             if time.monotonic() + wait_s - started > retry_for_s:
                 break

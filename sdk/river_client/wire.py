@@ -41,9 +41,9 @@ Numbers = Sequence[float | Sequence[float]] | Tensor
 class Datum(Wire, frozen=True):
     """One training sequence of T tokens.
 
-    `input_ids` int [T]; `target_tokens` int [T], or [T, K] for soft targets (absent: `input_ids` shifted left by one);
-    `weights` float [T] or [T, K]; `old_logprobs`, `advantages` float [T]; `attention_mask` [T] of ones and zeros, whose
-    zeros may only form a tail (padding).
+    `input_ids` int [T]; `target_tokens` int [T] (absent: `input_ids` shifted left by one; the last may be any filler);
+    `weights`, `old_logprobs`, `advantages` float [T]; `attention_mask` [T] of ones and zeros, whose zeros may only form
+    a tail (padding). Soft targets, [T, K] with `weights` [T, K], are to come and are refused until then.
     """
 
     input_ids: Numbers

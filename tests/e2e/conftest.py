@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,9 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackInfo]:
+def stack_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data directory of the running platform."""
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="session")
+def stack(stack_directory: Path) -> Iterator[StackInfo]:
     """The running platform."""
-    options = StackOptions(data_directory=tmp_path_factory.mktemp("stack"), port=0, durable=False)
+    options = StackOptions(data_directory=stack_directory, port=0, durable=False)
     with running_stack(options) as info:
         yield info
 
@@ -50,11 +56,6 @@ def new_client(stack: StackInfo) -> Iterator[Callable[[], river.Client]]:
 def client(new_client: Callable[[], river.Client]) -> river.Client:
     """A client of a fresh tenant."""
     return new_client()
-
-
-@pytest.fixture
-def checkpoint_name() -> str:
-    return f"test-{secrets.token_hex(3)}"
 
 
 @pytest.fixture(scope="session")

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 
 from river_ops.settings import StackInfo
-from river_ops.stack_file import process_exists, read_stack_file
+from river_ops.stack_file import read_stack_file
 
 RIVER = (sys.executable, "-m", "river_client.cli")
 
 
 def river(*arguments: str, data_directory: Path) -> str:
-    """Runs the command with no settings from our own environment; returns its output."""
+    """The output of a command that succeeds."""
+    done = run_river(*arguments, data_directory=data_directory)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_river(*arguments: str, data_directory: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the command with no settings from our own environment."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("RIVER_")
     }
-    done = subprocess.run(
+    return subprocess.run(
         [*RIVER, *arguments],
         env=environment | {"RIVER_DATA_DIR": str(data_directory)},
         capture_output=True,
@@ -28,8 +36,6 @@ def river(*arguments: str, data_directory: Path) -> str:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def descendants(process_id: int) -> set[int]:
@@ -61,5 +67,34 @@ def test_up_status_down_leaves_nothing(tmp_path: Path) -> None:
         assert len(processes) >= 6
         river("down", data_directory=tmp_path)
         assert read_stack_file(tmp_path) is None
-        assert not [process for process in processes if process_exists(process)]
+        assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     assert keys[0] == keys[1]
+
+
+def test_a_second_stack_in_one_place_is_refused(stack: StackInfo, stack_directory: Path) -> None:
+    """The second one says so in a line, and the first is still found."""
+    done = run_river("up", "--port", "0", data_directory=stack_directory)
+    assert done.returncode == 1
+    assert "a stack runs in" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_stack_file(stack_directory) == stack
+
+
+def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
+    """A stack that is told to end before it is ready ends at once, with all it had started."""
+    environment = {"RIVER_DATA_DIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [*RIVER, "up", "--port", "0"],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "logs").exists():
+        assert time.monotonic() < deadline, "no part was started"
+        time.sleep(0.05)
+    processes = descendants(process.pid)
+    assert processes
+    process.terminate()
+    assert process.wait(timeout=60) != 0
+    assert not [one for one in processes if Path(f"/proc/{one}").exists()]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 from support.gateway import (
@@ -13,10 +16,13 @@ from support.gateway import (
     PROMPT_TOKENS,
     Rig,
     eventually,
+    served_gateway,
 )
 
-from river_billing.events import UsageKind
+from river_billing.events import UsageEvent, UsageKind
 from river_client import wire
+from river_gateway.ids import uuid7
+from river_gateway.registry import Engines
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 FULL_USAGE = {
@@ -209,6 +215,9 @@ def wrong() -> list[Any]:
         ),
         pytest.param({"stream": "yes"}, openai.BadRequestError, None, id="type"),
         pytest.param({"extra_body": {"n": 1.5}}, openai.BadRequestError, None, id="fraction"),
+        pytest.param({"user": "x" * 257}, openai.BadRequestError, None, id="long user"),
+        pytest.param({"user": "a\0"}, openai.BadRequestError, None, id="NUL in user"),
+        pytest.param({"model": "a\0"}, openai.NotFoundError, "model_not_found", id="NUL in model"),
     ]
 
 
@@ -223,6 +232,8 @@ async def test_wrong_requests(
         )
     assert refused.value.code == code
     assert refused.value.request_id
+    if "user" in change:
+        assert refused.value.param == "user"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +259,106 @@ async def test_an_engine_s_refusals(
     if behaviour == "refuse":
         assert refused.value.param == "temperature"
         assert "non-negative" in refused.value.message
+
+
+@pytest.mark.parametrize("type_name", ["not_found", "invalid_adapter"])
+async def test_weights_that_cannot_be_loaded(
+    rig: Rig, type_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where weights lie is told to the log only; the tenant may try again."""
+    run = await rig.tenant.new_run()
+    for engine in rig.engines:
+        engine.unloadable[f"{run.run_id}@0"] = (type_name, _nothing)
+    with pytest.raises(openai.InternalServerError) as refused:
+        await rig.tenant.openai.chat.completions.create(
+            model=f"river://{run.run_id}", messages=MESSAGES
+        )
+    assert refused.value.status_code == 503
+    assert "retry-after" in refused.value.response.headers
+    assert "file://" not in refused.value.message
+    assert "file://" in caplog.text
+
+
+async def test_a_version_pruned_meanwhile(rig: Rig) -> None:
+    """A live version that is replaced and removed while a request is on its way is answered by the newer one."""
+    run = await rig.tenant.new_run()
+
+    async def train() -> None:
+        for engine in rig.engines:
+            for name in engine.unloadable:
+                engine.unloadable[name] = ("not_found", _nothing)
+        seq = rig.trainer.steps[run.run_id] + 1
+        data = [wire.Datum(input_ids=[1, 2])]
+        step = wire.TrainStep(data=data, adam=wire.AdamParams(lr=1e-3))
+        assert (await rig.tenant.submit(run.run_id, seq, step)).status_code == 202
+        await rig.tenant.result(f"{run.run_id}-{seq}")
+
+    for engine in rig.engines:
+        engine.unloadable[f"{run.run_id}@0"] = ("not_found", train)
+    raw = await rig.tenant.openai.chat.completions.with_raw_response.create(
+        model=f"river://{run.run_id}", messages=MESSAGES
+    )
+    assert raw.headers["x-river-policy-version"] == f"{run.run_id}@1"
+    for engine in rig.engines:
+        engine.unloadable[f"{run.run_id}@1"] = ("not_found", train)
+    asked = wire.SampleRequest(model=f"river://{run.run_id}", prompts=["x"], max_tokens=4)
+    answer = await rig.tenant.post("/sample", asked)
+    assert answer.json()["policy_version"] == f"{run.run_id}@2"
+    assert [event.policy_version for event in await rig.usage(2)] == [
+        f"{run.run_id}@1",
+        f"{run.run_id}@2",
+    ]
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def test_an_event_that_is_refused_for_good_blocks_nobody(rig: Rig) -> None:
+    """A usage event that JetStream will never take is given up, counted, and those behind it get through."""
+    fine = UsageEvent(
+        event_id=uuid7(),
+        occurred_at=1.0,
+        tenant_id="ten_a",
+        key_id="key_a",
+        base_model=BASE,
+        context_length=1,
+        quantities={UsageKind.PROMPT: 1},
+    )
+    too_large = msgspec.structs.replace(fine, event_id=uuid7(), user="x" * 70_000)
+    far_too_large = msgspec.structs.replace(fine, event_id=uuid7(), user="x" * 2**21)
+    meter = rig.services.meter
+    await meter.record(too_large)
+    assert meter.waiting == 0
+    for event in (too_large, far_too_large, fine):
+        meter.record_later(event)
+    assert await rig.usage(1) == [fine]
+    await eventually(lambda: not meter.waiting)
+    metrics = (await rig.tenant.http.get("/metrics")).text
+    assert "river_gateway_usage_dropped_total 3.0" in metrics
+
+
+async def test_before_the_registry_has_been_read(rig: Rig) -> None:
+    """A gateway that has just started calls no model unknown, and is not ready."""
+    engines = Engines(rig.services.bus)
+    services = dataclasses.replace(rig.services, engines=engines, stopping=asyncio.Event())
+    async with served_gateway(services) as url:
+        completion = {"model": BASE, "messages": MESSAGES}
+        answer = await rig.tenant.http.post(f"{url}/v1/chat/completions", json=completion)
+        assert answer.status_code == 503
+        assert float(answer.headers["retry-after"]) > 0
+        session = (await rig.tenant.post("/sessions", wire.CreateSession())).json()["session_id"]
+        run = {"session_id": session, "base_model": "new/model"}
+        answer = await rig.tenant.http.post(f"{url}/river/v1/runs", json=run)
+        assert answer.status_code == 503
+        assert (await rig.tenant.http.get(f"{url}/readyz")).status_code == 503
+        watching = asyncio.create_task(engines.watch())
+        await eventually(lambda: engines.loaded)
+        assert (await rig.tenant.http.get(f"{url}/readyz")).status_code == 200
+        answer = await rig.tenant.http.post(f"{url}/river/v1/runs", json=run)
+        assert answer.status_code == 404
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def test_keys(rig: Rig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from support.gateway import BASE, StandInEngine
@@ -17,6 +18,7 @@ from river_gateway import ids
 from river_gateway.catalog import Path, parse_path
 from river_gateway.errors import InvalidFieldError
 from river_gateway.files import parse_range
+from river_gateway.limits import UPSTREAM_KEEPALIVE_S
 from river_gateway.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
 from river_gateway.openai_api import engine_body, understand
 from river_gateway.routing import choose_engine
@@ -127,6 +129,24 @@ def test_uuid7() -> None:
     assert uuid.UUID(identity).version == 7
     assert uuid.UUID(identity).variant == uuid.RFC_4122
     assert before - 0.002 <= ids.uuid7_time_s(identity) <= time.time()
+
+
+def test_ids_follow_the_idempotency_key() -> None:
+    """The same key of the same tenant names the same thing; without a key everything is new."""
+    made = [
+        ids.idempotent_id(kind, tenant, key)
+        for kind in ("run", "ses")
+        for tenant in ("ten_a", "ten_b")
+        for key in ("x", "y", None, None)
+    ]
+    assert len(set(made)) == len(made)
+    assert ids.idempotent_id("run", "ten_a", "x") == made[0]
+    assert ids.seed_of(made[0]) == ids.seed_of(made[0]) != ids.seed_of(made[1])
+
+
+def test_connections_end_before_the_engine_ends_them() -> None:
+    """The engine, which is uvicorn as it comes, must not close a connection that a request is about to use."""
+    assert UPSTREAM_KEEPALIVE_S < uvicorn.Config("x").timeout_keep_alive
 
 
 def test_checkpoint_ids_follow_the_operation() -> None:

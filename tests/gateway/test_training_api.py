@@ -169,6 +169,71 @@ async def test_wrong_operations(rig: Rig, body: Any, param: str) -> None:
     assert accepted.status_code == 202
 
 
+async def test_a_gap_of_operations_is_bounded(rig: Rig, postgres_url: str) -> None:
+    """What is too far ahead of the newest operation done is 409 and stored nowhere; with progress the bound moves."""
+    run = await rig.tenant.new_run()
+    forward = wire.Forward(data=[DATUM])
+    assert (await rig.tenant.submit(run.run_id, 1023, forward)).status_code == 202
+    answer = await rig.tenant.submit(run.run_id, 1024, forward)
+    assert answer.status_code == 409
+    assert error_of(answer).param == "seq"
+    assert "at most 1024" in error_of(answer).message
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute("update run set last_seq = 0")
+    finally:
+        await connection.close()
+    assert (await rig.tenant.submit(run.run_id, 1024, forward)).status_code == 202
+
+
+async def test_texts_that_cannot_be_stored(rig: Rig) -> None:
+    """A NUL, which Postgres has no room for, is refused by the field's name; in a URL, refused at all."""
+    run = await rig.tenant.new_run()
+    operations, load = f"/runs/{run.run_id}/operations", {"kind": "load_weights", "path": "a\0"}
+    cases: list[tuple[str, Any, str]] = [
+        ("/sessions", {"tags": {"a": "b\0"}}, "tags.a"),
+        ("/sessions", {"tags": {"a\0": "b"}}, "tags"),
+        ("/runs", {"session_id": "\0", "base_model": BASE}, "session_id"),
+        ("/runs", {"session_id": run.session_id, "base_model": "\0"}, "base_model"),
+        (f"/runs/{run.run_id}/metrics", {"metrics": {"a\0": 1.0}}, "metrics"),
+        (operations, {"seq": 1, "operation": load}, "path"),
+        ("/sample", {"model": "a\0", "prompts": ["x"]}, "model"),
+    ]
+    for route, body, param in cases:
+        answer = await rig.tenant.post(route, body)
+        assert (answer.status_code, error_of(answer).param) == (422, param)
+    for route in ("/runs/%00", "/checkpoints?path=river://a/weights/%00"):
+        assert (await rig.tenant.get(route)).status_code == 422
+    prompt = wire.SampleRequest(model=BASE, prompts=["a\0"], max_tokens=4)
+    assert (await rig.tenant.post("/sample", prompt)).status_code == 200
+
+
+async def test_what_is_made_twice_under_one_key_is_one(rig: Rig) -> None:
+    """A session or run whose answer was lost is found again by its idempotency key, by the same tenant only."""
+    key = {"idempotency-key": "k1"}
+    sessions = [
+        (await tenant.post("/sessions", wire.CreateSession(), headers=key)).json()["session_id"]
+        for tenant in (rig.tenant, rig.tenant, rig.stranger)
+    ]
+    assert sessions[0] == sessions[1] != sessions[2]
+    asked = wire.CreateRun(session_id=sessions[0], base_model=BASE)
+    answers = [await rig.tenant.post("/runs", asked, headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert answers[0].json() == answers[1].json()
+    own = msgspec.structs.replace(asked, session_id=sessions[2])
+    stranger = await rig.stranger.post("/runs", own, headers=key)
+    assert stranger.json()["run_id"] != answers[0].json()["run_id"]
+    assert len((await rig.tenant.get("/runs")).json()["runs"]) == 1
+    info = await rig.nats.jetstream().stream_info(protocol.TRAIN_STREAM)
+    assert info.state.messages == 2
+    other = msgspec.structs.replace(asked, lora=wire.LoraConfig(rank=2))
+    assert (await rig.tenant.post("/runs", other, headers=key)).status_code == 409
+    long = {"idempotency-key": "k" * 257}
+    assert (
+        await rig.tenant.post("/sessions", wire.CreateSession(), headers=long)
+    ).status_code == 422
+
+
 async def test_bodies_that_are_none(rig: Rig) -> None:
     """What is not JSON is 400, what is not there 400, what is too large 413, an unknown route 404: all in shape."""
     answers = {

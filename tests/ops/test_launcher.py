@@ -17,12 +17,11 @@ from river_ops.commands.demo import curve_text
 from river_ops.demo.counters import counted_tokens
 from river_ops.models import TINY_MOE, TINY_MOE_NAME
 from river_ops.settings import Base, StackInfo, parse_base
-from river_ops.stack_file import read_stack_file, remove_stack_file, write_stack_file
+from river_ops.stack_file import StackRunsError, claimed, read_stack_file, write_stack_file
 
 INFO = StackInfo(
     process_id=os.getpid(),
     base_url="http://127.0.0.1:1",
-    dashboard_url="http://127.0.0.1:1/admin",
     admin_key="rv-secret",
     bases=[TINY_MOE_NAME],
     engine_metrics_urls=[],
@@ -53,19 +52,20 @@ def test_a_child_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     assert not child.running
 
 
-def test_the_stack_note_is_private_and_goes_stale(tmp_path: Path) -> None:
-    """Only its owner reads the note, and a note of a process that is gone counts for nothing."""
-    write_stack_file(tmp_path, INFO)
-    assert read_stack_file(tmp_path) == INFO
-    mode = (tmp_path / "stack.json").stat().st_mode
-    assert stat.S_IMODE(mode) == 0o600
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    text = (tmp_path / "stack.json").read_text().replace(str(os.getpid()), str(gone.pid))
-    (tmp_path / "stack.json").write_text(text)
-    assert read_stack_file(tmp_path) is None
-    remove_stack_file(tmp_path)
+def test_the_stack_note_is_private_and_ends_with_its_process(tmp_path: Path) -> None:
+    """Only its owner reads the note, one process has it at a time, and a note left by a crash counts for nothing."""
+    with claimed(tmp_path):
+        assert read_stack_file(tmp_path) is None
+        write_stack_file(tmp_path, INFO)
+        assert read_stack_file(tmp_path) == INFO
+        mode = (tmp_path / "stack.json").stat().st_mode
+        assert stat.S_IMODE(mode) == 0o600
+        with pytest.raises(StackRunsError), claimed(tmp_path):
+            pass
+        assert read_stack_file(tmp_path) == INFO
     assert not (tmp_path / "stack.json").exists()
+    write_stack_file(tmp_path, INFO)
+    assert read_stack_file(tmp_path) is None
 
 
 def test_a_base_is_called_by_its_directory_or_its_id(tmp_path: Path) -> None:

@@ -96,6 +96,44 @@ def test_a_refused_operation_gives_its_number_back(
     assert sorted(gateway.operations) == [1]
 
 
+@pytest.mark.parametrize("status", [500, 501])
+def test_an_operation_that_the_server_fails_at_gives_its_number_back(
+    model: river.Model, gateway: StubGateway, status: int
+) -> None:
+    """A clear failure is no acceptance: what comes next is not held up by a repetition of it."""
+    gateway.faults = [Fault(SUBMIT, status=status)]
+    with pytest.raises(river.ServerError):
+        model.train_step(DATA, lr=1e-3)
+    model.optim_step(lr=1e-3)
+    assert [type(operation) for operation in gateway.operations.values()] == [wire.OptimStep]
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+@pytest.mark.parametrize("retry_for_s", [0.0, 30.0], ids=["called again", "retried"])
+def test_a_refused_retry_keeps_the_number(
+    gateway: StubGateway, status: int, retry_for_s: float
+) -> None:
+    """What may have been accepted at first keeps its number, whatever becomes of its repetition."""
+    with (
+        river.Client(api_key=KEY, base_url=gateway.base_url, retry_for_s=retry_for_s) as client,
+        client.session() as session,
+    ):
+        model = session.create_model("base")
+        gateway.faults = [Fault(SUBMIT, after_work=True), Fault(SUBMIT, status=status)]
+        if not retry_for_s:
+            with pytest.raises(river.ConnectionError):
+                model.train_step(DATA, lr=1e-3)
+        with pytest.raises(river.RiverError) as refused:
+            model.train_step(DATA, lr=1e-3)
+        assert refused.value.status == status
+        model.optim_step(lr=1e-3)
+    assert [type(operation) for operation in gateway.operations.values()] == [
+        wire.TrainStep,
+        wire.OptimStep,
+    ]
+    assert gateway.repeated == [1]
+
+
 def test_a_failed_operation_is_told(model: river.Model) -> None:
     """What fails in the trainer raises what went wrong there, every time it is asked for."""
     pending = model.submit_forward_backward(DATA, loss_fn=FAILING_LOSS)

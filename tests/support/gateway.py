@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from river_billing import streams
 from river_billing.events import EVENTS_STREAM, CheckpointSaved, UsageEvent
 from river_client import wire
 from river_engine.protocol import (
+    ADAPTER_HEADER,
     ENGINES_BUCKET,
     MODEL_HEADER,
     AdapterRef,
@@ -81,7 +82,10 @@ async def eventually(condition: Callable[[], Any]) -> Any:
 
 @dataclass
 class StandInEngine:
-    """Answers with fixed text and counts. `behaviour`: ok, refuse, busy, unready, break (mid-answer), hang."""
+    """Answers with fixed text and counts. `behaviour`: ok, refuse, busy, unready, break (mid-answer), hang.
+
+    The adapters that `unloadable` names are refused with a type of error, after something has been done.
+    """
 
     engine_id: str
     url: str = ""
@@ -89,6 +93,7 @@ class StandInEngine:
     requests: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
     samples: list[EngineSample] = field(default_factory=list)
     cancelled: int = 0
+    unloadable: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=dict)
     may_break: asyncio.Event = field(default_factory=asyncio.Event)
 
     def record(self, **changes: Any) -> EngineRecord:
@@ -115,6 +120,12 @@ class StandInEngine:
         assert request.headers["authorization"] == f"Bearer {TOKEN}"
         body = await request.json()
         self.requests.append((dict(request.headers), body))
+        adapter = msgspec.json.decode(
+            request.headers.get(ADAPTER_HEADER, "null"), type=AdapterRef | None
+        )
+        unloadable = await self._unloadable(adapter)
+        if unloadable is not None:
+            return web.Response(body=msgspec.json.encode(unloadable), status=404)
         refusal = self._refusal()
         if refusal is not None:
             status, message = refusal
@@ -129,6 +140,13 @@ class StandInEngine:
         except (asyncio.CancelledError, ConnectionError):
             self.cancelled += 1
             raise
+
+    async def _unloadable(self, adapter: AdapterRef | None) -> EngineError | None:
+        if adapter is None or adapter.name not in self.unloadable:
+            return None
+        type_name, meanwhile = self.unloadable[adapter.name]
+        await meanwhile()
+        return EngineError(type=type_name, message=f"no adapter at {adapter.location}")
 
     def _refusal(self) -> tuple[int, str] | None:
         return {
@@ -186,6 +204,9 @@ class StandInEngine:
     async def _sample(self, request: web.Request) -> web.Response:
         asked = msgspec.msgpack.decode(await request.read(), type=EngineSample)
         self.samples.append(asked)
+        unloadable = await self._unloadable(asked.adapter)
+        if unloadable is not None:
+            return web.Response(body=msgspec.msgpack.encode(unloadable), status=404)
         if self.behaviour == "refuse":
             error = EngineError(
                 type="invalid_request", message="prompts[0]: too long", param="prompts[0]"

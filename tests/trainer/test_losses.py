@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
@@ -144,3 +145,31 @@ def test_a_non_finite_norm_changes_nothing() -> None:
         adam_step(tensors, {"a": torch.tensor([float("inf"), 0.0])}, state, adam)
     assert tensors["a"].tolist() == [1.0, 1.0]
     assert state.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("gradient", "lr"), [(1e20, 0.1), (1.0, 1e39)], ids=["second moment", "weights"]
+)
+def test_a_step_out_of_range_changes_nothing(gradient: float, lr: float) -> None:
+    """A finite gradient whose step is not is refused whole, and the next good one is a first step."""
+    tensors = {"fine": torch.ones(2), "huge": torch.ones(2)}
+    state = AdamState(tensors)
+    adam = Adam(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=None)
+    with pytest.raises(NonFiniteError):
+        adam_step(
+            tensors, {"fine": torch.ones(2), "huge": torch.full((2,), gradient)}, state, adam
+        )
+    assert [tensor.tolist() for tensor in tensors.values()] == [[1.0, 1.0]] * 2
+    assert state.steps == 0
+    good = msgspec.structs.replace(adam, lr=0.1)
+    adam_step(tensors, {name: torch.ones(2) for name in tensors}, state, good)
+    assert tensors["huge"].tolist() == pytest.approx([0.9, 0.9])
+
+
+@pytest.mark.parametrize("eps", [1e-46, 5e-324], ids=["below float32", "below float64"])
+def test_a_tiny_eps_divides_by_something(eps: float) -> None:
+    """A weight without a gradient stays as it is, however small eps is."""
+    tensors = {"a": torch.ones(2)}
+    adam = Adam(lr=0.1, beta1=0.9, beta2=0.95, eps=eps, weight_decay=0.0, grad_clip_norm=None)
+    adam_step(tensors, {"a": torch.tensor([0.0, 1.0])}, AdamState(tensors), adam)
+    assert tensors["a"].tolist() == pytest.approx([1.0, 0.9])

@@ -1,12 +1,14 @@
 """What can go wrong in the trainer.
 
     TrainerError
+    ├── LeaseLostError             another trainer follows this base model now
     └── TaskFailedError            an operation cannot be done; becomes the error of its result
         ├── InvalidTaskError       what was asked is wrong
         ├── NonFiniteError         the numbers left the range of floats
         ├── NoGradientsError       an optimizer step without a backward before it
-        ├── RunUnavailableError    the run was never created
+        ├── RunUnavailableError    the run was never created, or could not be rebuilt
         └── StoreError             the checkpoint store did not take or give the files
+            └── MissingError       the checkpoint is not there
 
 Whatever fails leaves its run as it was before.
 """
@@ -18,6 +20,10 @@ from river_trainer.protocol import TaskError
 
 class TrainerError(Exception):
     """Root of all errors of this package."""
+
+
+class LeaseLostError(TrainerError):
+    """Somebody else holds the lease: this trainer has to stop."""
 
 
 class TaskFailedError(TrainerError):
@@ -52,7 +58,7 @@ class NoGradientsError(TaskFailedError):
 
 
 class RunUnavailableError(TaskFailedError):
-    """The run's creation failed, so there is nothing to train."""
+    """The run could not be created or rebuilt, so there is nothing to train."""
 
     type = "run_unavailable"
 
@@ -61,3 +67,9 @@ class StoreError(TaskFailedError):
     """Files could not be written or read."""
 
     type = "storage_failed"
+
+
+class MissingError(StoreError):
+    """The store answers, and has no such files."""
+
+    type = "checkpoint_missing"

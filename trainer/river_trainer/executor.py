@@ -19,10 +19,10 @@ from river_billing.events import CheckpointSaved
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import (
     InvalidTaskError,
+    MissingError,
     NoGradientsError,
     NonFiniteError,
     RunUnavailableError,
-    StoreError,
     TaskFailedError,
 )
 from river_trainer.losses import check_fields, find_loss
@@ -90,20 +90,25 @@ class Executor:
             logger.exception("operation failed unexpectedly", extra={"operation": operation})
             reason = f"{type(error).__name__} in the trainer"
             result = self._failure(message, TaskError(type="internal", message=reason))
-        run = self.runs.get(message.run_id)
-        if isinstance(run, Run):
-            run.last_seq = message.seq
-        elif isinstance(run, FailedRun):
-            self.runs[message.run_id] = FailedRun(run.run_id, run.error, message.seq)
+        self._pass(message)
         return result
 
     def skip(self, message: TrainMessage, stored: TrainResult) -> None:
         """Passes over an operation of a replayed journal that changed nothing."""
         if isinstance(message.task, CreateRun) and stored.error is not None:
             self.runs[message.run_id] = FailedRun(message.run_id, stored.error, message.seq)
-        run = self.runs[message.run_id]
+        self._pass(message)
+
+    def give_up(self, message: TrainMessage, error: TaskError) -> None:
+        """The run cannot be brought to where it was: it answers everything with a refusal from now on."""
+        self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
+
+    def _pass(self, message: TrainMessage) -> None:
+        run = self.runs.get(message.run_id)
         if isinstance(run, Run):
             run.last_seq = message.seq
+        elif isinstance(run, FailedRun):
+            self.runs[message.run_id] = FailedRun(run.run_id, run.error, message.seq)
 
     def _dispatch(self, message: TrainMessage) -> TrainResult:  # noqa: PLR0911  # one return per task
         task = message.task
@@ -112,7 +117,7 @@ class Executor:
         run = self.runs.get(message.run_id)
         assert run is not None, f"{message.run_id} was never created"
         if isinstance(run, FailedRun):
-            raise RunUnavailableError(f"the run could not be created: {run.error.message}")
+            raise RunUnavailableError(f"the run is not available: {run.error.message}")
         match task:
             case Forward():
                 return self._compute(message, run, task, self._discard)
@@ -252,7 +257,7 @@ class Executor:
     def _read(self, location: str, *, param: str) -> dict[str, bytes]:
         found = read_location(location)
         if found is None:
-            raise StoreError("the checkpoint is not there", param=param)
+            raise MissingError("the checkpoint is not there", param=param)
         return found[1]
 
     def _result(

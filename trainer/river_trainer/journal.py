@@ -7,6 +7,7 @@ message carries that name in a header instead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
@@ -23,7 +24,7 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
-from nats.js.errors import BadRequestError, BucketNotFoundError, NotFoundError
+from nats.js.errors import APIError, BadRequestError, BucketNotFoundError, NotFoundError
 from nats.js.kv import KeyValue
 from nats.js.object_store import ObjectStore
 from nats.nuid import NUID
@@ -31,9 +32,12 @@ from nats.nuid import NUID
 from river_trainer import limits
 from river_trainer.protocol import (
     BODIES_BUCKET,
+    BODY_BUCKET_HEADER,
     BODY_HEADER,
     BODY_INLINE_MAX_BYTES,
+    LEASES_BUCKET,
     LIVE_BUCKET,
+    RESULT_BODIES_BUCKET,
     RESULTS_MAX_AGE_S,
     RESULTS_STREAM,
     TRAIN_STREAM,
@@ -46,6 +50,8 @@ from river_trainer.protocol import (
 )
 
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
+_FULL_CODES = (10047, 10077)
+"""NATS' errors for a server and for a stream without room."""
 
 logger = logging.getLogger("river.trainer")
 
@@ -89,24 +95,27 @@ async def ensure_streams(js: JetStreamContext) -> None:
         ),
     )
     await bodies_bucket(js)
+    await result_bodies_bucket(js)
     await live_bucket(js)
     await trainers_bucket(js)
+    await leases_bucket(js)
 
 
 async def bodies_bucket(js: JetStreamContext) -> ObjectStore:
-    """The bucket of large bodies. Their age bounds what a crash may leave behind."""
-    try:
-        return await js.object_store(BODIES_BUCKET)
-    except (BucketNotFoundError, NotFoundError):
-        return await js.create_object_store(
-            BODIES_BUCKET,
-            ObjectStoreConfig(
-                bucket=BODIES_BUCKET,
-                ttl=limits.BODIES_MAX_AGE_S,
-                max_bytes=limits.BODIES_MAX_BYTES,
-                storage=StorageType.FILE,
-            ),
-        )
+    """The bucket of large bodies of operations. Their age bounds what a crash may leave behind."""
+    return await _object_bucket(
+        js, BODIES_BUCKET, max_age_s=limits.BODIES_MAX_AGE_S, max_bytes=limits.BODIES_MAX_BYTES
+    )
+
+
+async def result_bodies_bucket(js: JetStreamContext) -> ObjectStore:
+    """The bucket of large results, which nobody deletes: they go when the results do."""
+    return await _object_bucket(
+        js,
+        RESULT_BODIES_BUCKET,
+        max_age_s=RESULTS_MAX_AGE_S,
+        max_bytes=limits.RESULT_BODIES_MAX_BYTES,
+    )
 
 
 async def live_bucket(js: JetStreamContext) -> KeyValue:
@@ -126,10 +135,25 @@ async def trainers_bucket(js: JetStreamContext) -> KeyValue:
     )
 
 
+async def leases_bucket(js: JetStreamContext) -> KeyValue:
+    """Ids of trainers by the token of their base model; a lease that nobody renews is free."""
+    return await _bucket(
+        js,
+        KeyValueConfig(
+            bucket=LEASES_BUCKET, ttl=limits.LEASE_MAX_AGE_S, max_bytes=limits.KV_MAX_BYTES
+        ),
+    )
+
+
 async def publish_body(
-    js: JetStreamContext, subject: str, body: bytes, *, message_id: str | None = None
+    js: JetStreamContext,
+    subject: str,
+    body: bytes,
+    *,
+    message_id: str | None = None,
+    of_result: bool = False,
 ) -> PubAck:
-    """Publishes `body`, through the object store if it is large; on return JetStream has it all.
+    """Publishes `body`, through an object store if it is large; on return JetStream has it all.
 
     Publishing again under the same `message_id` is a no-op within the stream's deduplication window.
 
@@ -143,7 +167,9 @@ async def publish_body(
         return await js.publish(
             subject, body, timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=headers or None
         )
-    bucket = await bodies_bucket(js)
+    if of_result:
+        headers[BODY_BUCKET_HEADER] = RESULT_BODIES_BUCKET
+    bucket = await (result_bodies_bucket(js) if of_result else bodies_bucket(js))
     name = _names.next().decode()
     await bucket.put(name, body)
     headers[BODY_HEADER] = name
@@ -161,11 +187,20 @@ async def read_body(
     Raises:
         nats.js.errors.NotFoundError: its object is gone.
     """
-    name = (headers or {}).get(BODY_HEADER)
+    headers = headers or {}
+    name = headers.get(BODY_HEADER)
     if name is None:
         return data or b""
-    found = await (await bodies_bucket(js)).get(name)
-    return found.data or b""
+    of_result = headers.get(BODY_BUCKET_HEADER) == RESULT_BODIES_BUCKET
+    bucket = await (result_bodies_bucket(js) if of_result else bodies_bucket(js))
+    return (await bucket.get(name)).data or b""
+
+
+async def delete_body(js: JetStreamContext, name: str) -> None:
+    """Deletes the object of an operation's body; one that is gone, or half deleted, is fine."""
+    bucket = await bodies_bucket(js)
+    with contextlib.suppress(NotFoundError):
+        await bucket.delete(name)
 
 
 async def submit(js: JetStreamContext, message: TrainMessage) -> PubAck:
@@ -179,8 +214,19 @@ async def submit(js: JetStreamContext, message: TrainMessage) -> PubAck:
 
 
 async def publish_result(js: JetStreamContext, result: TrainResult) -> None:
-    """Makes a result the one of its operation."""
-    await publish_body(js, result_subject(result.operation_id), _encoder.encode(result))
+    """Makes a result the one of its operation; without its log-probabilities if there is no room for them."""
+    subject = result_subject(result.operation_id)
+    try:
+        await publish_body(js, subject, _encoder.encode(result), of_result=True)
+    except APIError as error:
+        if error.err_code not in _FULL_CODES or result.logprobs is None:
+            raise
+        logger.exception(
+            "no room for the log-probabilities of a result; it is published without them",
+            extra={"operation": result.operation_id},
+        )
+        bare = msgspec.structs.replace(result, logprobs=None)
+        await publish_body(js, subject, _encoder.encode(bare), of_result=True)
 
 
 async def find_result(js: JetStreamContext, operation: str) -> TrainResult | None:
@@ -252,3 +298,15 @@ async def _bucket(js: JetStreamContext, config: KeyValueConfig) -> KeyValue:
         return await js.key_value(config.bucket)
     except (BucketNotFoundError, NotFoundError):
         return await js.create_key_value(config)
+
+
+async def _object_bucket(
+    js: JetStreamContext, name: str, *, max_age_s: float, max_bytes: int
+) -> ObjectStore:
+    try:
+        return await js.object_store(name)
+    except (BucketNotFoundError, NotFoundError):
+        config = ObjectStoreConfig(
+            bucket=name, ttl=max_age_s, max_bytes=max_bytes, storage=StorageType.FILE
+        )
+        return await js.create_object_store(name, config)

@@ -14,6 +14,8 @@ from river_trainer.protocol import Adam
 STATE_FILE = "optimizer.safetensors"
 _STEPS_NAME = "steps"
 CLIP_EPSILON = 1e-6
+EPS_MIN = torch.finfo(torch.float32).tiny
+"""A smaller eps would be rounded to zero, and a weight that never had a gradient divided by it."""
 
 
 class AdamState:
@@ -64,7 +66,7 @@ def adam_step(
     A tensor without a gradient has a gradient of zero.
 
     Raises:
-        NonFiniteError: the norm is; nothing has been changed.
+        NonFiniteError: the norm, a moment or a new weight is; nothing has been changed.
     """
     names = list(tensors)
     grads = [gradients.get(name, state.first[name].new_zeros(())) for name in names]
@@ -76,15 +78,29 @@ def adam_step(
     if adam.grad_clip_norm is not None:
         clip = min(1.0, adam.grad_clip_norm / (norm + CLIP_EPSILON))
 
-    state.steps += 1
-    first_correction = 1.0 - adam.beta1**state.steps
-    second_correction = 1.0 - adam.beta2**state.steps
+    steps = state.steps + 1
+    rate = adam.lr / (1.0 - adam.beta1**steps)
+    second_correction = 1.0 - adam.beta2**steps
+    if rate > torch.finfo(torch.float32).max:
+        raise NonFiniteError("the learning rate leaves the range of floats")
+    changes: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, grad in zip(names, grads, strict=True):
         scaled = grad * clip
-        first, second, tensor = state.first[name], state.second[name], tensors[name]
-        first.lerp_(scaled, 1.0 - adam.beta1)
-        second.mul_(adam.beta2).addcmul_(scaled, scaled, value=1.0 - adam.beta2)
-        tensor.mul_(1.0 - adam.lr * adam.weight_decay)
-        denominator = second.div(second_correction).sqrt_().add_(adam.eps)
-        tensor.addcdiv_(first, denominator, value=-adam.lr / first_correction)
+        first = state.first[name].lerp(scaled, 1.0 - adam.beta1)
+        second = state.second[name] * adam.beta2
+        second.addcmul_(scaled, scaled, value=1.0 - adam.beta2)
+        denominator = second.div(second_correction).sqrt_().add_(max(adam.eps, EPS_MIN))
+        tensor = tensors[name] * (1.0 - adam.lr * adam.weight_decay)
+        tensor.addcdiv_(first, denominator, value=-rate)
+        # The square of a finite gradient may be infinite; it would make every later step zero.
+        if not (denominator.isfinite().all() and tensor.isfinite().all()):
+            raise NonFiniteError("the optimizer step leaves the range of floats")
+        changes += (
+            (state.first[name], first),
+            (state.second[name], second),
+            (tensors[name], tensor),
+        )
+    for target, value in changes:
+        target.copy_(value)
+    state.steps = steps
     return norm

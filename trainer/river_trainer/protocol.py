@@ -6,9 +6,11 @@ JetStream (every body is msgpack, see `journal`):
   kept until the trainer has snapshotted the run and trims it.
 * `RESULTS_STREAM`, subjects `results.<operation>`, last value per subject: `TrainResult`s.
 * `BODIES_BUCKET`, an object store: any body over `BODY_INLINE_MAX_BYTES`; the message then is empty and its header
-  `BODY_HEADER` names the object.
+  `BODY_HEADER` names the object. Bodies of results lie in a bucket of their own, `RESULT_BODIES_BUCKET`, which the
+  header `BODY_BUCKET_HEADER` then names; its objects fade with the results.
 * `LIVE_BUCKET`, a KV bucket, key = run id: the `LiveVersion` of a run, written before the result that made it.
 * `TRAINERS_BUCKET`, a KV bucket: a `TrainerRecord` per trainer, renewed every `HEARTBEAT_INTERVAL_S`.
+* `LEASES_BUCKET`, a KV bucket, key = token of the base: the id of the one trainer that may follow that base's journal.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from river_engine.protocol import AdapterRef, subject_token
 TRAIN_STREAM = "TRAIN"
 RESULTS_STREAM = "RESULTS"
 BODIES_BUCKET = "bodies"
+RESULT_BODIES_BUCKET = "result_bodies"
 LIVE_BUCKET = "live"
 TRAINERS_BUCKET = "trainers"
+LEASES_BUCKET = "leases"
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_LOST_AFTER_S = 8.0
 BODY_INLINE_MAX_BYTES = 512 * 1024
 BODY_HEADER = "River-Body"
+BODY_BUCKET_HEADER = "River-Body-Bucket"
 RESULTS_MAX_AGE_S = 7 * 24 * 3600.0
 
 

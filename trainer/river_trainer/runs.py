@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class FailedRun:
-    """A run whose creation failed; it answers every later operation with the same refusal."""
+    """A run that could not be created or rebuilt; it answers every later operation with the same refusal."""
 
     run_id: str
     error: TaskError

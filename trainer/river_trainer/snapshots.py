@@ -20,7 +20,7 @@ from river_trainer.store import FileSets
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot's manifest says; `failure` is the error of a run that could not be created, as JSON."""
+    """What a snapshot's manifest says; `failure` is the error of a `FailedRun`, as JSON."""
 
     last_seq: int
     step: int = 0

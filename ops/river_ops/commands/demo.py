@@ -11,9 +11,10 @@ import click
 import msgspec
 from tqdm import tqdm
 
+from river_client.service import SettingsError
 from river_ops.children import ChildError
 from river_ops.commands.stack import data_dir_option
-from river_ops.stack_file import read_stack_file
+from river_ops.stack_file import StackRunsError, read_stack_file
 
 if TYPE_CHECKING:
     from river_ops.demo.loop import Progress
@@ -25,7 +26,7 @@ PLOT_WIDTH, PLOT_HEIGHT = 72, 16
 
 @click.command()
 @data_dir_option
-@click.option("--steps", default=24, show_default=True, help="Training steps.")
+@click.option("--steps", default=28, show_default=True, help="Training steps.")
 @click.option("--json", "as_json", is_flag=True, help="Last line one JSON object.")
 def demo(data_dir: Path, steps: int, as_json: bool) -> None:
     """Train the tiny model with GRPO through the whole platform, chat with it, print the bill."""
@@ -44,7 +45,7 @@ def demo(data_dir: Path, steps: int, as_json: bool) -> None:
             try:
                 options = options_from_environment(data_directory=data_dir, port=0)
                 info = stack.enter_context(running_stack(options))
-            except (StackError, ChildError) as error:
+            except (StackRunsError, StackError, ChildError, SettingsError) as error:
                 raise click.ClickException(str(error)) from error
         bar = stack.enter_context(tqdm(total=steps, unit="step", disable=not sys.stderr.isatty()))
 

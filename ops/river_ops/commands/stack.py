@@ -19,7 +19,7 @@ from river_ops import limits
 from river_ops.children import ChildError
 from river_ops.commands import DATA_DIRECTORY_VARIABLE, DEFAULT_DATA_DIRECTORY
 from river_ops.settings import DEFAULT_PORT, TINY_BASE, StackInfo, StackOptions, parse_base
-from river_ops.stack_file import process_exists, read_stack_file
+from river_ops.stack_file import StackRunsError, read_stack_file
 
 data_dir_option = click.option(
     "--data-dir",
@@ -36,7 +36,12 @@ data_dir_option = click.option(
 @click.option("--port", default=DEFAULT_PORT, envvar="RIVER_PORT", show_default=True)
 @click.option("--base", "bases", multiple=True, help="A model directory or id; repeatable.")
 @click.option("--engines", default=1, show_default=True, help="Engines per base model.")
-@click.option("--trainers", default=1, show_default=True, help="Trainers per base model.")
+@click.option(
+    "--trainers",
+    default=1,
+    show_default=True,
+    help="Trainers per base model; one works, others stand by.",
+)
 @click.option("--detach", is_flag=True, help="Return once the stack is ready.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def up(
@@ -54,9 +59,8 @@ def up(
         return
     from river_ops.stack import StackError, options_from_environment, running_stack  # noqa: PLC0415
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    # Until the stack is ready both signals interrupt the start; from then on they ask for an orderly end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options: StackOptions = options_from_environment(
             data_directory=data_dir,
@@ -67,10 +71,13 @@ def up(
         )
         click.echo("Starting…", err=True)
         with running_stack(options) as info:
+            stop = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
             print_info(info, as_json=as_json)
             stop.wait()
             click.echo("Stopping…", err=True)
-    except (StackError, ChildError, SettingsError) as error:
+    except (StackRunsError, StackError, ChildError, SettingsError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -83,7 +90,7 @@ def down(data_dir: Path) -> None:
         raise click.ClickException(f"no stack runs in {data_dir}")
     os.kill(info.process_id, signal.SIGTERM)
     deadline = time.monotonic() + limits.CHILD_STOP_TIMEOUT_S * 2
-    while process_exists(info.process_id) and read_stack_file(data_dir) is not None:
+    while read_stack_file(data_dir) is not None:
         if time.monotonic() > deadline:
             raise click.ClickException(f"process {info.process_id} does not end")
         time.sleep(limits.READY_POLL_INTERVAL_S)
@@ -113,13 +120,13 @@ def status(data_dir: Path, as_json: bool) -> None:
 def start_detached(data_dir: Path) -> StackInfo:
     """Starts `river up` with our own arguments in a session of its own and waits until it is ready."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "--json")]
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_path = data_dir / "up.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "river_client.cli", *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.DEVNULL,  # The key is printed there, and logs hold no keys.
             stderr=log,
             start_new_session=True,
         )
@@ -140,6 +147,5 @@ def print_info(info: StackInfo, *, as_json: bool) -> None:
         click.echo(msgspec.json.encode(info).decode())
         return
     click.echo(f"Base URL    {info.base_url}")
-    click.echo(f"Dashboard   {info.dashboard_url}")
     click.echo(f"Admin key   {info.admin_key}")
     click.echo(f"Models      {', '.join(info.bases)}")

@@ -19,7 +19,7 @@ from river_ops.tiny_moe.problems import Problem, make_prompt, problems, reward
 MAX_TOKENS = 32
 PROBLEMS_PER_STEP = 32
 SAMPLES_PER_PROBLEM = 4
-LEARNING_RATE = 1e-3
+LEARNING_RATE_FIRST = 1e-3
 HELD_OUT_PROBLEMS = 96
 HELD_OUT_SAMPLES = 2
 EVALUATE_EVERY_STEPS = 4
@@ -44,13 +44,19 @@ def train(
     yield Progress(0, 0.0, evaluate(model, held_out))
     for step in range(1, steps + 1):
         rows = pool[(step - 1) * PROBLEMS_PER_STEP : step * PROBLEMS_PER_STEP]
-        mean_reward = train_step(model, tokenizer, rows)
+        # Adam's steps do not shrink with the gradient: near the end few groups still differ, and a constant rate
+        # would let their noise undo what has been learnt.
+        learning_rate = LEARNING_RATE_FIRST * (1 - (step - 1) / steps)
+        mean_reward = train_step(model, tokenizer, rows, learning_rate)
         evaluated = step % EVALUATE_EVERY_STEPS == 0 or step == steps
         yield Progress(step, mean_reward, evaluate(model, held_out) if evaluated else None)
 
 
 def train_step(
-    model: river.Model, tokenizer: PreTrainedTokenizerBase, rows: list[Problem]
+    model: river.Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Problem],
+    learning_rate: float,
 ) -> float:
     """Samples, rewards and learns from one batch of problems; returns the mean reward."""
     prompts = [make_prompt(row.question) for row in rows]
@@ -70,7 +76,7 @@ def train_step(
             train_data.append(datum(prompt_tokens, sample, value - baseline))
     if train_data:
         model.forward_backward(data=train_data, loss_fn="importance_sampling")
-        model.optim_step(lr=LEARNING_RATE)
+        model.optim_step(lr=learning_rate)
     return sum(all_rewards) / len(all_rewards)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
 
 from river_ops.children import Child, dying_with_parent, free_port
 from river_ops.limits import NATS_MAX_PAYLOAD_BYTES, NATS_START_TIMEOUT_S
+from river_ops.private_files import write_private
 
 BINARY_VARIABLE = "RIVER_NATS_BIN"
 
@@ -25,10 +27,11 @@ class EmbeddedNats:
         self._directory = directory
         self._durable = durable
         self._port = free_port()
+        self._token = secrets.token_urlsafe(24)
         self._child: Child | None = None
 
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self._port}"
+        return f"nats://{self._token}@127.0.0.1:{self._port}"
 
     @property
     def child(self) -> Child:
@@ -47,9 +50,12 @@ class EmbeddedNats:
         ports.mkdir()
         configuration = self._directory / "nats.conf"
         # JSON is a subset of the server's configuration language.
-        configuration.write_text(
+        write_private(
+            configuration,
             json.dumps(
                 {
+                    # Other users of this machine reach loopback ports too.
+                    "authorization": {"token": self._token},
                     "listen": f"127.0.0.1:{self._port}",
                     "max_payload": NATS_MAX_PAYLOAD_BYTES,
                     "ports_file_dir": str(ports),
@@ -59,7 +65,7 @@ class EmbeddedNats:
                     },
                 },
                 indent=1,
-            )
+            ).encode(),
         )
         server = [find_binary(), "--config", str(configuration)]
         self._child = Child(

@@ -1,4 +1,4 @@
-"""PostgreSQL from a wheel or the system, in a data directory of ours, on a loopback port.
+"""PostgreSQL from a wheel or the system, in a data directory of ours, on a socket that only we can reach.
 
 The server runs in the foreground as our child, so it stops with us and never lingers as a daemon would.
 """
@@ -14,7 +14,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from river_ops.children import Child, dying_with_parent, free_port
+from river_ops.children import Child, dying_with_parent
 from river_ops.limits import POSTGRES_START_TIMEOUT_S
 
 SUPERUSER = "river"
@@ -33,13 +33,13 @@ class EmbeddedPostgres:
     def __init__(self, directory: Path, *, durable: bool = True) -> None:
         self._directory = directory
         self._durable = durable
-        self._port = free_port()
         self._binaries = find_binaries()
+        # The path of a socket has at most 108 bytes, so it cannot lie in the data directory.
+        self._socket_directory = Path(tempfile.mkdtemp(prefix="river-pg-"))
         self._child: Child | None = None
-        self._socket_directory: Path | None = None
 
     def url(self, database: str = "postgres") -> str:
-        return f"postgresql://{SUPERUSER}@127.0.0.1:{self._port}/{database}"
+        return f"postgresql://{SUPERUSER}@/{database}?host={self._socket_directory}"
 
     @property
     def child(self) -> Child:
@@ -55,14 +55,12 @@ class EmbeddedPostgres:
         data = self._directory / "data"
         self._directory.mkdir(parents=True, exist_ok=True)
         prefix = unprivileged_prefix()
-        # The socket is not used, but the server insists on a place for it, of at most 108 bytes.
-        self._socket_directory = Path(tempfile.mkdtemp(prefix="river-pg-"))
         if prefix and prefix[0].endswith("setpriv"):
             hand_over(self._directory, self._socket_directory, user=prefix[2])
         if not (data / "PG_VERSION").exists():
             self._create_cluster(data, prefix)
-        server = [str(self._binaries / "postgres"), "-D", str(data), "-p", str(self._port)]
-        server += ["-c", "listen_addresses=127.0.0.1", "-k", str(self._socket_directory)]
+        server = [str(self._binaries / "postgres"), "-D", str(data)]
+        server += ["-c", "listen_addresses=", "-k", str(self._socket_directory)]
         server += ["-c", "timezone=UTC", "-c", "max_connections=200"]
         if not self._durable:
             server += ["-F", "-c", "full_page_writes=off"]
@@ -78,8 +76,7 @@ class EmbeddedPostgres:
     def stop(self) -> None:
         if self._child is not None:
             self._child.stop()
-        if self._socket_directory is not None:
-            shutil.rmtree(self._socket_directory, ignore_errors=True)
+        shutil.rmtree(self._socket_directory, ignore_errors=True)
 
     def _create_cluster(self, data: Path, prefix: list[str]) -> None:
         # A half-made cluster of an interrupted first start has no PG_VERSION and must not stay.
@@ -93,7 +90,7 @@ class EmbeddedPostgres:
             raise RuntimeError(f"initdb failed: {done.stderr.strip()}")
 
     def _accepts(self) -> bool:
-        probe = [str(self._binaries / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self._port)]
+        probe = [str(self._binaries / "pg_isready"), "-q", "-h", str(self._socket_directory)]
         return subprocess.run(probe, check=False).returncode == 0
 
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,6 +73,14 @@ async def test_usage_without_a_price_is_kept(
     await record_events(connection, [make_event(base_model="new/model", prompt=5)])
     assert await totals(connection) == (1, 5, 0)
     assert "no price for prompt of new/model" in caplog.text
+
+
+async def test_a_user_with_a_nul_is_billed(connection: Any) -> None:
+    """Whatever a client calls its user, what it used is recorded."""
+    event = msgspec.structs.replace(make_event(prompt=5), user="a\0b")
+    await record_events(connection, [event])
+    assert (await totals(connection))[:2] == (1, 5)
+    assert await connection.fetchval("select end_user from usage_event") == "ab"
 
 
 @settings(

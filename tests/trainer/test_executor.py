@@ -143,7 +143,7 @@ def bad_tasks() -> dict[str, tuple[AnyTask, str]]:
         ),
         "no such checkpoint": (
             LoadWeights(location="file:///nonexistent-river/x", optimizer=True),
-            "storage_failed",
+            "checkpoint_missing",
         ),
     }
 

@@ -32,6 +32,7 @@ from river_trainer.passes import Job, JobOutput, run_jobs
 from river_trainer.protocol import (
     Adam,
     AdapterShape,
+    AnyTask,
     CreateRun,
     Forward,
     ForwardBackward,
@@ -56,6 +57,12 @@ PURE = (Forward, SaveWeights)
 """Tasks that leave no trace in the run: replaying the journal may skip them."""
 LOADING = (CreateRun, LoadWeights)
 """Tasks that may read a checkpoint, which may be gone when the journal is replayed."""
+
+
+def reads_checkpoint(task: AnyTask) -> bool:
+    return isinstance(task, LoadWeights) or (
+        isinstance(task, CreateRun) and task.checkpoint is not None
+    )
 
 
 class Executor:
@@ -99,8 +106,11 @@ class Executor:
             self.runs[message.run_id] = FailedRun(message.run_id, stored.error, message.seq)
         self._pass(message)
 
-    def give_up(self, message: TrainMessage, error: TaskError) -> None:
+    def give_up(self, message: TrainMessage) -> None:
         """The run cannot be brought to where it was: it answers everything with a refusal from now on."""
+        error = TaskError(
+            type="internal", message="the trainer could not rebuild it after a restart"
+        )
         self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
 
     def _pass(self, message: TrainMessage) -> None:

@@ -45,7 +45,7 @@ async def _serve(settings: TrainerSettings) -> None:
         working = asyncio.create_task(process.work())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-        _bound_the_end()
+        _bound_the_end(exit_code=1 if working.done() else 0)
         stopping.cancel()
         working.cancel()
         try:
@@ -68,7 +68,7 @@ class _Process:
         return b"" if self._service is None else self._service.metrics.page()
 
     async def work(self) -> None:
-        """Loads the model, connects, serves. Ends only by cancellation or a bug."""
+        """Loads the model, connects, serves. Ends only by cancellation, a lost lease or a bug."""
         # Imported here because torch has to be loaded after main has set its environment.
         from river_trainer import assembly, journal  # noqa: PLC0415
 
@@ -87,9 +87,9 @@ class _Process:
             worker.shutdown(wait=False, cancel_futures=True)
 
 
-def _bound_the_end() -> None:
+def _bound_the_end(exit_code: int) -> None:
     """Ends the process even if the worker thread is deep in a long pass."""
-    timer = threading.Timer(limits.STOP_GRACE_S, os._exit, args=(0,))
+    timer = threading.Timer(limits.STOP_GRACE_S, os._exit, args=(exit_code,))
     timer.daemon = True
     timer.start()
 

@@ -10,7 +10,7 @@ the journal is replayed, and one without is done again with the same identities,
 everybody else.
 
 The journal of a run is trimmed when a snapshot holds what it says. A checkpoint that was loaded may be gone by the time
-of a replay, so such an operation is snapshotted before its result is published.
+of a replay, so such an operation is snapshotted before its result is published, however long the store is away.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -32,8 +33,9 @@ from river_billing.events import AnyEvent, RunAdvanced, UsageEvent, UsageKind, t
 from river_engine.protocol import publish_subject
 from river_trainer import journal, limits
 from river_trainer.errors import StoreError
-from river_trainer.executor import ADVANCING, LOADING, PURE, Executor
+from river_trainer.executor import ADVANCING, LOADING, PURE, Executor, reads_checkpoint
 from river_trainer.follower import Follower
+from river_trainer.lease import Lease
 from river_trainer.metrics import TrainerMetrics
 from river_trainer.ordering import Entry, Ordering
 from river_trainer.protocol import (
@@ -42,7 +44,6 @@ from river_trainer.protocol import (
     TRAIN_STREAM,
     CreateRun,
     LiveVersion,
-    LoadWeights,
     TaskError,
     TrainerRecord,
     TrainMessage,
@@ -100,16 +101,28 @@ class Service:
         self._progress: dict[str, _Progress] = {}
         self._replay_end = 0
         self._trainer_id = f"trainer_{time.time_ns():x}"
+        self._lease = Lease(client, settings.base_model, self._trainer_id)
 
     async def run(self) -> None:
-        """Works until cancelled."""
+        """Works until cancelled.
+
+        Raises:
+            ExceptionGroup: of a `LeaseLostError`, when another trainer of the base has taken over.
+        """
         await journal.retry(lambda: journal.ensure_streams(self._js), doing="making the streams")
         await journal.retry(lambda: billing.ensure_streams(self._js), doing="making the streams")
-        await self._recover()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
-            tasks.create_task(self._work())
-            tasks.create_task(self._beat())
+        await self._lease.take()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._lease.keep())
+                await self._recover()
+                tasks.create_task(self._listen())
+                tasks.create_task(self._work())
+                tasks.create_task(self._beat())
+        finally:
+            # What the worker thread is still at may write files, which no other trainer should meet.
+            await self._in_worker(lambda: None)
+            await self._lease.release()
 
     # ---- Start ---------------------------------------------------------------------------------
 
@@ -181,6 +194,9 @@ class Service:
         if message is None:
             logger.error("an operation's message is gone", extra={"operation": operation})
             return
+        if message.base_model != self._settings.base_model:
+            logger.error("an operation on another base model", extra={"operation": operation})
+            return
         if entry.duplicate:
             await self._answer_again(entry, message, body_name)
             return
@@ -203,20 +219,43 @@ class Service:
     async def _execute(self, message: TrainMessage, stored: TrainResult | None) -> None:
         started = time.perf_counter()
         result = await self._in_worker(self._executor.execute, message)
+        if stored is not None:
+            result = await self._rebuild(message, result, stored)
         busy_s = time.perf_counter() - started
         run = self._executor.runs[message.run_id]
         live: LiveVersion | None = None
-        if result.error is None and isinstance(message.task, ADVANCING):
-            assert isinstance(run, Run)
+        if result.error is None and isinstance(message.task, ADVANCING) and isinstance(run, Run):
             live = await self._write_version(run)
-            if _reads_checkpoint(message):
-                await self._snapshot(run)
+            while reads_checkpoint(message.task) and not await self._snapshot(run):
+                await asyncio.sleep(limits.RETRY_DELAY_MAX_S)
         if stored is None:
             await self._tell(message, result, live)
             self.metrics.count(message, result, busy_s=busy_s)
         elif live is not None:
             assert isinstance(run, Run)
             await self._refresh_live(run)
+
+    async def _rebuild(
+        self, message: TrainMessage, result: TrainResult, stored: TrainResult
+    ) -> TrainResult:
+        """The result of doing again what was told to have succeeded, which has to succeed in the same way."""
+        while result.error is not None and result.error.type == StoreError.type:
+            logger.error("the store does not answer", extra={"operation": result.operation_id})
+            await asyncio.sleep(limits.RETRY_DELAY_MAX_S)
+            if isinstance(message.task, CreateRun):
+                self._executor.runs.pop(message.run_id, None)
+            result = await self._in_worker(self._executor.execute, message)
+        if result.error is not None or result.step != stored.step:
+            reason = result.error.message if result.error else f"step {result.step}"
+            logger.critical(
+                "cannot rebuild a run: %s, instead of the step %d that was told",
+                reason,
+                stored.step,
+                extra={"operation": result.operation_id},
+            )
+            if isinstance(self._executor.runs[message.run_id], Run):
+                self._executor.give_up(message)
+        return result
 
     async def _answer_again(
         self, entry: Entry, message: TrainMessage, body_name: str | None
@@ -371,19 +410,16 @@ class Service:
             end = min(end, waiting)
         subject = train_subject(self._settings.base_model, run_id)
         await self._js.purge_stream(TRAIN_STREAM, seq=end, subject=subject)
-        bucket = await journal.bodies_bucket(self._js)
         while progress.bodies:
-            await bucket.delete(progress.bodies[-1])
+            await journal.delete_body(self._js, progress.bodies[-1])
             progress.bodies.pop()
         progress.stream_seq = 0
 
     async def _forget(self, stream_seq: int, body_name: str | None) -> None:
-        try:
+        with suppress(NotFoundError):  # Trimmed already.
             await self._js.delete_msg(TRAIN_STREAM, stream_seq)
-            if body_name is not None:
-                await (await journal.bodies_bucket(self._js)).delete(body_name)
-        except NotFoundError:
-            pass  # Trimmed already.
+        if body_name is not None:
+            await journal.delete_body(self._js, body_name)
 
     # ---- Reading -------------------------------------------------------------------------------
 
@@ -466,10 +502,3 @@ class Service:
         """Torch and disk work, off the event loop, so that heartbeats go on; one thing at a time."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, lambda: function(*args, **kwargs))
-
-
-def _reads_checkpoint(message: TrainMessage) -> bool:
-    task = message.task
-    return isinstance(task, LoadWeights) or (
-        isinstance(task, CreateRun) and task.checkpoint is not None
-    )

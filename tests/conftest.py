@@ -8,7 +8,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Nothing here may reach for a hub or report to anybody, and nobody's own platform may be mistaken for a test's.
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
-for name in [name for name in os.environ if name.startswith("RIVER_") and not name.endswith("_BIN")]:
+for name in [
+    name for name in os.environ if name.startswith("RIVER_") and not name.endswith("_BIN")
+]:
     del os.environ[name]
 
 import asyncio

@@ -90,7 +90,8 @@ def model_targets(config: Any) -> dict[str, Target]:
 async def fetch_adapter(location: str, directory: Path) -> None:
     """Puts the two files of the adapter at the URL `location` into `directory`, which must not exist.
 
-    Files of this machine are linked where possible: the bytes stay when their owner deletes its name for them.
+    Files of this machine are linked where possible: the bytes stay when their owner deletes its name for them. What is
+    raised goes to clients and names no location; the cause does.
 
     Raises:
         AdapterNotFound: there is no such adapter.
@@ -111,9 +112,9 @@ async def fetch_adapter(location: str, directory: Path) -> None:
                 async for chunk in answer.stream():
                     file.write(chunk)
     except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
-        raise AdapterNotFound(f"no adapter at {location}") from error
+        raise AdapterNotFound("its files are not there") from error
     except (ValueError, obstore.exceptions.BaseError) as error:
-        raise InvalidAdapter(f"cannot read an adapter from {location}: {error}") from error
+        raise InvalidAdapter(f"its files cannot be read: {type(error).__name__}") from error
 
 
 def check_adapter(directory: Path, targets: dict[str, Target], *, rank_max: int) -> None:
@@ -174,7 +175,9 @@ def _read_config(path: Path) -> AdapterConfig:
         if path.stat().st_size > ADAPTER_CONFIG_MAX_BYTES:
             raise InvalidAdapter(f"{CONFIG_FILE} is over {ADAPTER_CONFIG_MAX_BYTES} bytes")
         config = msgspec.json.decode(path.read_bytes(), type=AdapterConfig)
-    except (msgspec.DecodeError, OSError) as error:
+    except OSError as error:
+        raise InvalidAdapter(f"{CONFIG_FILE}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
         raise InvalidAdapter(f"{CONFIG_FILE}: {error}") from error
     refused = {
         "peft_type": config.peft_type.upper() != "LORA",
@@ -197,7 +200,9 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InvalidAdapter(f"{WEIGHTS_FILE}: {error.strerror or 'not there'}") from error
+    except SafetensorError as error:
         raise InvalidAdapter(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
     if not shapes:
         raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors")
@@ -222,15 +227,11 @@ def _link_or_copy(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except FileNotFoundError as error:
-        raise AdapterNotFound(
-            f"no adapter file {source.name} at {source.parent.as_uri()}"
-        ) from error
+        raise AdapterNotFound(f"{source.name} is not there") from error
     except OSError:  # Another file system, or one without links.
         try:
             shutil.copyfile(source, destination)
         except FileNotFoundError as error:
-            raise AdapterNotFound(
-                f"no adapter file {source.name} at {source.parent.as_uri()}"
-            ) from error
+            raise AdapterNotFound(f"{source.name} is not there") from error
         except OSError as error:
-            raise InvalidAdapter(f"cannot read {source.name}: {error}") from error
+            raise InvalidAdapter(f"{source.name} cannot be read: {error.strerror}") from error

@@ -215,9 +215,17 @@ class AdapterStore:
                 await fetch_adapter(version.ref.location, version.directory)
             await self._load(version)
         except EngineRefusal as error:
-            version.failure = error
+            _log.warning(
+                "adapter refused",
+                extra={
+                    "adapter": version.ref.name,
+                    "location": version.ref.location,
+                    "reason": f"{error.message}; {error.__cause__!r}",
+                },
+            )
+            version.failure = type(error)(f"adapter {version.ref.name}: {error.message}")
             await self._drop(version)
-            raise
+            raise version.failure from error
         except asyncio.CancelledError:
             # A half-fetched directory must not look like a whole one to whoever is next.
             shutil.rmtree(version.directory, ignore_errors=True)
@@ -242,7 +250,8 @@ class AdapterStore:
         except EngineDeadError as error:
             raise EngineBusy("the engine is going down") from error
         except Exception as error:  # vLLM hands the errors of its core over as these.
-            raise InvalidAdapter(f"vLLM refuses the adapter: {str(error)[:500]}") from error
+            reason = str(error).replace(str(version.directory), "its directory")
+            raise InvalidAdapter(f"vLLM refuses it: {reason[:500]}") from error
         version.resident = True
 
     async def _evict(self) -> None:

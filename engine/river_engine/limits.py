@@ -9,6 +9,10 @@ BODY_MAX_BYTES = 64 * 1024 * 1024
 HEADER_MAX_BYTES = 64 * 1024
 
 PROMPTS_MAX = 1024
+PROMPT_CHARACTERS_PER_TOKEN_MAX = 64
+"""A longer text cannot be a prompt that fits into the context; it is refused before it is tokenised."""
+TOKENIZE_INLINE_CHARACTERS_MAX = 10_000
+"""More text than this is tokenised in a thread, so that the event loop goes on."""
 SAMPLES_MAX = 256
 TOP_LOGPROBS_MAX = 20
 STOPS_MAX = 16

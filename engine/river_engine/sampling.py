@@ -8,6 +8,7 @@ engine runs with `logprobs_mode=processed_logprobs`.
 from __future__ import annotations
 
 import asyncio
+import copy
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -47,6 +48,8 @@ class Sampler:
         self._generate = generate
         self._store = store
         self._tokenizer = tokenizer
+        # vLLM changes the truncation of its own while it tokenises; another thread's call would then fail.
+        self._encoder = copy.deepcopy(tokenizer)
         self._context_length = context_length
         self._vocab_size = vocab_size
         self._special_ids = {
@@ -62,7 +65,7 @@ class Sampler:
             EngineRefusal: a field is wrong, the adapter is unfit, or the engine is going down.
         """
         _check_fields(request)
-        prompts = self._prompt_tokens(request)
+        prompts = await self._prompt_tokens(request)
         async with AsyncExitStack() as stack:
             lora = None
             if request.adapter is not None:
@@ -77,14 +80,11 @@ class Sampler:
                 raise _first(errors) from errors
         return EngineSampleResult(groups=[task.result() for task in tasks])
 
-    def _prompt_tokens(self, request: EngineSample) -> list[list[int]]:
+    async def _prompt_tokens(self, request: EngineSample) -> list[list[int]]:
         """The prompts as token ids, each within the vocabulary and short enough."""
         if request.prompts is not None:
             field = "prompts"
-            prompts = [
-                self._tokenizer.encode(prompt, add_special_tokens=False)
-                for prompt in request.prompts
-            ]
+            prompts = await self._encode(request.prompts)
         else:
             field = "prompt_token_ids"
             prompts = request.prompt_token_ids or []
@@ -109,6 +109,22 @@ class Sampler:
                     param=param,
                 )
         return prompts
+
+    async def _encode(self, texts: list[str]) -> list[list[int]]:
+        characters_max = self._context_length * limits.PROMPT_CHARACTERS_PER_TOKEN_MAX
+        for index, text in enumerate(texts):
+            if len(text) > characters_max:
+                raise InvalidField(
+                    f"{len(text)} characters; a prompt has at most {characters_max}",
+                    param=f"prompts[{index}]",
+                )
+
+        def encode() -> list[list[int]]:
+            return [self._encoder.encode(text, add_special_tokens=False) for text in texts]
+
+        if sum(map(len, texts)) > limits.TOKENIZE_INLINE_CHARACTERS_MAX:
+            return await asyncio.to_thread(encode)
+        return encode()
 
     def _sampling_params(self, request: EngineSample, prompt_index: int) -> SamplingParams:
         stop_ids = [self._special_ids[stop] for stop in request.stop if stop in self._special_ids]

@@ -52,8 +52,9 @@ class _Watch:
 class Stack:
     """Starts, supervises and stops everything; use it from the main thread."""
 
-    def __init__(self, options: StackOptions) -> None:
+    def __init__(self, options: StackOptions, interrupted: threading.Event) -> None:
         self._options = options
+        self._interrupted = interrupted
         self._data = options.data_directory.resolve()
         self._servers: list[EmbeddedPostgres | EmbeddedNats] = []
         self._server_watches: list[_Watch] = []
@@ -67,7 +68,7 @@ class Stack:
         """Brings everything up; returns when every base model can be trained and sampled.
 
         Raises:
-            StackError: it takes too long.
+            StackError: it takes too long, or was interrupted.
             ChildError: a part ended early.
         """
         port = self._options.port or free_port()
@@ -132,34 +133,25 @@ class Stack:
         # The slowest to start goes first.
         for base in self._options.bases:
             for number in range(self._options.engines):
-                yield self._engine(base, number, common)
+                yield self._model_part("engine", base, number, common, self._engine_metrics_urls)
             for number in range(self._options.trainers):
-                yield self._trainer(base, number, common)
+                yield self._model_part("trainer", base, number, common, self._trainer_metrics_urls)
         yield self._part("recorder", "recorder", {**common, "RIVER_PORT": str(free_port())})
         yield self._part("gateway", "gateway", {**common, "RIVER_PORT": str(port)})
 
-    def _engine(self, base: Base, number: int, common: dict[str, str]) -> Child:
+    def _model_part(
+        self, part: str, base: Base, number: int, common: dict[str, str], metrics_urls: list[str]
+    ) -> Child:
+        name = f"{part}-{file_name(base.name)}-{number}"
         port = free_port()
-        self._engine_metrics_urls.append(f"http://127.0.0.1:{port}/metrics")
-        name = f"engine-{file_name(base.name)}-{number}"
+        metrics_urls.append(f"http://127.0.0.1:{port}/metrics")
         own = {
             "RIVER_BASE_MODEL": base.name,
             "RIVER_MODEL_PATH": base.path,
             "RIVER_PORT": str(port),
             "RIVER_ENGINE_ID": name,
         }
-        return self._part("engine", name, common | own)
-
-    def _trainer(self, base: Base, number: int, common: dict[str, str]) -> Child:
-        port = free_port()
-        self._trainer_metrics_urls.append(f"http://127.0.0.1:{port}/metrics")
-        name = f"trainer-{file_name(base.name)}-{number}"
-        own = {
-            "RIVER_BASE_MODEL": base.name,
-            "RIVER_MODEL_PATH": base.path,
-            "RIVER_PORT": str(port),
-        }
-        return self._part("trainer", name, common | own)
+        return self._part(part, name, common | own)
 
     def _part(self, part: str, name: str, environment: dict[str, str]) -> Child:
         directory = self._data / name
@@ -176,6 +168,8 @@ class Stack:
         headers = {"authorization": f"Bearer {admin_key}"}
         with httpx.Client(base_url=base_url, headers=headers, timeout=5.0) as client:
             while not ready_models(client) >= wanted:
+                if self._interrupted.is_set():
+                    raise StackError("interrupted before it was ready")
                 for watch in self._watches:
                     watch.child.require_running()
                 if time.monotonic() > deadline:
@@ -187,14 +181,16 @@ class Stack:
 
 
 @contextmanager
-def running_stack(options: StackOptions) -> Iterator[StackInfo]:
-    """A stack for the length of the block, supervised from a thread.
+def running_stack(
+    options: StackOptions, interrupted: threading.Event | None = None
+) -> Iterator[StackInfo]:
+    """A stack for the length of the block, supervised from a thread; setting `interrupted` ends its start.
 
     Raises:
         StackRunsError: another process has one in this directory.
         StackError, ChildError: it does not start.
     """
-    stack = Stack(options)
+    stack = Stack(options, interrupted or threading.Event())
     stop = threading.Event()
 
     def supervise_and_stop() -> None:

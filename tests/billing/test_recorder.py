@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nats
 import pytest_asyncio
@@ -185,9 +186,10 @@ async def test_an_outage_of_postgres_only_delays(
 ) -> None:
     """Connections cut and refused for a while: everything is there afterwards."""
     events = random_events(600, seed=7)
-    name = postgres_url.rsplit("/", 1)[1]
+    parts = urlsplit(postgres_url)
+    name = parts.path.removeprefix("/")
     async with (
-        database(postgres_url.removesuffix(name) + "postgres") as administrator,
+        database(parts._replace(path="/postgres").geturl()) as administrator,
         recording(postgres_url, nats_url) as task,
     ):
         await publish_all(js, events[:300])

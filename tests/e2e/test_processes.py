@@ -89,12 +89,16 @@ def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "logs").exists():
-        assert time.monotonic() < deadline, "no part was started"
-        time.sleep(0.05)
-    processes = descendants(process.pid)
-    assert processes
-    process.terminate()
-    assert process.wait(timeout=60) != 0
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "logs").exists():
+            assert time.monotonic() < deadline, "no part was started"
+            time.sleep(0.05)
+        processes = descendants(process.pid)
+        assert processes
+        process.terminate()
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.kill()
+        process.wait()
     assert not [one for one in processes if Path(f"/proc/{one}").exists()]

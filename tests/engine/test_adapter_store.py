@@ -126,8 +126,9 @@ async def test_an_evicted_version_comes_back_under_a_new_number(
 async def test_a_missing_adapter_is_not_found(store: AdapterStore, tmp_path: Path) -> None:
     """And is found once it is there: the failure is not remembered."""
     ref = AdapterRef(name="run_a@1", location=(tmp_path / "source" / "run_a@1").as_uri())
-    with pytest.raises(AdapterNotFound):
+    with pytest.raises(AdapterNotFound) as refusal:
         await store.preload(ref)
+    assert refusal.value.message == "adapter run_a@1: adapter_config.json is not there"
     written(tmp_path, "run_a@1")
     await store.preload(ref)
     assert store.resident() == ["run_a@1"]
@@ -136,6 +137,11 @@ async def test_a_missing_adapter_is_not_found(store: AdapterStore, tmp_path: Pat
 def junk_weights(directory: Path) -> None:
     (directory / WEIGHTS_FILE).unlink()
     (directory / WEIGHTS_FILE).write_bytes(b"junk")
+
+
+def directory_for_config(directory: Path) -> None:
+    (directory / CONFIG_FILE).unlink()
+    (directory / CONFIG_FILE).mkdir()
 
 
 def change_config(**fields: object) -> Callable[[Path], None]:
@@ -164,6 +170,7 @@ DOWN = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
     [
         (junk_weights, "not a safetensors file"),
         (lambda directory: (directory / CONFIG_FILE).write_bytes(b"{"), CONFIG_FILE),
+        (directory_for_config, "cannot be read"),
         (change_config(r=16), "rank 16 is not between 1 and 8"),
         (change_config(use_dora=True), "use_dora"),
         (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -184,7 +191,19 @@ DOWN = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
         ),
         (change_tensors(lambda tensors: tensors.clear()), "holds no tensors"),
     ],
-    ids=["junk", "config", "rank", "dora", "saved", "half", "shape", "unknown", "down", "empty"],
+    ids=[
+        "junk",
+        "config",
+        "directory",
+        "rank",
+        "dora",
+        "saved",
+        "half",
+        "shape",
+        "unknown",
+        "down",
+        "empty",
+    ],
 )
 async def test_an_unfit_adapter_is_refused(
     store: AdapterStore, vllm: Vllm, tmp_path: Path, spoil: Callable[[Path], object], message: str
@@ -195,6 +214,8 @@ async def test_an_unfit_adapter_is_refused(
     with pytest.raises(InvalidAdapter) as refusal:
         await store.preload(ref)
     assert message in refusal.value.message
+    assert "run_a@1" in refusal.value.message
+    assert str(tmp_path) not in refusal.value.message
     assert vllm.loads == 0
     assert store.resident() == []
     assert not any(path.is_dir() for path in (tmp_path / "versions").iterdir())

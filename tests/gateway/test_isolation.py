@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import httpx
 import msgspec
 from litestar.routes import HTTPRoute
-from support.gateway import BASE, Rig, Tenant
+from support.gateway import Rig, Tenant
+from support.stand_ins import BASE
 
 from river_client import wire
 from river_gateway.app import create_litestar

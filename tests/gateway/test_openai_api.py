@@ -9,15 +9,8 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from support.gateway import (
-    BASE,
-    CACHED_TOKENS,
-    COMPLETION_TOKENS,
-    PROMPT_TOKENS,
-    Rig,
-    eventually,
-    served_gateway,
-)
+from support.gateway import Rig, eventually, served_gateway
+from support.stand_ins import BASE, CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TOKENS
 
 from river_billing.events import UsageEvent, UsageKind
 from river_client import wire

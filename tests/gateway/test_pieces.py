@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from support.gateway import BASE, StandInEngine
+from support.stand_ins import BASE, StandInEngine
 
 from river_billing.events import UsageKind
 from river_gateway import ids

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.gateway import BASE, PATIENCE_S, Rig, eventually, running_rig
+from support.gateway import Rig, eventually, running_rig
+from support.stand_ins import BASE, PATIENCE_S
 
 from river_ops.children import free_port
 from river_ops.embedded.nats import EmbeddedNats

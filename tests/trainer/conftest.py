@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.trainer_world import World
 from support.training import BASE_NAME
 
+from river_billing import streams as billing
+from river_trainer import journal
 from river_trainer.base_model import BaseModel
 from river_trainer.executor import Executor, configure_torch
 from river_trainer.store import FileSets
@@ -39,3 +42,15 @@ def make_executor(base: BaseModel, tmp_path: Path) -> ExecutorMaker:
         )
 
     return make
+
+
+@pytest.fixture
+async def world(
+    nats_url: str, base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[World]:
+    client = await journal.connect(nats_url)
+    js = client.jetstream()
+    await journal.ensure_streams(js)
+    await billing.ensure_streams(js)
+    yield World(js, client, base, f"test/{request.node.name}", tmp_path)
+    await client.close()

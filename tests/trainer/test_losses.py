@@ -156,9 +156,7 @@ def test_a_step_out_of_range_changes_nothing(gradient: float, lr: float) -> None
     state = AdamState(tensors)
     adam = Adam(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=None)
     with pytest.raises(NonFiniteError):
-        adam_step(
-            tensors, {"fine": torch.ones(2), "huge": torch.full((2,), gradient)}, state, adam
-        )
+        adam_step(tensors, {"fine": torch.ones(2), "huge": torch.full((2,), gradient)}, state, adam)
     assert [tensor.tolist() for tensor in tensors.values()] == [[1.0, 1.0]] * 2
     assert state.steps == 0
     good = msgspec.structs.replace(adam, lr=0.1)

@@ -9,16 +9,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nats.aio.client import Client
-from nats.js import JetStreamContext
-from nats.js.errors import NotFoundError
+from support.trainer_world import WAIT_S, World
 from support.training import (
     ADAM,
     VOCAB_SIZE,
@@ -30,10 +25,7 @@ from support.training import (
     training_script,
 )
 
-from river_billing import streams as billing
 from river_billing.events import (
-    EVENTS_STREAM,
-    AnyEvent,
     CheckpointSaved,
     RunAdvanced,
     UsageEvent,
@@ -44,138 +36,18 @@ from river_billing.events import (
 )
 from river_engine.protocol import publish_subject
 from river_trainer import journal
-from river_trainer.assembly import Parts, make_service
-from river_trainer.base_model import BaseModel
 from river_trainer.executor import Executor
 from river_trainer.protocol import (
     BODIES_BUCKET,
-    TRAIN_STREAM,
     CreateRun,
     ForwardBackward,
-    LiveVersion,
     OptimStep,
     SaveWeights,
     Sequence,
-    TrainMessage,
-    TrainResult,
-    operation_id,
     train_subject,
 )
-from river_trainer.service import Service
-from river_trainer.settings import TrainerSettings
-from river_trainer.snapshots import Snapshots
-from river_trainer.store import FileSets
-from river_trainer.versions import Versions
 
-WAIT_S = 60.0
 Maker = Callable[..., Executor]
-
-
-@dataclass(slots=True)
-class World:
-    """A connection, and a base name and a directory that only one test uses."""
-
-    js: JetStreamContext
-    client: Client
-    base: BaseModel
-    base_name: str
-    directory: Path
-
-    def settings(self, nats_url: str = "", model_path: str = "") -> TrainerSettings:
-        return TrainerSettings(
-            nats_url=nats_url,
-            base_model=self.base_name,
-            model_path=model_path,
-            data_dir=str(self.directory),
-            snapshot_every_steps=2,
-            snapshot_idle_s=0.2,
-        )
-
-    async def submit(self, *messages: TrainMessage) -> None:
-        for message in messages:
-            await journal.submit(self.js, message)
-
-    async def result(self, message: TrainMessage) -> TrainResult:
-        operation = operation_id(message.run_id, message.seq)
-        async with asyncio.timeout(WAIT_S):
-            while (result := await journal.find_result(self.js, operation)) is None:
-                await asyncio.sleep(0.02)
-        return result
-
-    async def results(self, script: RunScript) -> list[TrainResult]:
-        return [await self.result(message) for message in script.messages]
-
-    async def live(self, run_id: str) -> LiveVersion:
-        entry = await (await journal.live_bucket(self.js)).get(run_id)
-        return journal.decode_live(entry.value or b"")
-
-    async def events(self, subject: str, run_id: str) -> list[AnyEvent]:
-        """The events of a run under a subject, in stream order."""
-        found: list[AnyEvent] = []
-        seq = 1
-        while True:
-            try:
-                message = await self.js.get_msg(
-                    EVENTS_STREAM, seq=seq, subject=subject, direct=False, next=True
-                )
-            except NotFoundError:
-                return found
-            assert message.seq is not None
-            assert message.data is not None
-            event = billing.decode(message.data)
-            if event.run_id == run_id:
-                found.append(event)
-            seq = message.seq + 1
-
-    async def journal_size(self, run_id: str) -> int:
-        info = await self.js.stream_info(
-            TRAIN_STREAM, subjects_filter=train_subject(self.base_name, run_id)
-        )
-        return sum((info.state.subjects or {}).values())
-
-    async def until_trimmed(self, run_id: str) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while await self.journal_size(run_id):
-                await asyncio.sleep(0.05)
-
-    @asynccontextmanager
-    async def trainer(self) -> AsyncIterator[Service]:
-        """A trainer in this process, on a connection of its own."""
-        settings = self.settings()
-        store = FileSets(settings.checkpoint_store_url())
-        executor = Executor(
-            self.base,
-            store,
-            base_model=self.base_name,
-            context_length=256,
-            max_lora_rank=32,
-            micro_batch_tokens=4096,
-        )
-        versions = Versions(settings.adapter_directory(), base_model=self.base_name)
-        parts = Parts(executor, Snapshots(store, self.base_name), versions)
-        client = await journal.connect(str(self.client.connected_url.geturl()))  # pyright: ignore[reportOptionalMemberAccess]
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            service = make_service(settings, parts, client, worker)
-            running = asyncio.create_task(service.run())
-            try:
-                yield service
-                assert not running.done(), running.exception()
-            finally:
-                running.cancel()
-                await asyncio.wait([running])
-                await client.close()
-
-
-@pytest.fixture
-async def world(
-    nats_url: str, base: BaseModel, tmp_path: Path, request: pytest.FixtureRequest
-) -> AsyncIterator[World]:
-    client = await journal.connect(nats_url)
-    js = client.jetstream()
-    await journal.ensure_streams(js)
-    await billing.ensure_streams(js)
-    yield World(js, client, base, f"test/{request.node.name}", tmp_path)
-    await client.close()
 
 
 async def test_an_operation_has_all_its_effects(world: World) -> None:

@@ -46,9 +46,10 @@ class Lease:
         Raises:
             LeaseLostError: another trainer has it.
         """
-        while await journal.retry(self._claim, doing="renewing the lease"):
+        while True:
+            if not await journal.retry(self._claim, doing="renewing the lease"):
+                raise LeaseLostError("another trainer of this base model has the lease")
             await asyncio.sleep(limits.LEASE_RENEWAL_INTERVAL_S)
-        raise LeaseLostError("another trainer of this base model has the lease")
 
     async def release(self) -> None:
         """Lets the next trainer in at once, if NATS is there; otherwise the lease fades."""

@@ -29,10 +29,10 @@ from nats.js import JetStreamContext
 from nats.js.errors import KeyNotFoundError, NotFoundError
 
 from river_billing import streams as billing
-from river_billing.events import AnyEvent, RunAdvanced, UsageEvent, UsageKind, training_event_id
 from river_engine.protocol import publish_subject
 from river_trainer import journal, limits
 from river_trainer.errors import StoreError
+from river_trainer.events import events_of
 from river_trainer.executor import ADVANCING, LOADING, PURE, Executor, reads_checkpoint
 from river_trainer.follower import Follower
 from river_trainer.lease import Lease
@@ -49,7 +49,6 @@ from river_trainer.protocol import (
     TrainMessage,
     TrainResult,
     operation_id,
-    policy_version,
     train_subject,
 )
 from river_trainer.runs import FailedRun, Run
@@ -226,8 +225,9 @@ class Service:
         live: LiveVersion | None = None
         if result.error is None and isinstance(message.task, ADVANCING) and isinstance(run, Run):
             live = await self._write_version(run)
-            while reads_checkpoint(message.task) and not await self._snapshot(run):
-                await asyncio.sleep(limits.RETRY_DELAY_MAX_S)
+            if reads_checkpoint(message.task):
+                await self._from_store(lambda: self._snapshots.write(run))
+                self._snapshotted(run)
         if stored is None:
             await self._tell(message, result, live)
             self.metrics.count(message, result, busy_s=busy_s)
@@ -247,12 +247,8 @@ class Service:
             result = await self._in_worker(self._executor.execute, message)
         if result.error is not None or result.step != stored.step:
             reason = result.error.message if result.error else f"step {result.step}"
-            logger.critical(
-                "cannot rebuild a run: %s, instead of the step %d that was told",
-                reason,
-                stored.step,
-                extra={"operation": result.operation_id},
-            )
+            extra = {"operation": result.operation_id, "told_step": stored.step}
+            logger.critical("cannot rebuild a run: %s", reason, extra=extra)
             if isinstance(self._executor.runs[message.run_id], Run):
                 self._executor.give_up(message)
         return result
@@ -298,7 +294,7 @@ class Service:
                 ),
                 doing="announcing a version",
             )
-        for event in self._events(message, result):
+        for event in events_of(message, result, context_length=self._executor.context_length):
             await journal.retry(
                 lambda event=event: billing.publish(self._js, event), doing="publishing an event"
             )
@@ -310,35 +306,6 @@ class Service:
             "done" if result.error is None else f"failed: {result.error.type}",
             extra={"operation": result.operation_id, "tenant": message.tenant_id},
         )
-
-    def _events(self, message: TrainMessage, result: TrainResult) -> list[AnyEvent]:
-        events: list[AnyEvent] = [
-            RunAdvanced(
-                run_id=message.run_id,
-                seq=message.seq,
-                step=result.step,
-                occurred_at=message.submitted_at,
-                metrics=result.metrics,
-            )
-        ]
-        if result.training_tokens:
-            events.append(
-                UsageEvent(
-                    event_id=training_event_id(result.operation_id),
-                    occurred_at=message.submitted_at,
-                    tenant_id=message.tenant_id,
-                    key_id=message.key_id,
-                    base_model=message.base_model,
-                    context_length=self._executor.context_length,
-                    quantities={UsageKind.TRAINING: result.training_tokens},
-                    run_id=message.run_id,
-                    session_id=message.session_id,
-                    policy_version=policy_version(message.run_id, result.step),
-                )
-            )
-        if result.checkpoint is not None:
-            events.append(result.checkpoint)
-        return events
 
     async def _write_version(self, run: Run) -> LiveVersion:
         while True:
@@ -390,16 +357,20 @@ class Service:
 
     async def _snapshot(self, run: Run | FailedRun) -> bool:
         """Whether it could be stored; if not, the journal goes on holding what there is."""
-        progress = self._progress[run.run_id]
         try:
             await self._in_worker(self._snapshots.write, run)
         except StoreError:
             logger.exception("cannot snapshot", extra={"run": run.run_id})
-            progress.used_at = time.monotonic()  # the next attempt is one idle time away
+            # The next attempt is one idle time away.
+            self._progress[run.run_id].used_at = time.monotonic()
             return False
+        self._snapshotted(run)
+        return True
+
+    def _snapshotted(self, run: Run | FailedRun) -> None:
+        progress = self._progress[run.run_id]
         progress.snapshot_seq = run.last_seq
         progress.snapshot_step = run.step if isinstance(run, Run) else 0
-        return True
 
     async def _trim(self, run_id: str) -> None:
         """Drops what a snapshot holds from the journal, but nothing that came early and still waits."""
@@ -485,7 +456,7 @@ class Service:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     async def _from_store(self, attempt: Callable[[], Answer]) -> Answer:
-        """Reads from the store in the worker thread, until it answers."""
+        """Works with the store in the worker thread, until it answers."""
         while True:
             try:
                 return await self._in_worker(attempt)

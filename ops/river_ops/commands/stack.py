@@ -59,8 +59,10 @@ def up(
         return
     from river_ops.stack import StackError, options_from_environment, running_stack  # noqa: PLC0415
 
-    # Until the stack is ready both signals interrupt the start; from then on they ask for an orderly end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # An event and no exception, which could be raised where Python swallows it, such as in a finalizer.
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         options: StackOptions = options_from_environment(
             data_directory=data_dir,
@@ -70,10 +72,7 @@ def up(
             trainers=trainers,
         )
         click.echo("Starting…", err=True)
-        with running_stack(options) as info:
-            stop = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: stop.set())
+        with running_stack(options, interrupted=stop) as info:
             print_info(info, as_json=as_json)
             stop.wait()
             click.echo("Stopping…", err=True)

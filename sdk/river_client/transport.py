@@ -1,7 +1,7 @@
 """HTTP to the gateway: encoding, retries, and errors as exceptions.
 
-A request that may have been lost is sent again, unchanged, so everything that is sent has an identity of its own or can
-be done twice without harm.
+A request that may have been lost is sent again, unchanged, so what it makes has an identity: a run, a session and an
+operation are made once however often they are asked for. Samples and chat are drawn, and billed, anew.
 """
 
 from __future__ import annotations

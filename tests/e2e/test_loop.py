@@ -21,7 +21,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 def test_the_loop_learns_and_the_bill_is_what_was_counted(stack: StackInfo) -> None:
     """A short demo raises the held-out reward, and every token billed was counted by engine or trainer."""
-    demo = run_demo(stack, steps=12, show=lambda _: None)
+    demo = run_demo(stack, steps=16, show=lambda _: None)
     assert demo.result is not None
     assert demo.result.reward_first < 0.45
     assert demo.result.reward_last > demo.result.reward_first + 0.2

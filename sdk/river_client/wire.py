@@ -13,6 +13,7 @@ from typing import Literal
 from msgspec import Struct, field
 
 API_PREFIX = "/river/v1"
+NANO_USD_PER_USD = 10**9
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 SaveMode = Literal["training", "inference"]

@@ -12,6 +12,7 @@ import msgspec
 from tqdm import tqdm
 
 from river_client.service import SettingsError
+from river_client.wire import NANO_USD_PER_USD
 from river_ops.children import ChildError
 from river_ops.commands.stack import data_dir_option
 from river_ops.stack_file import StackRunsError, read_stack_file
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from river_ops.demo.loop import Progress
     from river_ops.demo.run import Demo
 
-NANO_USD_PER_USD = 1_000_000_000
 PLOT_WIDTH, PLOT_HEIGHT = 72, 16
 
 

@@ -14,7 +14,14 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 import river_client as river
-from river_client.wire import ApiKey, CreateKey, CreateTenant, Tenant, UsageLine
+from river_client.wire import (
+    NANO_USD_PER_USD,
+    ApiKey,
+    CreateKey,
+    CreateTenant,
+    Tenant,
+    UsageLine,
+)
 from river_ops.demo.counters import counted_tokens
 from river_ops.demo.loop import MAX_TOKENS, Progress, train
 from river_ops.models import TINY_MOE, TINY_MOE_NAME
@@ -24,7 +31,6 @@ from river_ops.tiny_moe.problems import problems
 RANK = 16
 BILL_TIMEOUT_S = 30.0
 BILL_POLL_INTERVAL_S = 0.2
-NANO_USD_PER_USD = 1_000_000_000
 SAMPLED_KIND = "completion"
 TRAINED_KIND = "training"
 

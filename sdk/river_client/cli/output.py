@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-NANO_USD_PER_USD = 10**9
+from river_client.wire import NANO_USD_PER_USD
+
 GIGABYTE = 10**9
 MEGABYTE = 10**6
 

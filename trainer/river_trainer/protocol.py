@@ -11,6 +11,10 @@ JetStream (every body is msgpack, see `journal`):
 * `LIVE_BUCKET`, a KV bucket, key = run id: the `LiveVersion` of a run, written before the result that made it.
 * `TRAINERS_BUCKET`, a KV bucket: a `TrainerRecord` per trainer, renewed every `HEARTBEAT_INTERVAL_S`.
 * `LEASES_BUCKET`, a KV bucket, key = token of the base: the id of the one trainer that may follow that base's journal.
+
+Core NATS:
+
+* `queue_subject(base)`: the trainer that has the lease answers the id of an operation (UTF-8) with its `QueueState`.
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ RESULTS_MAX_AGE_S = 7 * 24 * 3600.0
 
 def train_subject(base_model: str, run_id: str) -> str:
     return f"train.{subject_token(base_model)}.{run_id}"
+
+
+def queue_subject(base_model: str) -> str:
+    return f"train-state.{subject_token(base_model)}"
 
 
 def operation_id(run_id: str, seq: int) -> str:
@@ -169,6 +177,18 @@ class TrainResult(Struct, frozen=True, kw_only=True):
     training_tokens: int = 0
     checkpoint: CheckpointSaved | None = None
     error: TaskError | None = None
+
+
+class QueueState(Struct, frozen=True, kw_only=True):
+    """What an operation without a result is waiting for; `ahead` operations come before it.
+
+    `state` is `running`, `queued`, `waiting_for_gap` (an earlier seq of its run is missing), `recovering` (the journal
+    is being read after a start) or `unknown`; `reason` is a sentence for people.
+    """
+
+    state: str
+    reason: str
+    ahead: int = 0
 
 
 class LiveVersion(Struct, frozen=True, kw_only=True):

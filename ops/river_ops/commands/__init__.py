@@ -20,9 +20,18 @@ def data_directory() -> Path:
 
 def register(group: click.Group) -> None:
     """Entry point `river.commands`: adds our commands, and points all others at a stack that runs here."""
-    from river_ops.commands import demo, serve, stack, test  # noqa: PLC0415 (only when asked for)
+    from river_ops.commands import bench, demo, serve, stack, test  # noqa: PLC0415 (only when asked for)
 
-    for command in (stack.up, stack.down, stack.status, serve.serve, demo.demo, test.test):
+    commands = (
+        stack.up,
+        stack.down,
+        stack.status,
+        serve.serve,
+        demo.demo,
+        bench.bench,
+        test.test,
+    )
+    for command in commands:
         group.add_command(command)
     if "RIVER_BASE_URL" not in os.environ and (info := read_stack_file(data_directory())):
         os.environ["RIVER_BASE_URL"] = info.base_url

@@ -1,0 +1,126 @@
+"""Every benchmark runs, and what it prints can be true. How fast things are is for people to judge, not for tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from river_ops.bench.measure import alternating, percentile, significant
+from river_ops.bench.streams import Arrivals
+from river_ops.commands.bench import BENCHMARKS
+
+REPORT_TIMEOUT_S = 280.0
+
+
+def report(name: str) -> dict[str, Any]:
+    """The last line of `river bench NAME --quick`."""
+    program = subprocess.run(
+        [sys.executable, "-m", "river_client.cli", "bench", name, "--quick"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=REPORT_TIMEOUT_S,
+        check=False,
+    )
+    assert program.returncode == 0, program.stderr[-4000:]
+    found = json.loads(program.stdout.splitlines()[-1])
+    assert found["name"] == name
+    assert found["machine"]["cores"] >= 1
+    assert found["settings"]["rank"] == 16
+    return found
+
+
+def is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+@pytest.mark.slow
+def test_training() -> None:
+    """We and PEFT do the same work, and every ratio is that of the two rates beside it."""
+    found = report("training")
+    assert found["loss_difference_per_token"] < 1e-3
+    for ratios in ("speedup_batched", "speedup_over_peer_best"):
+        assert list(found[ratios]) == ["1", "4", "16"]
+        assert all(is_positive(value) for value in found[ratios].values())
+    for runs, speedup in found["speedup_batched"].items():
+        ratio = found["tokens_per_s"][runs] / found["peer_tokens_per_s"][runs]
+        assert speedup == pytest.approx(ratio, rel=1e-2)
+        best = found["tokens_per_s"][runs] / found["peer_best"]["tokens_per_s"]
+        assert found["speedup_over_peer_best"][runs] == pytest.approx(best, rel=1e-2)
+    stack = found["stack"][0]
+    assert found["stack_speedup_16"] == stack["speedup"]
+    assert is_positive(stack["steps_per_s_1"])
+    assert is_positive(stack["steps_per_s_all"])
+    assert stack["clients"] == 16
+    parts = {"gateway", "trainer", "nats-server", "postgres", "stack_clients"}
+    assert parts <= {part for part, spent_ms in stack["cpu_ms_per_step"].items() if spent_ms > 0}
+
+
+@pytest.mark.slow
+def test_hotload() -> None:
+    """The new version answers on both sides, and no percentile is below its median."""
+    found = report("hotload")
+    for side in ("ours", "peer"):
+        latency = found[side]
+        assert all(is_positive(value) for value in latency.values())
+        assert latency["beside_streams_ms_p99"] >= latency["beside_streams_ms"]
+        assert latency["stream_gap_ms_max"] >= latency["stream_gap_ms_p99"]
+        assert latency["stream_gap_ms_max"] >= latency["publish_gap_ms_max"]
+    assert found["publish_to_first_token_ms"] == found["ours"]["beside_streams_ms"]
+    ratio = found["peer"]["beside_streams_ms"] / found["ours"]["beside_streams_ms"]
+    assert found["speedup"] == pytest.approx(ratio, rel=1e-2)
+    assert found["settings"]["streams"] == 16
+
+
+@pytest.mark.slow
+def test_consistency() -> None:
+    """Sampler and trainer agree far more closely than training has moved them."""
+    found = report("consistency")
+    assert found["tokens"] > 100
+    assert 0 < found["mean_abs_logprob_diff"] <= found["max_abs_logprob_diff"] < 1e-3
+    assert 0 <= found["kl"] < 1e-6
+    assert found["moved_abs_logprob_mean"] > 100 * found["max_abs_logprob_diff"]
+
+
+def test_every_benchmark_is_tested() -> None:
+    """A benchmark that is added is added here too."""
+    assert all(f"test_{name}" in globals() for name in BENCHMARKS)
+
+
+def test_cases_take_turns() -> None:
+    """Every round has every case once, and the order turns around each time."""
+    order: list[str] = []
+
+    def case(name: str, value: float) -> float:
+        order.append(name)
+        return value
+
+    found = alternating({"a": lambda: case("a", 1.0), "b": lambda: case("b", 2.0)}, rounds=3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(1, 1.0), (50, 50.0), (99, 99.0), (100, 100.0)])
+def test_percentile(percent: float, expected: float) -> None:
+    """The value that so many do not exceed, which is one of those measured."""
+    assert percentile([float(value) for value in range(100, 0, -1)], percent) == expected
+
+
+def test_significant_digits() -> None:
+    """Large and small numbers keep four digits."""
+    assert significant(123456.0) == 123500.0
+    assert significant(0.000123456) == 0.0001235
+
+
+def test_gaps_are_within_a_stream() -> None:
+    """A pause between two requests is no gap of either."""
+    from river_ops.bench.hotload import gaps_of  # noqa: PLC0415 - its imports are slow
+
+    arrivals = Arrivals(requests=[[1.0, 1.5, 3.0], [9.0], []])
+    assert list(gaps_of(arrivals)) == [(1.0, 1.5), (1.5, 3.0)]

@@ -4,12 +4,15 @@ from river_kernels.attention import Packing, make_packing, packed_causal_attenti
 from river_kernels.linear import lora_linear
 from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
-from river_kernels.segments import NO_ADAPTER, LoraPair, Segment, Segments
+from river_kernels.norm import RmsNorm
+from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segment, Segments
 
 __all__ = [
     "NO_ADAPTER",
     "LoraPair",
     "Packing",
+    "Pairs",
+    "RmsNorm",
     "Segment",
     "Segments",
     "lora_linear",

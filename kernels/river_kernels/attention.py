@@ -1,8 +1,9 @@
 """Causal attention over packed sequences that never look at each other.
 
-Sequences are gathered into small batches of like length, padded on the right, where causal attention never looks: so no
-mask is needed and the fused kernel runs. The padded length of a sequence is a function of its own length alone, so that
-its result does not depend on the others in the batch.
+Sequences are gathered into small batches of like length, padded on the right, where causal attention never looks. The
+padded length of a sequence is a function of its own length alone, so that its result does not depend on the others in
+the batch. Short sequences keep their attention weights, which on CPUs is faster than the fused kernel that computes
+them again; long ones go through it.
 """
 
 # Tensors carry their shape in capitals.
@@ -20,6 +21,9 @@ from torch.nn import functional
 LENGTH_STEP = 16
 """Sequences are padded to a multiple of this; long ones to a multiple of an eighth of their power of two."""
 
+KEPT_LENGTH_MAX = 512
+"""Sequences up to this padded length keep their attention weights, [heads, length, length], for the backward pass."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
@@ -33,11 +37,15 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where each token goes: `padded[p]` is the token at row p of the padded layout, `packed[t]` the row of token t."""
+    """Where each token goes: `padded[p]` is the token at row p of the padded layout, `packed[t]` the row of token t.
+
+    `identical` says that both layouts are the same: no sequence needs padding, and none has to move.
+    """
 
     padded: torch.Tensor
     packed: torch.Tensor
     buckets: tuple[Bucket, ...]
+    identical: bool = False
 
 
 def make_packing(lengths: Sequence[int]) -> Packing:
@@ -67,7 +75,9 @@ def make_packing(lengths: Sequence[int]) -> Packing:
         end = row + token.numel()
         buckets.append(Bucket(len(members), padded_length, row, end))
         row = end
-    return Packing(torch.cat(padded), packed, tuple(buckets))
+    rows_of_tokens = torch.cat(padded)
+    identical = torch.equal(rows_of_tokens, torch.arange(starts[-1]))
+    return Packing(rows_of_tokens, packed, tuple(buckets), identical)
 
 
 def _padded_length(length: int) -> int:
@@ -85,20 +95,82 @@ def packed_causal_attention(
 ) -> torch.Tensor:
     """Attention of T packed tokens with H query heads over G key heads (H a multiple of G); [T, H, D]."""
     assert query_THD.shape[1] % key_TGD.shape[1] == 0
-    padded = [_Pad.apply(tensor, packing) for tensor in (query_THD, key_TGD, value_TGD)]
+    sizes = [bucket.end - bucket.start for bucket in packing.buckets]
+    padded = [
+        _Pad.apply(tensor, packing).split(sizes) for tensor in (query_THD, key_TGD, value_TGD)
+    ]
     outputs: list[torch.Tensor] = []
-    for bucket in packing.buckets:
+    for bucket, *rows in zip(packing.buckets, *padded, strict=True):
         query, key, value = (
-            tensor[bucket.start : bucket.end]
-            .unflatten(0, (bucket.sequences, bucket.length))
-            .transpose(1, 2)
-            for tensor in padded
-        )  # each (sequences, heads, length, head dim)
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            tensor.unflatten(0, (bucket.sequences, bucket.length)) for tensor in rows
+        )  # each (sequences, length, heads, head dim)
+        if bucket.length <= KEPT_LENGTH_MAX:
+            attended = _KeptAttention.apply(query, key, value, scale)
+        else:
+            attended = functional.scaled_dot_product_attention(
+                *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=True,
+            ).transpose(1, 2)
+        outputs.append(attended.flatten(0, 1))
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Unpad.apply(together, packing)
+
+
+class _KeptAttention(torch.autograd.Function):
+    """Causal attention that keeps its weights. Query heads of one key head are rows of one matrix product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_SLHD: torch.Tensor,
+        key_SLGD: torch.Tensor,
+        value_SLGD: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        length, heads = query_SLHD.shape[1:3]
+        groups = key_SLGD.shape[2]
+        query = _by_key_head(query_SLHD, groups) * scale  # (S * G, H / G * L, D)
+        key, value = (_by_key_head(tensor, groups) for tensor in (key_SLGD, value_SLGD))
+        scores = torch.bmm(query, key.transpose(1, 2))
+        later = torch.ones(length, length, dtype=torch.bool).triu_(1)
+        scores.view(-1, length, length).masked_fill_(later, -torch.inf)
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scale, ctx.heads = scale, heads
+        return _by_token(torch.bmm(weights, value), query_SLHD.shape[0], length, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, weights = ctx.saved_tensors
+        sequences, length, heads = grads[0].shape[:3]
+        groups = key.shape[0] // sequences
+        dout = _by_key_head(grads[0], groups)
+        dvalue = torch.bmm(weights.transpose(1, 2), dout)
+        dweights = torch.bmm(dout, value.transpose(1, 2))
+        along = (dweights * weights).sum(-1, keepdim=True)
+        dscores = dweights.sub_(along).mul_(weights)
+        dquery = torch.bmm(dscores, key).mul_(ctx.scale)
+        dkey = torch.bmm(dscores.transpose(1, 2), query)
+        return (
+            _by_token(dquery, sequences, length, heads),
+            _by_token(dkey, sequences, length, groups),
+            _by_token(dvalue, sequences, length, groups),
+            None,
         )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return _Unpad.apply(torch.cat(outputs), packing)
+
+
+def _by_key_head(x_SLHD: torch.Tensor, groups: int) -> torch.Tensor:
+    """(S, L, H, D) as (S * G, H / G * L, D): the heads that share a key head one below the other."""
+    sequences, length, heads, size = x_SLHD.shape
+    grouped = x_SLHD.reshape(sequences, length, groups, heads // groups, size)
+    return grouped.permute(0, 2, 3, 1, 4).reshape(sequences * groups, -1, size)
+
+
+def _by_token(x: torch.Tensor, sequences: int, length: int, heads: int) -> torch.Tensor:
+    """The inverse of `_by_key_head`, (S, L, H, D)."""
+    return x.view(sequences, heads, length, -1).transpose(1, 2)
 
 
 class _Pad(torch.autograd.Function):
@@ -107,11 +179,14 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         ctx.packing = packing
-        return x[packing.padded]
+        return x.view_as(x) if packing.identical else x.index_select(0, packing.padded)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return grads[0][ctx.packing.packed], None
+        packing: Packing = ctx.packing
+        if packing.identical:
+            return grads[0], None
+        return grads[0].index_select(0, packing.packed), None
 
 
 class _Unpad(torch.autograd.Function):
@@ -120,11 +195,13 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         ctx.packing = packing
-        return x[packing.packed]
+        return x.view_as(x) if packing.identical else x.index_select(0, packing.packed)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         packing: Packing = ctx.packing
+        if packing.identical:
+            return grads[0], None
         padded = grads[0].new_zeros((packing.padded.numel(), *grads[0].shape[1:]))
         padded[packing.packed] = grads[0]
         return padded, None

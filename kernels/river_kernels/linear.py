@@ -9,30 +9,29 @@ in a pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from river_kernels.segments import LoraPair, Segments, check_segments, flatten_pairs, scales_of
+from river_kernels.frozen import frozen_product, joined
+from river_kernels.segments import Pairs, Segments, add_product, check_segments, pair_at
 
 
 def lora_linear(
     x_TI: torch.Tensor,
     weight_OI: torch.Tensor,
     segments: Segments,
-    pairs: Sequence[LoraPair | None],
+    pairs: Pairs,
     bias_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x_TI` through the frozen layer and each segment's adapter; [T, out].
 
     `pairs[slot]` is the adapter of a slot at this layer, None if it has none here. Ranks may differ. Gradients flow to
-    x and to every A and B, not to the frozen weight.
+    x through autograd and to A and B through their pairs, not to the frozen weight.
     """
     check_segments(segments, tokens=x_TI.shape[0], slots=len(pairs))
     assert not weight_OI.requires_grad, "the base model is frozen"
-    flat = flatten_pairs(pairs)
-    return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, scales_of(pairs), *flat)
+    return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, pairs)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -43,54 +42,47 @@ class _LoraLinear(torch.autograd.Function):
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
         segments: Segments,
-        scales: tuple[float, ...],
-        *flat: torch.Tensor | None,
+        pairs: Pairs,
     ) -> torch.Tensor:
-        y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+        outputs: list[torch.Tensor] = []
         shrunk: list[torch.Tensor | None] = []  # x A^T of each segment, [t, r]
         for segment in segments:
-            a, b = pair_at(flat, segment.slot)
-            if a is None or b is None:
+            x = x_TI[segment.start : segment.end]
+            y = frozen_product(x, weight_OI)
+            outputs.append(y)
+            pair = pair_at(pairs, segment.slot)
+            if pair is None:
                 shrunk.append(None)
                 continue
-            v_TR = x_TI[segment.start : segment.end] @ a.T
-            y_TO[segment.start : segment.end].addmm_(v_TR, b.T, alpha=scales[segment.slot])
+            v_TR = x @ pair.a.T
+            y.addmm_(v_TR, pair.b.T, alpha=pair.scale)
             shrunk.append(v_TR)
-        ctx.segments, ctx.scales = segments, scales
-        ctx.save_for_backward(x_TI, weight_OI, *shrunk, *flat)
+        y_TO = joined(outputs)
+        if bias_O is not None:
+            y_TO += bias_O
+        ctx.segments, ctx.pairs, ctx.weight = segments, pairs, weight_OI
+        ctx.save_for_backward(x_TI, *shrunk)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (dy_TO,) = grads
-        segments: Segments = ctx.segments
-        x_TI, weight_OI, *rest = ctx.saved_tensors
-        shrunk, flat = rest[: len(segments)], rest[len(segments) :]
-        dx_TI = dy_TO @ weight_OI if ctx.needs_input_grad[0] else None
-        dflat: list[torch.Tensor | None] = [None] * len(flat)
-        for segment, v_TR in zip(segments, shrunk, strict=True):
-            a, b = pair_at(flat, segment.slot)
-            if a is None or b is None:
-                continue
-            rows, scale = slice(segment.start, segment.end), ctx.scales[segment.slot]
-            dv_TR = (dy_TO[rows] @ b).mul_(scale)
-            if dx_TI is not None:
-                dx_TI[rows].addmm_(dv_TR, a)
-            add_grads(dflat, segment.slot, dv_TR.T @ x_TI[rows], (dy_TO[rows].T @ v_TR).mul_(scale))
-        return (dx_TI, None, None, None, None, *dflat)
-
-
-def pair_at(
-    flat: Sequence[torch.Tensor | None], slot: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A and B of `slot` among the flattened pairs."""
-    return (None, None) if slot < 0 else (flat[2 * slot], flat[2 * slot + 1])
-
-
-def add_grads(
-    dflat: list[torch.Tensor | None], slot: int, da: torch.Tensor, db: torch.Tensor
-) -> None:
-    """Adds to the gradients of a slot; it has several segments when a batch mentions it more than once."""
-    for index, grad in ((2 * slot, da), (2 * slot + 1, db)):
-        known = dflat[index]
-        dflat[index] = grad if known is None else known.add_(grad)
+        x_TI, *shrunk = ctx.saved_tensors
+        weight_OI: torch.Tensor = ctx.weight
+        input_grads: list[torch.Tensor] = []
+        for segment, v_TR in zip(ctx.segments, shrunk, strict=True):
+            rows = slice(segment.start, segment.end)
+            dy = dy_TO[rows]
+            pair = pair_at(ctx.pairs, segment.slot)
+            dv_TR = None
+            if pair is not None:
+                dv_TR = dy @ pair.b
+                add_product(pair.a_grad, dv_TR.T, x_TI[rows], pair.scale)
+                add_product(pair.b_grad, dy.T, v_TR, pair.scale)
+            if ctx.needs_input_grad[0]:
+                dx = frozen_product(dy, weight_OI.T)
+                if pair is not None and dv_TR is not None:
+                    dx.addmm_(dv_TR, pair.a, alpha=pair.scale)
+                input_grads.append(dx)
+        dx_TI = joined(input_grads) if ctx.needs_input_grad[0] else None
+        return dx_TI, None, None, None, None

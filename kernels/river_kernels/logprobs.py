@@ -9,19 +9,20 @@ log-sum-exp), and backward computes the logits of each chunk once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from river_kernels.linear import add_grads, pair_at
+from river_kernels.frozen import frozen_product
 from river_kernels.segments import (
     LoraPair,
+    Pairs,
     Segment,
     Segments,
+    add_product,
     check_segments,
-    flatten_pairs,
-    scales_of,
+    pair_at,
 )
 
 CHUNK_TOKENS = 2048
@@ -32,21 +33,19 @@ def lora_logprobs(
     weight_VH: torch.Tensor,
     targets_T: torch.Tensor,
     segments: Segments,
-    pairs: Sequence[LoraPair | None],
+    pairs: Pairs,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probability of `targets_T` at every position and the entropy there, in nats; two [T].
 
-    Gradients flow through the log-probabilities to the hidden states and to every A and B; the entropy carries none.
+    Gradients flow from the log-probabilities to the hidden states through autograd, and to A and B through their
+    pairs; the entropy carries none.
     """
     check_segments(segments, tokens=hidden_TH.shape[0], slots=len(pairs))
     assert not weight_VH.requires_grad, "the base model is frozen"
     assert chunk_tokens > 0
-    flat = flatten_pairs(pairs)
-    return _LoraLogprobs.apply(
-        hidden_TH, weight_VH, targets_T, segments, scales_of(pairs), chunk_tokens, *flat
-    )
+    return _LoraLogprobs.apply(hidden_TH, weight_VH, targets_T, segments, pairs, chunk_tokens)
 
 
 def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Segment]:
@@ -56,18 +55,14 @@ def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Segment]:
 
 
 def _logits(
-    hidden_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    scale: float,
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, pair: LoraPair | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The logits [t, V] of a chunk, and `hidden A^T` [t, r] if it has an adapter."""
-    logits_TV = hidden_TH @ weight_VH.T
-    if a is None or b is None:
+    logits_TV = frozen_product(hidden_TH, weight_VH)
+    if pair is None:
         return logits_TV, None
-    v_TR = hidden_TH @ a.T
-    return logits_TV.addmm_(v_TR, b.T, alpha=scale), v_TR
+    v_TR = hidden_TH @ pair.a.T
+    return logits_TV.addmm_(v_TR, pair.b.T, alpha=pair.scale), v_TR
 
 
 class _LoraLogprobs(torch.autograd.Function):
@@ -78,50 +73,47 @@ class _LoraLogprobs(torch.autograd.Function):
         weight_VH: torch.Tensor,
         targets_T: torch.Tensor,
         segments: Segments,
-        scales: tuple[float, ...],
+        pairs: Pairs,
         chunk_tokens: int,
-        *flat: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normaliser_T = hidden_TH.new_empty(hidden_TH.shape[0])
         logprobs_T = torch.empty_like(normaliser_T)
         entropy_T = torch.empty_like(normaliser_T)
         for chunk in _chunks(segments, chunk_tokens):
             rows = slice(chunk.start, chunk.end)
-            a, b = pair_at(flat, chunk.slot)
-            logits_TV, _ = _logits(hidden_TH[rows], weight_VH, a, b, scales[chunk.slot])
+            logits_TV, _ = _logits(hidden_TH[rows], weight_VH, pair_at(pairs, chunk.slot))
             normaliser = torch.logsumexp(logits_TV, dim=1)
             chosen = logits_TV.gather(1, targets_T[rows, None])[:, 0]
             normaliser_T[rows] = normaliser
             logprobs_T[rows] = chosen - normaliser
             log_p_TV = logits_TV.sub_(normaliser[:, None])
             entropy_T[rows] = -torch.linalg.vecdot(log_p_TV.exp(), log_p_TV)
-        ctx.segments, ctx.scales, ctx.chunk_tokens = segments, scales, chunk_tokens
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, normaliser_T, *flat)
+        ctx.segments, ctx.pairs, ctx.chunk_tokens = segments, pairs, chunk_tokens
+        ctx.weight = weight_VH
+        ctx.save_for_backward(hidden_TH, targets_T, normaliser_T)
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         dlogprobs_T = grads[0]
-        hidden_TH, weight_VH, targets_T, normaliser_T, *flat = ctx.saved_tensors
-        dhidden_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        dflat: list[torch.Tensor | None] = [None] * len(flat)
+        hidden_TH, targets_T, normaliser_T = ctx.saved_tensors
+        weight_VH: torch.Tensor = ctx.weight
+        dhidden_TH = torch.empty_like(hidden_TH)
         for chunk in _chunks(ctx.segments, ctx.chunk_tokens):
             rows = slice(chunk.start, chunk.end)
-            a, b = pair_at(flat, chunk.slot)
-            scale = ctx.scales[chunk.slot]
-            logits_TV, v_TR = _logits(hidden_TH[rows], weight_VH, a, b, scale)
+            hidden, dhidden = hidden_TH[rows], dhidden_TH[rows]
+            pair = pair_at(ctx.pairs, chunk.slot)
+            logits_TV, v_TR = _logits(hidden, weight_VH, pair)
             upstream = dlogprobs_T[rows, None]
             # d logprob / d logits = onehot(target) - softmax
             dlogits_TV = logits_TV.sub_(normaliser_T[rows, None]).exp_().mul_(-upstream)
             dlogits_TV.scatter_add_(1, targets_T[rows, None], upstream)
-            if dhidden_TH is not None:
-                torch.mm(dlogits_TV, weight_VH, out=dhidden_TH[rows])
-            if a is None or b is None or v_TR is None:
+            dhidden.copy_(frozen_product(dlogits_TV, weight_VH.T))
+            if pair is None or v_TR is None:
                 continue
-            dv_TR = (dlogits_TV @ b).mul_(scale)
-            if dhidden_TH is not None:
-                dhidden_TH[rows].addmm_(dv_TR, a)
-            da, db = dv_TR.T @ hidden_TH[rows], (dlogits_TV.T @ v_TR).mul_(scale)
-            add_grads(dflat, chunk.slot, da, db)
-        return (dhidden_TH, None, None, None, None, None, *dflat)
+            dv_TR = dlogits_TV @ pair.b
+            dhidden.addmm_(dv_TR, pair.a, alpha=pair.scale)
+            add_product(pair.a_grad, dv_TR.T, hidden, pair.scale)
+            add_product(pair.b_grad, dlogits_TV.T, v_TR, pair.scale)
+        return dhidden_TH, None, None, None, None, None

@@ -4,17 +4,24 @@
     segment  slot 0     slot 2    NO_ADAPTER
 
 Tokens are laid out adapter by adapter, so that an adapter's share of any per-token matrix is one slice and needs no
-permutation. Segments are computed one by one: what an adapter gets never depends on who else is in the batch.
+permutation. Every matrix product runs segment by segment, the frozen ones too: what a segment gets has the same bits
+whoever else is in the batch, because a matrix library may round a row differently when there are more rows beside it.
+
+Adapters are no inputs of autograd. A backward pass adds each segment's gradient, in the order of the segments, to the
+buffers that its `LoraPair` names: many steps and many requests add up without allocating anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 NO_ADAPTER = -1
+
+Pair = TypeVar("Pair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +40,19 @@ Segments = tuple[Segment, ...]
 class LoraPair:
     """One adapter at one place: the update is `scale * B (A x)`.
 
-    Dense layers have `a` [r, in] and `b` [out, r]; experts have `a` [E, r, in] and `b` [E, out, r].
+    Dense layers have `a` [r, in] and `b` [out, r]; experts have `a` [E, r, in] and `b` [E, out, r]. Backward adds the
+    gradients to `a_grad` and `b_grad`, of the same shapes; None where nobody wants them.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    a_grad: torch.Tensor | None = None
+    b_grad: torch.Tensor | None = None
+
+
+Pairs = Sequence[LoraPair | None]
+"""By slot, what each adapter does at one place; None where it does nothing."""
 
 
 def check_segments(segments: Segments, *, tokens: int, slots: int) -> None:
@@ -52,13 +66,14 @@ def check_segments(segments: Segments, *, tokens: int, slots: int) -> None:
     assert position == tokens, f"segments cover {position} of {tokens} tokens"
 
 
-def flatten_pairs(pairs: Sequence[LoraPair | None]) -> list[torch.Tensor | None]:
-    """A and B of every slot one after the other, as autograd functions take them; None where a slot has none."""
-    flat: list[torch.Tensor | None] = []
-    for pair in pairs:
-        flat += [None, None] if pair is None else [pair.a, pair.b]
-    return flat
+def pair_at(pairs: Sequence[Pair | None], slot: int) -> Pair | None:
+    """What is in `slot`, None if the slot is `NO_ADAPTER` or has nothing here."""
+    return None if slot == NO_ADAPTER else pairs[slot]
 
 
-def scales_of(pairs: Sequence[LoraPair | None]) -> tuple[float, ...]:
-    return tuple(0.0 if pair is None else pair.scale for pair in pairs)
+def add_product(
+    grad: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float
+) -> None:
+    """Adds `scale * left @ right` to a gradient, if anybody wants it."""
+    if grad is not None:
+        grad.addmm_(left, right, alpha=scale)

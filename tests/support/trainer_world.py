@@ -20,9 +20,9 @@ from support.training import RunScript
 from river_billing import streams as billing
 from river_billing.events import EVENTS_STREAM, AnyEvent
 from river_trainer import journal
-from river_trainer.assembly import Parts, make_service
+from river_trainer.assembly import parts_of
 from river_trainer.base_model import BaseModel
-from river_trainer.executor import Executor
+from river_trainer.lanes import Lanes
 from river_trainer.protocol import (
     TRAIN_STREAM,
     LiveVersion,
@@ -33,9 +33,6 @@ from river_trainer.protocol import (
 )
 from river_trainer.service import Service
 from river_trainer.settings import TrainerSettings
-from river_trainer.snapshots import Snapshots
-from river_trainer.store import FileSets
-from river_trainer.versions import Versions
 
 WAIT_S = 60.0
 
@@ -47,6 +44,7 @@ class World:
     js: JetStreamContext
     client: Client
     base: BaseModel
+    lanes: Lanes
     base_name: str
     directory: Path
 
@@ -58,6 +56,8 @@ class World:
             data_dir=str(self.directory),
             snapshot_every_steps=2,
             snapshot_idle_s=0.2,
+            context_length=256,
+            max_lora_rank=32,
         )
 
     async def submit(self, *messages: TrainMessage) -> None:
@@ -111,20 +111,10 @@ class World:
     async def trainer(self) -> AsyncIterator[Service]:
         """A trainer in this process, on a connection of its own."""
         settings = self.settings()
-        store = FileSets(settings.checkpoint_store_url())
-        executor = Executor(
-            self.base,
-            store,
-            base_model=self.base_name,
-            context_length=256,
-            max_lora_rank=32,
-            micro_batch_tokens=4096,
-        )
-        versions = Versions(settings.adapter_directory(), base_model=self.base_name)
-        parts = Parts(executor, Snapshots(store, self.base_name), versions)
+        parts = parts_of(settings, self.base, self.lanes)
         client = await journal.connect(str(self.client.connected_url.geturl()))  # pyright: ignore[reportOptionalMemberAccess]
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            service = make_service(settings, parts, client, worker)
+        with ThreadPoolExecutor(max_workers=1) as worker, ThreadPoolExecutor(4) as disk:
+            service = Service(settings, parts, client, worker, disk)
             running = asyncio.create_task(service.run())
             try:
                 yield service

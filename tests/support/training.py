@@ -57,6 +57,11 @@ def forward_backward(
     return ForwardBackward(data=random_sequences(seed, lengths), loss_fn=loss_fn, loss_config={})
 
 
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics without how long it took."""
+    return {name: value for name, value in metrics.items() if name != "milliseconds"}
+
+
 @dataclass(slots=True)
 class RunScript:
     """Numbers the operations of one run."""

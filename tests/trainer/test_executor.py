@@ -20,8 +20,8 @@ from support.training import (
     shape,
     training_script,
 )
+from support.workbench import Workbench
 
-from river_trainer.executor import Executor
 from river_trainer.protocol import (
     AdapterShape,
     AnyTask,
@@ -39,16 +39,17 @@ from river_trainer.snapshots import Snapshots
 from river_trainer.store import FileSets
 from river_trainer.versions import Versions
 
-Maker = Callable[..., Executor]
+Maker = Callable[..., Workbench]
 
 
-def state_of(executor: Executor, run_id: str) -> dict[str, torch.Tensor]:
+def state_of(executor: Workbench, run_id: str) -> dict[str, torch.Tensor]:
     """Everything of a run that training changes."""
-    run = executor.runs[run_id]
-    assert isinstance(run, Run)
-    state = {name: tensor.detach().clone() for name, tensor in run.adapter.tensors.items()}
-    state |= {f"first {name}": tensor.clone() for name, tensor in run.optimizer.first.items()}
-    state |= {f"gradient {name}": value.clone() for name, value in (run.gradients or {}).items()}
+    run = executor.run(run_id)
+    buffers = {"weights": run.adapter.weights, "first": run.optimizer.first}
+    buffers |= {"second": run.optimizer.second}
+    if run.gradient is not None:
+        buffers["gradient"] = run.gradient
+    state = {name: buffer.flat.clone() for name, buffer in buffers.items()}
     return state | {"steps": torch.tensor([run.step, run.optimizer.steps])}
 
 
@@ -283,7 +284,7 @@ def test_snapshots_bring_runs_back(make_executor: Maker, tmp_path: Path) -> None
         executor.execute(message)
         run = executor.runs["run_a"]
         assert isinstance(run, Run)
-        if run.gradients is None:
+        if run.gradient is None:
             snapshots.write(run)
     assert snapshots.newest() == {"run_a": 6}
     loaded = snapshots.load("run_a", executor.base.sites)
@@ -306,8 +307,7 @@ def test_versions_are_immutable_and_few(make_executor: Maker, tmp_path: Path) ->
     assert isinstance(run, Run)
     versions = Versions(tmp_path / "adapters", base_model=BASE_NAME)
     for step in range(12):
-        run.step = step
-        assert versions.write(run) == versions.live("run_a", step)
+        assert versions.write(run.run_id, step, run.adapter) == versions.live("run_a", step)
     live = versions.live("run_a", 11)
     assert live.adapter.name == "run_a@11"
     assert live.adapter.location == (tmp_path / "adapters/run_a/11").as_uri()
@@ -315,5 +315,5 @@ def test_versions_are_immutable_and_few(make_executor: Maker, tmp_path: Path) ->
     assert folders == list(range(4, 12))
     weights = tmp_path / "adapters/run_a/11/adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
-    versions.write(run)
+    versions.write("run_a", 11, run.adapter)
     assert weights.stat().st_mtime_ns == before

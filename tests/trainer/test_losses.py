@@ -1,15 +1,12 @@
-"""Losses and optimizer against plain formulas in float64."""
+"""Losses against plain formulas in float64."""
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 import torch
 
-from river_trainer.errors import InvalidTaskError, NonFiniteError
+from river_trainer.errors import InvalidTaskError
 from river_trainer.losses import LOSSES, LossInput, find_loss, metrics_of
-from river_trainer.optimizer import AdamState, adam_step
-from river_trainer.protocol import Adam
 
 
 def loss_input(seed: int) -> LossInput:
@@ -89,85 +86,3 @@ def test_unknown_losses_are_refused(name: str, config: dict[str, float], param: 
     with pytest.raises(InvalidTaskError) as caught:
         find_loss(name, config)
     assert caught.value.param == param
-
-
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
-def test_adam_equals_torch(clip: float | None) -> None:
-    """Three steps with changing hyper-parameters are those of torch's AdamW and clipping."""
-    generator = torch.Generator().manual_seed(0)
-    ours = {name: torch.randn(4, 3, generator=generator).requires_grad_() for name in "ab"}
-    theirs = {name: tensor.detach().double().requires_grad_() for name, tensor in ours.items()}
-    state = AdamState(ours)
-    optimizer = torch.optim.AdamW(theirs.values(), lr=1.0)
-    for lr, weight_decay in ((1e-2, 0.0), (3e-3, 0.1), (2e-2, 0.01)):
-        gradients = {name: torch.randn(4, 3, generator=generator) for name in ours}
-        adam = Adam(
-            lr=lr, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=weight_decay, grad_clip_norm=clip
-        )
-        norm = adam_step(ours, gradients, state, adam)
-        for name, tensor in theirs.items():
-            tensor.grad = gradients[name].double()
-        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), clip or 1e30)
-        optimizer.param_groups[0].update(
-            lr=lr, betas=(0.8, 0.9), eps=1e-6, weight_decay=weight_decay
-        )
-        optimizer.step()
-        assert norm == pytest.approx(expected.item(), rel=1e-6)
-        for name, tensor in ours.items():
-            torch.testing.assert_close(
-                tensor.detach().double(), theirs[name].detach(), rtol=1e-5, atol=1e-6
-            )
-
-
-def test_optimizer_state_round_trips() -> None:
-    """A restored state goes on exactly where the stored one was."""
-    tensors = {"a": torch.ones(2, 2)}
-    state = AdamState(tensors)
-    adam = Adam(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, grad_clip_norm=None)
-    adam_step(tensors, {"a": torch.full((2, 2), 3.0)}, state, adam)
-    again = AdamState(tensors)
-    again.restore(state.to_bytes())
-    assert again.steps == 1
-    assert torch.equal(again.first["a"], state.first["a"])
-    assert torch.equal(again.second["a"], state.second["a"])
-    with pytest.raises(InvalidTaskError):
-        AdamState({"a": torch.ones(3)}).restore(state.to_bytes())
-    with pytest.raises(InvalidTaskError):
-        again.restore(b"nonsense")
-
-
-def test_a_non_finite_norm_changes_nothing() -> None:
-    """An infinite gradient is refused before anything is touched."""
-    tensors = {"a": torch.ones(2)}
-    state = AdamState(tensors)
-    adam = Adam(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, grad_clip_norm=None)
-    with pytest.raises(NonFiniteError):
-        adam_step(tensors, {"a": torch.tensor([float("inf"), 0.0])}, state, adam)
-    assert tensors["a"].tolist() == [1.0, 1.0]
-    assert state.steps == 0
-
-
-@pytest.mark.parametrize(
-    ("gradient", "lr"), [(1e20, 0.1), (1.0, 1e39)], ids=["second moment", "weights"]
-)
-def test_a_step_out_of_range_changes_nothing(gradient: float, lr: float) -> None:
-    """A finite gradient whose step is not is refused whole, and the next good one is a first step."""
-    tensors = {"fine": torch.ones(2), "huge": torch.ones(2)}
-    state = AdamState(tensors)
-    adam = Adam(lr=lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, grad_clip_norm=None)
-    with pytest.raises(NonFiniteError):
-        adam_step(tensors, {"fine": torch.ones(2), "huge": torch.full((2,), gradient)}, state, adam)
-    assert [tensor.tolist() for tensor in tensors.values()] == [[1.0, 1.0]] * 2
-    assert state.steps == 0
-    good = msgspec.structs.replace(adam, lr=0.1)
-    adam_step(tensors, {name: torch.ones(2) for name in tensors}, state, good)
-    assert tensors["huge"].tolist() == pytest.approx([0.9, 0.9])
-
-
-@pytest.mark.parametrize("eps", [1e-46, 5e-324], ids=["below float32", "below float64"])
-def test_a_tiny_eps_divides_by_something(eps: float) -> None:
-    """A weight without a gradient stays as it is, however small eps is."""
-    tensors = {"a": torch.ones(2)}
-    adam = Adam(lr=0.1, beta1=0.9, beta2=0.95, eps=eps, weight_decay=0.0, grad_clip_norm=None)
-    adam_step(tensors, {"a": torch.tensor([0.0, 1.0])}, AdamState(tensors), adam)
-    assert tensors["a"].tolist() == pytest.approx([1.0, 0.9])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,23 +14,25 @@ from transformers import AutoModelForCausalLM
 from river_trainer.adapter import Adapter, new_adapter
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import InvalidTaskError
+from river_trainer.gradients import GradientPool
+from river_trainer.lanes import Lanes
 from river_trainer.losses import LOSSES
 from river_trainer.packing import TrainingSequence, decode_sequence
-from river_trainer.passes import Job, run_jobs
+from river_trainer.passes import Job, JobOutput, Passes
 from river_trainer.peft_files import CONFIG_FILE, export_adapter, import_adapter
 from river_trainer.protocol import AdapterShape
 
 LENGTHS = [7, 33, 2, 18]
+RunJobs = Callable[..., list[JobOutput]]
 
 
 def learned_adapter(base: BaseModel, adapter_shape: AdapterShape) -> Adapter:
     """An adapter whose B is not zero, as after some steps."""
     adapter = new_adapter(base.sites, adapter_shape)
     generator = torch.Generator().manual_seed(adapter_shape.seed + 100)
-    with torch.no_grad():
-        for name, tensor in adapter.tensors.items():
-            if name.endswith("lora_B"):
-                tensor.normal_(0, 0.02, generator=generator)
+    for name, tensor in adapter.tensors.items():
+        if name.endswith("lora_B"):
+            tensor.normal_(0, 0.02, generator=generator)
     return adapter
 
 
@@ -39,6 +41,23 @@ def sequences(seed: int, lengths: list[int]) -> list[TrainingSequence]:
         decode_sequence(sequence, index=index, vocab_size=VOCAB_SIZE, context_length=256)
         for index, sequence in enumerate(random_sequences(seed, lengths))
     ]
+
+
+@pytest.fixture
+def run_jobs(base: BaseModel, lanes: Lanes) -> RunJobs:
+    """Runs jobs, in passes of a chosen size."""
+
+    def run(jobs: Sequence[Job], piece_tokens: int = 1000) -> list[JobOutput]:
+        passes = Passes(
+            base,
+            lanes,
+            GradientPool(),
+            tokens_max=max(piece_tokens, 400),
+            piece_tokens=piece_tokens,
+        )
+        return passes.run(jobs)
+
+    return run
 
 
 def write(adapter: Adapter, folder: Path) -> Path:
@@ -58,13 +77,13 @@ def plain_logprobs(model: torch.nn.Module, sequence: TrainingSequence) -> torch.
 
 @pytest.mark.parametrize("unembed", [True, False], ids=["with lm_head", "without"])
 def test_packed_logprobs_equal_peft(
-    base: BaseModel, tiny_moe: Path, tmp_path: Path, *, unembed: bool
+    base: BaseModel, run_jobs: RunJobs, tiny_moe: Path, tmp_path: Path, *, unembed: bool
 ) -> None:
     """Exported files load in PEFT, and its log-probabilities are those of the packed pass to 1e-5."""
     adapter = learned_adapter(base, shape(rank=5, unembed=unembed))
     data = sequences(3, LENGTHS)
     job = Job(adapter, data, LOSSES["cross_entropy"], backward=False)
-    (output,) = run_jobs(base, [job], tokens_max=1000)
+    (output,) = run_jobs([job])
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     without = plain_logprobs(plain, data[1])
@@ -121,47 +140,61 @@ def test_the_seed_decides_about_a_new_adapter(base: BaseModel) -> None:
             assert not torch.equal(tensor, other.tensors[name])
 
 
-def test_jobs_in_one_pass_do_not_affect_each_other(base: BaseModel) -> None:
-    """Two adapters of different ranks get the same gradients and log-probabilities mixed as alone."""
+def test_a_job_gets_the_same_bits_alone_and_in_company(base: BaseModel, run_jobs: RunJobs) -> None:
+    """Log-probabilities, sums and gradients of every job are bit for bit those of the job alone, and of a second time.
+
+    Ranks, targets, losses and lengths differ; some jobs are cut into pieces, and pieces share passes.
+    """
+    kinds = [
+        (4, LENGTHS, "cross_entropy"),
+        (16, [40, 3], "importance_sampling"),
+        (1, [2], "cross_entropy"),
+        (8, [64] * 9, "cross_entropy"),
+        (3, [200, 100, 1, 90, 31], "importance_sampling"),
+    ]
     jobs = [
         Job(
-            learned_adapter(base, shape(rank=rank, seed=rank)),
+            learned_adapter(base, shape(rank=rank, seed=rank, unembed=rank != 8)),
             sequences(rank, lengths),
             LOSSES[loss],
             backward=True,
         )
-        for rank, lengths, loss in (
-            (4, LENGTHS, "cross_entropy"),
-            (16, [40, 3], "importance_sampling"),
-        )
+        for rank, lengths, loss in kinds
     ]
-    mixed = run_jobs(base, jobs, tokens_max=1000)
-    for job, output in zip(jobs, mixed, strict=True):
-        (alone,) = run_jobs(base, [job], tokens_max=1000)
-        for together, by_itself in zip(output.logprobs, alone.logprobs, strict=True):
-            torch.testing.assert_close(together, by_itself, atol=1e-5, rtol=0)
-        assert output.gradients.keys() == alone.gradients.keys() == job.adapter.tensors.keys()
-        for name, gradient in output.gradients.items():
-            torch.testing.assert_close(gradient, alone.gradients[name], atol=2e-4, rtol=1e-3)
+    for piece_tokens in (100, 256):
+        mixed = run_jobs(jobs, piece_tokens)
+        again = run_jobs(list(reversed(jobs)), piece_tokens)
+        for job, output, second in zip(jobs, mixed, reversed(again), strict=True):
+            (alone,) = run_jobs([job], piece_tokens)
+            for other in (alone, second):
+                assert output.sums == other.sums
+                for one, two in zip(output.logprobs, other.logprobs, strict=True):
+                    assert torch.equal(one, two)
+                assert output.gradient is not None
+                assert other.gradient is not None
+                assert torch.equal(output.gradient.flat, other.gradient.flat)
 
 
-def test_gradients_of_small_passes_add_up(base: BaseModel) -> None:
-    """A job split into many passes has the gradients and metrics of one pass."""
+def test_gradients_of_small_passes_add_up(base: BaseModel, run_jobs: RunJobs) -> None:
+    """A job cut into many pieces has the gradients and metrics of one."""
     adapter = learned_adapter(base, shape())
     job = Job(adapter, sequences(8, LENGTHS), LOSSES["cross_entropy"], backward=True)
-    (whole,) = run_jobs(base, [job], tokens_max=1000)
-    (split,) = run_jobs(base, [job], tokens_max=20)
+    (whole,) = run_jobs([job])
+    (split,) = run_jobs([job], 20)
     assert whole.metrics(job.loss) == pytest.approx(split.metrics(job.loss), rel=1e-5)
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(gradient, split.gradients[name], atol=2e-4, rtol=1e-3)
+    assert whole.gradient is not None
+    assert split.gradient is not None
+    torch.testing.assert_close(whole.gradient.flat, split.gradient.flat, atol=2e-4, rtol=1e-3)
 
 
-def test_gradients_are_those_of_peft(base: BaseModel, tiny_moe: Path, tmp_path: Path) -> None:
+def test_gradients_are_those_of_peft(
+    base: BaseModel, run_jobs: RunJobs, tiny_moe: Path, tmp_path: Path
+) -> None:
     """Autograd through transformers and PEFT gives the gradients of our own functions."""
     adapter = learned_adapter(base, shape(rank=4))
     data = sequences(3, [24])
     job = Job(adapter, data, LOSSES["cross_entropy"], backward=True)
-    (output,) = run_jobs(base, [job], tokens_max=1000)
+    (output,) = run_jobs([job])
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     folder = write(adapter, tmp_path / "adapter")
@@ -170,11 +203,12 @@ def test_gradients_are_those_of_peft(base: BaseModel, tiny_moe: Path, tmp_path: 
     chosen = logits.log_softmax(-1).gather(1, data[0].targets[:, None])[:, 0]
     (-(data[0].weights * chosen).sum()).backward()
     named = dict(model.named_parameters())
-    for site in adapter.sites:
+    for site in adapter.layout.sites:
         for key in ("lora_A", "lora_B"):
             theirs = named[f"{site.peft_prefix}.{key}.default.weight"].grad
             assert theirs is not None
-            ours = output.gradients[f"{site.name}.{key}"]
+            assert output.gradient is not None
+            ours = output.gradient.tensors[f"{site.name}.{key}"]
             if site.experts is not None:
                 packed = (
                     ours.permute(1, 2, 0).flatten(1, 2) if key == "lora_B" else ours.flatten(0, 1)

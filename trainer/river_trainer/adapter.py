@@ -1,9 +1,14 @@
-"""The float32 master weights of one run's LoRA adapter."""
+"""One run's LoRA adapter as flat float32 memory: weights, moments and gradients lie each in one buffer of one layout.
+
+A whole adapter is then copied, added, measured or stepped by one call, whatever its rank and however many sites it has.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -12,48 +17,114 @@ from river_trainer.protocol import AdapterShape
 from river_trainer.sites import Site, trained_sites
 
 
-class Adapter:
-    """A and B of every trained site: `tensors["<site>.lora_A"]`, [r, in] or [E, r, in]; B [out, r] or [E, out, r].
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor of `shape` at `offset`, in elements, of a flat buffer."""
 
-    They are autograd leaves that the optimizer changes in place.
-    """
+    offset: int
+    shape: tuple[int, ...]
 
-    def __init__(
-        self, sites: tuple[Site, ...], shape: AdapterShape, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        self.shape = shape
-        self.sites = trained_sites(sites, shape)
-        self.tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-        assert self.tensors.keys() == tensor_shapes(self.sites, shape.rank).keys()
-        scale = shape.alpha / shape.rank
-        self._pairs = {
-            site.name: LoraPair(self.tensors[a_name(site)], self.tensors[b_name(site)], scale)
-            for site in self.sites
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where A and B of every trained site lie: `<site>.lora_A` [r, in] or [E, r, in]; B [out, r] or [E, out, r]."""
+
+    sites: tuple[Site, ...]
+    rank: int
+    places: Mapping[str, Place]
+    size: int
+    """Elements of a whole buffer."""
+
+
+@lru_cache(maxsize=1024)
+def layout_of(sites: tuple[Site, ...], shape: AdapterShape) -> Layout:
+    """The layout of an adapter of `shape` on a base model with `sites`; A and B of a site are neighbours."""
+    trained = trained_sites(sites, shape)
+    places: dict[str, Place] = {}
+    offset = 0
+    for name, dimensions in tensor_shapes(trained, shape.rank).items():
+        places[name] = Place(offset, dimensions)
+        offset += math.prod(dimensions)
+    return Layout(trained, shape.rank, places, offset)
+
+
+class FlatTensors:
+    """A flat float32 buffer [N] and its tensors by name, which are views of it."""
+
+    def __init__(self, layout: Layout, flat: torch.Tensor) -> None:
+        assert flat.shape == (layout.size,)
+        self.layout = layout
+        self.flat = flat
+        pieces = flat.split([math.prod(place.shape) for place in layout.places.values()])
+        self.tensors = {
+            name: piece.view(place.shape)
+            for (name, place), piece in zip(layout.places.items(), pieces, strict=True)
         }
 
-    def pair(self, site_name: str) -> LoraPair | None:
-        """What the adapter does at a site, None if it leaves it alone."""
-        return self._pairs.get(site_name)
+    @classmethod
+    def zeros(cls, layout: Layout) -> FlatTensors:
+        return cls(layout, torch.zeros(layout.size))
 
-    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def clone(self) -> FlatTensors:
+        return FlatTensors(self.layout, self.flat.clone())
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over other values for every tensor."""
         assert tensors.keys() == self.tensors.keys()
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(tensors[name])
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+
+class Adapter:
+    """The weights of one adapter and what they mean."""
+
+    def __init__(self, shape: AdapterShape, weights: FlatTensors) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.scale = shape.alpha / shape.rank
+
+    @property
+    def layout(self) -> Layout:
+        return self.weights.layout
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.weights.tensors
+
+    def pairs(self, gradient: FlatTensors | None) -> dict[str, LoraPair]:
+        """What the adapter does at each of its sites, by name; backward passes add to `gradient`."""
+        a_and_b = [(site.name, a_name(site), b_name(site)) for site in self.layout.sites]
+        weights, scale = self.tensors, self.scale
+        if gradient is None:
+            return {site: LoraPair(weights[a], weights[b], scale) for site, a, b in a_and_b}
+        grads = gradient.tensors
+        return {
+            site: LoraPair(weights[a], weights[b], scale, grads[a], grads[b])
+            for site, a, b in a_and_b
+        }
+
+    def clone(self) -> Adapter:
+        """The adapter as it is now, for whoever reads it while the run goes on."""
+        return Adapter(self.shape, self.weights.clone())
+
+
+def adapter_from(
+    sites: tuple[Site, ...], shape: AdapterShape, tensors: Mapping[str, torch.Tensor]
+) -> Adapter:
+    """An adapter with these values, by name."""
+    weights = FlatTensors.zeros(layout_of(sites, shape))
+    weights.fill(tensors)
+    return Adapter(shape, weights)
 
 
 def new_adapter(sites: tuple[Site, ...], shape: AdapterShape) -> Adapter:
     """An adapter that changes nothing yet: A uniform as PEFT draws it, from the seed, and B zero."""
     generator = torch.Generator().manual_seed(shape.seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for site in trained_sites(sites, shape):
-        shapes = tensor_shapes((site,), shape.rank)
+    weights = FlatTensors.zeros(layout_of(sites, shape))
+    for site in weights.layout.sites:
         bound = 1.0 / math.sqrt(site.inputs)  # Kaiming's with a = sqrt(5)
-        a = torch.empty(shapes[a_name(site)]).uniform_(-bound, bound, generator=generator)
-        tensors[a_name(site)] = a
-        tensors[b_name(site)] = torch.zeros(shapes[b_name(site)])
-    return Adapter(sites, shape, tensors)
+        weights.tensors[a_name(site)].uniform_(-bound, bound, generator=generator)
+    return Adapter(shape, weights)
 
 
 def a_name(site: Site) -> str:

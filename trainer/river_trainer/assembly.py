@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from nats.aio.client import Client
-
 from river_trainer.base_model import BaseModel
-from river_trainer.executor import Executor, configure_torch
-from river_trainer.service import Service
+from river_trainer.checkpoints import Checkpoints
+from river_trainer.executor import Executor
+from river_trainer.lanes import Lanes
+from river_trainer.residency import Residency
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshots import Snapshots
 from river_trainer.store import FileSets
@@ -21,7 +20,9 @@ class Parts:
     """Everything of a trainer that does not need NATS."""
 
     executor: Executor
+    residency: Residency
     snapshots: Snapshots
+    checkpoints: Checkpoints
     versions: Versions
 
 
@@ -32,26 +33,34 @@ def load(settings: TrainerSettings) -> Parts:
         OSError: the model or a directory cannot be read.
         StoreError: the store cannot be opened.
     """
-    configure_torch(settings.torch_threads)
-    base = BaseModel(settings.model_path)
+    return parts_of(settings, BaseModel(settings.model_path), Lanes(settings.torch_threads))
+
+
+def parts_of(settings: TrainerSettings, base: BaseModel, lanes: Lanes) -> Parts:
+    """The parts over a loaded model.
+
+    Raises:
+        OSError: a directory cannot be made.
+        StoreError: the store cannot be opened.
+    """
     store = FileSets(settings.checkpoint_store_url())
     executor = Executor(
         base,
-        store,
+        lanes,
         base_model=settings.base_model,
         context_length=settings.context_length or base.context_length,
         max_lora_rank=settings.max_lora_rank,
-        micro_batch_tokens=settings.micro_batch_tokens,
+        pass_tokens=settings.micro_batch_tokens,
+        piece_tokens=min(settings.piece_tokens, settings.micro_batch_tokens),
     )
     return Parts(
         executor,
+        Residency(
+            executor.runs,
+            settings.spill_directory(),
+            budget_bytes=settings.runs_memory_mb * 1024**2,
+        ),
         Snapshots(store, settings.base_model),
+        Checkpoints(store, base_model=settings.base_model),
         Versions(settings.adapter_directory(), base_model=settings.base_model),
     )
-
-
-def make_service(
-    settings: TrainerSettings, parts: Parts, client: Client, worker: ThreadPoolExecutor
-) -> Service:
-    """The service over a connection; `worker` has one thread."""
-    return Service(settings, client, parts.executor, parts.snapshots, parts.versions, worker)

@@ -1,10 +1,12 @@
 """A frozen causal language model that runs packed sequences with many adapters in one pass.
 
-transformers owns the architecture; three of its seams are ours:
+transformers owns the architecture; some of its seams are ours:
 
 * attention: a registered function that runs each packed sequence alone (`packed_causal_attention`);
 * experts: a registered function that runs `moe_lora`;
-* the linear layers of attention and of dense MLPs are replaced by `LoraLinear`.
+* the linear layers of attention and of dense MLPs are replaced by `LoraLinear`;
+* routers are called segment by segment, as every matrix product is;
+* norms that compute what `RmsNorm` does are replaced by it.
 
 lm_head is never called: `token_logprobs` computes what a loss needs of it, chunk by chunk.
 """
@@ -14,7 +16,7 @@ lm_head is never called: `token_logprobs` computes what a loss needs of it, chun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ from transformers.utils import logging as transformers_logging
 from river_kernels import (
     LoraPair,
     Packing,
+    RmsNorm,
     Segments,
     lora_linear,
     lora_logprobs,
     moe_lora,
     packed_causal_attention,
 )
-from river_trainer.adapter import Adapter
+from river_trainer.lanes import PerLane
 from river_trainer.packing import PackedBatch
 from river_trainer.sites import Group, Site
 
@@ -44,16 +47,20 @@ MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 PEFT_ROOT = "base_model.model."
 
 
-class _Pass:
-    """What the modules need to know of the pass that is running."""
+SlotPairs = Mapping[str, LoraPair]
+"""What the adapter in one slot does, by the name of the site; it leaves the others alone."""
+
+
+class _Pass(PerLane):
+    """What the modules need to know of the pass that is running in this lane."""
 
     def __init__(self) -> None:
         self.segments: Segments = ()
-        self.adapters: Sequence[Adapter | None] = ()
+        self.slots: Sequence[SlotPairs] = ()
         self.packing: Packing | None = None
 
     def pairs(self, site_name: str) -> list[LoraPair | None]:
-        return [None if adapter is None else adapter.pair(site_name) for adapter in self.adapters]
+        return [pairs.get(site_name) for pairs in self.slots]
 
 
 class LoraLinear(nn.Module):
@@ -72,8 +79,24 @@ class LoraLinear(nn.Module):
         ).unsqueeze(0)
 
 
+class BySegment(nn.Module):
+    """A router that is called for the tokens of each segment alone."""
+
+    def __init__(self, router: nn.Module, running: _Pass) -> None:
+        super().__init__()
+        self.router, self._running = router, running
+
+    def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        segments = self._running.segments
+        if len(segments) == 1:
+            return self.router(hidden_TH)
+        lengths = [segment.end - segment.start for segment in segments]
+        answers = [self.router(rows) for rows in hidden_TH.split(lengths) if rows.shape[0]]
+        return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+
+
 class BaseModel:
-    """The frozen model in float32. Not thread-safe: one pass at a time."""
+    """The frozen model in float32. Every lane may run a pass at the same time."""
 
     def __init__(self, path: str | Path) -> None:
         AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -86,6 +109,7 @@ class BaseModel:
             experts_implementation=EXPERTS_NAME,
         )
         self._model = model.eval().requires_grad_(requires_grad=False)
+        self._embed = model.get_input_embeddings()
         self._pass = _Pass()
         config: Any = self._model.config
         assert config.hidden_act == "silu", "moe_lora computes SwiGLU"
@@ -104,27 +128,35 @@ class BaseModel:
             if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
                 sites += _expert_sites(name, module)
                 module.river_name, module.river_pass = name, self._pass
+            elif isinstance(getattr(module, "experts", None), nn.Module):
+                module.gate = BySegment(module.gate, self._pass)
             elif kind in ATTENTION_LINEARS or (kind in MLP_LINEARS and not has_experts):
                 group = Group.ATTENTION if kind in ATTENTION_LINEARS else Group.MLP
                 sites.append(_linear_site(name, module, group, kind))
                 parent = self._model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, kind, LoraLinear(module, name, self._pass))
+            elif _is_rms_norm(module):
+                parent = self._model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, kind, RmsNorm(module.weight, module.variance_epsilon))
         sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
         return sites
 
     def token_logprobs(
-        self, batch: PackedBatch, adapters: Sequence[Adapter | None]
+        self, batch: PackedBatch, slots: Sequence[SlotPairs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of every position's target, and the entropy there; two [T].
 
-        `batch.segments` name `adapters` by index. Gradients reach the adapters' tensors unless grad mode is off.
+        `batch.segments` name `slots` by index. Backward adds to the gradients of their pairs, unless grad mode is off.
         """
         running = self._pass
-        running.segments, running.adapters = batch.segments, adapters
+        running.segments, running.slots = batch.segments, slots
         running.packing = batch.packing
         try:
+            embedded_1TH = self._embed(batch.input_ids[None])
+            # Adapters are no inputs of autograd; this makes the backward pass go through all layers.
+            embedded_1TH.requires_grad_(torch.is_grad_enabled())
             hidden_1TH = self._model.model(
-                input_ids=batch.input_ids[None],
+                inputs_embeds=embedded_1TH,
                 position_ids=batch.positions[None],
                 use_cache=False,
             ).last_hidden_state
@@ -136,7 +168,7 @@ class BaseModel:
                 running.pairs("lm_head"),
             )
         finally:
-            running.segments, running.adapters, running.packing = (), (), None
+            running.segments, running.slots, running.packing = (), (), None
 
 
 def _attention(
@@ -175,6 +207,16 @@ def _experts(
         running.pairs(f"{module.river_name}.gate_up_proj"),
         running.pairs(f"{module.river_name}.down_proj"),
     )
+
+
+@torch.no_grad()
+def _is_rms_norm(module: Any) -> bool:
+    """Whether a module is a norm that `RmsNorm` can stand for: other families scale by `1 + weight`."""
+    if not hasattr(module, "variance_epsilon") or not hasattr(module, "weight"):
+        return False
+    probe = torch.linspace(-2.0, 3.0, module.weight.numel(), dtype=module.weight.dtype)[None]
+    ours = RmsNorm(module.weight, module.variance_epsilon)(probe)
+    return torch.allclose(ours, module(probe), rtol=1e-5, atol=1e-6)
 
 
 def _expert_sites(name: str, module: Any) -> list[Site]:

@@ -6,9 +6,12 @@
         ├── InvalidTaskError       what was asked is wrong
         ├── NonFiniteError         the numbers left the range of floats
         ├── NoGradientsError       an optimizer step without a backward before it
-        ├── RunUnavailableError    the run was never created, or could not be rebuilt
+        ├── RunUnavailableError    the run was never created
+        ├── RunLostError           the run's state is gone, or could not be rebuilt
+        ├── GapError               an earlier operation of the run never came
         └── StoreError             the checkpoint store did not take or give the files
-            └── MissingError       the checkpoint is not there
+            ├── MissingError       the checkpoint is not there
+            └── CorruptError       what the store gives is not what was written
 
 Whatever fails leaves its run as it was before.
 """
@@ -63,6 +66,18 @@ class RunUnavailableError(TaskFailedError):
     type = "run_unavailable"
 
 
+class RunLostError(TaskFailedError):
+    """What the run had learned is gone: it never goes on from an older state without saying so."""
+
+    type = "run_lost"
+
+
+class GapError(TaskFailedError):
+    """The operation waited for one before it that did not come in time."""
+
+    type = "operation_missing"
+
+
 class StoreError(TaskFailedError):
     """Files could not be written or read."""
 
@@ -73,3 +88,9 @@ class MissingError(StoreError):
     """The store answers, and has no such files."""
 
     type = "checkpoint_missing"
+
+
+class CorruptError(StoreError):
+    """The store gives something else than what was written."""
+
+    type = "checkpoint_corrupt"

@@ -1,8 +1,13 @@
-"""Does operations on runs; knows nothing of NATS.
+"""Does batches of operations on runs; knows nothing of NATS.
 
 An operation either succeeds or leaves its run as it was; both are a `TrainResult`. Operations of one run must come in
-order of their seq; whoever calls sees to that. Forward and forward_backward work is described as jobs and done by
-`run_jobs`, which mixes the jobs of many runs in one pass.
+order of their seq; whoever calls sees to that. The operations of a batch are done in rounds, each of which takes from
+every run what can be done at once:
+
+1. create and load: what was read from a checkpoint is put in place;
+2. forward, forward_backward and the first half of train_step: the jobs of all runs, in shared passes;
+3. optim_step and the second half of train_step: one fused update;
+4. save: a copy is taken, to be written by somebody else.
 
 Tokens: every token of every sequence of a forward, forward_backward or train_step counts as a training token, whether
 or not the loss gives it a weight, because the model runs over it all the same. A failed operation counts none.
@@ -11,24 +16,29 @@ or not the loss gives it a weight, because the model runs over it all the same. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-import torch
+import msgspec
 
-from river_billing.events import CheckpointSaved
+from river_trainer.adapter import Adapter, FlatTensors
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import (
     InvalidTaskError,
-    MissingError,
     NoGradientsError,
     NonFiniteError,
+    RunLostError,
     RunUnavailableError,
     TaskFailedError,
 )
-from river_trainer.losses import check_fields, find_loss
-from river_trainer.optimizer import adam_step
-from river_trainer.packing import decode_sequence
-from river_trainer.passes import Job, JobOutput, run_jobs
+from river_trainer.gradients import GradientPool
+from river_trainer.jobs import make_job
+from river_trainer.lanes import Lanes
+from river_trainer.optimizer import AdamStep, adam_steps
+from river_trainer.passes import Job, JobOutput, Passes
 from river_trainer.protocol import (
     Adam,
     AdapterShape,
@@ -45,24 +55,126 @@ from river_trainer.protocol import (
     TrainStep,
     operation_id,
 )
-from river_trainer.runs import FailedRun, Run, load_files, new_run
+from river_trainer.runs import FailedRun, Run, load_files, new_run, together
 from river_trainer.sites import trained_sites
-from river_trainer.store import FileSets, read_location
 
 logger = logging.getLogger("river.trainer")
 
-ADVANCING = (CreateRun, OptimStep, TrainStep, LoadWeights)
-"""Tasks that, when they succeed, make a new policy version."""
+Answer = TypeVar("Answer")
+
 PURE = (Forward, SaveWeights)
 """Tasks that leave no trace in the run: replaying the journal may skip them."""
 LOADING = (CreateRun, LoadWeights)
 """Tasks that may read a checkpoint, which may be gone when the journal is replayed."""
 
 
-def reads_checkpoint(task: AnyTask) -> bool:
-    return isinstance(task, LoadWeights) or (
-        isinstance(task, CreateRun) and task.checkpoint is not None
-    )
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An operation to do; `files` are those of the checkpoint it reads, or why they cannot be had.
+
+    `told` is the result that an earlier process has published for it.
+    """
+
+    message: TrainMessage
+    files: dict[str, bytes] | TaskFailedError | None = None
+    told: TrainResult | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was done or refused and left nothing in the run that has to be done again."""
+        return self.told is not None and (
+            self.told.error is not None or isinstance(self.message.task, PURE)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an operation did. `version` is the adapter of the policy version it made.
+
+    `frozen` is the run right after it, where somebody has to write it down: with a save the result lacks its checkpoint
+    until then, and a run that has read a checkpoint is snapshotted before the result is told. Both are copies that
+    nobody changes.
+    """
+
+    work: Work
+    result: TrainResult
+    version: Adapter | None = None
+    frozen: Run | None = None
+
+    @property
+    def message(self) -> TrainMessage:
+        return self.work.message
+
+
+@dataclass(slots=True)
+class Report:
+    """What a batch took: tokens that went through the model, and seconds by phase."""
+
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A finished job of a task, and what its result says."""
+
+    work: Work
+    run: Run
+    job: Job
+    output: JobOutput
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An optimizer step to be done on `gradient`; `computed` is the first half of a train_step."""
+
+    work: Work
+    run: Run
+    gradient: FlatTensors
+    adam: Adam
+    computed: _Computed | None = None
+
+
+class _Batch:
+    """The works of a batch that are not done, by run, and the outcomes of those that are."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+        self._outcomes: dict[tuple[str, int], Outcome] = {}
+        self._queues: dict[str, deque[Work]] = {}
+        for work in works:
+            self._queues.setdefault(work.message.run_id, deque()).append(work)
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    def take(
+        self, *kinds: type[AnyTask], waiting: Container[str] = (), over: bool = False
+    ) -> Iterator[Work]:
+        """Takes the next works of every run, as long as they are of these kinds and the run is none of `waiting`.
+
+        What is over already is taken with `over` and only then.
+        """
+        for run_id, queue in list(self._queues.items()):
+            while queue and run_id not in waiting:
+                work = queue[0]
+                if not (over if work.is_over else isinstance(work.message.task, kinds)):
+                    break
+                yield queue.popleft()
+            if not queue:
+                del self._queues[run_id]
+
+    def finish(self, outcome: Outcome) -> None:
+        message = outcome.message
+        self._outcomes[message.run_id, message.seq] = outcome
+
+    def outcomes(self) -> list[Outcome]:
+        """One for each work, in the order given."""
+        return [self._outcomes[work.message.run_id, work.message.seq] for work in self._works]
 
 
 class Executor:
@@ -71,90 +183,86 @@ class Executor:
     def __init__(
         self,
         base: BaseModel,
-        store: FileSets,
+        lanes: Lanes,
         *,
         base_model: str,
         context_length: int,
         max_lora_rank: int,
-        micro_batch_tokens: int,
+        pass_tokens: int,
+        piece_tokens: int,
     ) -> None:
         self.runs: dict[str, Run | FailedRun] = {}
         self.base = base
         self.base_model = base_model
         self.context_length = context_length
-        self._store = store
+        self._lanes = lanes
         self._max_lora_rank = max_lora_rank
-        self._micro_batch_tokens = micro_batch_tokens
-
-    def execute(self, message: TrainMessage) -> TrainResult:
-        """Does one operation. Never raises for what the operation asks: that becomes the result's error."""
-        operation = operation_id(message.run_id, message.seq)
-        try:
-            result = self._dispatch(message)
-        except TaskFailedError as error:
-            result = self._failure(message, error.as_task_error())
-        except Exception as error:  # a supervisor: one bad operation must not stop all runs
-            logger.exception("operation failed unexpectedly", extra={"operation": operation})
-            reason = f"{type(error).__name__} in the trainer"
-            result = self._failure(message, TaskError(type="internal", message=reason))
-        self._pass(message)
-        return result
-
-    def skip(self, message: TrainMessage, stored: TrainResult) -> None:
-        """Passes over an operation of a replayed journal that changed nothing."""
-        if isinstance(message.task, CreateRun) and stored.error is not None:
-            self.runs[message.run_id] = FailedRun(message.run_id, stored.error, message.seq)
-        self._pass(message)
-
-    def give_up(self, message: TrainMessage) -> None:
-        """The run cannot be brought to where it was: it answers everything with a refusal from now on."""
-        error = TaskError(
-            type="internal", message="the trainer could not rebuild it after a restart"
+        self._pool = GradientPool()
+        self._passes = Passes(
+            base, lanes, self._pool, tokens_max=pass_tokens, piece_tokens=piece_tokens
         )
-        self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
+        self._report = Report()
 
-    def _pass(self, message: TrainMessage) -> None:
-        run = self.runs.get(message.run_id)
+    def execute(self, works: Sequence[Work]) -> tuple[list[Outcome], Report]:
+        """Does a batch. Never raises for what an operation asks: that becomes its result's error."""
+        self._report = report = Report()
+        batch = _Batch(works)
+        while batch:
+            for work in batch.take(*LOADING, over=True):
+                if work.is_over:
+                    self._pass_over(batch, work)
+                else:
+                    self._guard(batch, work, lambda work=work: self._load(work))
+            computed = self._compute(batch)
+            # A run whose train_step has only been computed has to wait with what comes after it.
+            stepping = {done.run.run_id for done in computed}
+            self._optimize(batch, computed, stepping)
+            for work in batch.take(SaveWeights, waiting=stepping):
+                self._guard(batch, work, lambda work=work: self._save(work))
+        return batch.outcomes(), report
+
+    def _pass_over(self, batch: _Batch, work: Work) -> None:
+        """An operation of a replayed journal that changed nothing."""
+        assert work.told is not None
+        message, error = work.message, work.told.error
+        if isinstance(message.task, CreateRun) and error is not None:
+            self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
+        self._finish(batch, Outcome(work, work.told))
+
+    def give_up(self, run_id: str, error: TaskError, last_seq: int) -> None:
+        """The run cannot be brought to where it was: it answers everything with this from now on."""
+        self.runs[run_id] = FailedRun(run_id, error, last_seq)
+
+    def pass_seq(self, run_id: str, seq: int) -> None:
+        """Operation `seq` of a run counts as done, whatever became of it."""
+        run = self.runs.get(run_id)
         if isinstance(run, Run):
-            run.last_seq = message.seq
+            run.last_seq = seq
         elif isinstance(run, FailedRun):
-            self.runs[message.run_id] = FailedRun(run.run_id, run.error, message.seq)
+            self.runs[run_id] = FailedRun(run_id, run.error, seq)
 
-    def _dispatch(self, message: TrainMessage) -> TrainResult:  # noqa: PLR0911  # one return per task
-        task = message.task
+    # ---- Create and load -----------------------------------------------------------------------
+
+    def _load(self, work: Work) -> Outcome:
+        message, task = work.message, work.message.task
+        if isinstance(work.files, TaskFailedError):
+            raise work.files
         if isinstance(task, CreateRun):
-            return self._create(message, task)
-        run = self.runs.get(message.run_id)
-        assert run is not None, f"{message.run_id} was never created"
-        if isinstance(run, FailedRun):
-            raise RunUnavailableError(f"the run is not available: {run.error.message}")
-        match task:
-            case Forward():
-                return self._compute(message, run, task, self._discard)
-            case ForwardBackward():
-                return self._compute(message, run, task, self._keep_gradients)
-            case TrainStep():
-                adam = task.adam
-                return self._compute(
-                    message, run, task, lambda run, output: self._step_at_once(run, output, adam)
-                )
-            case OptimStep():
-                return self._optim_step(message, run, task)
-            case SaveWeights():
-                return self._save(message, run, task)
-            case LoadWeights():
-                return self._load(message, run, task)
-
-    def _create(self, message: TrainMessage, task: CreateRun) -> TrainResult:
-        assert message.run_id not in self.runs, f"{message.run_id} exists"
-        assert message.seq == 0, "creating a run is operation 0"
-        self._check_shape(task.shape)
-        run = new_run(message.run_id, self.base.sites, task.shape)
-        if task.checkpoint is not None:
-            files = self._read(task.checkpoint, param="checkpoint")
-            load_files(run, self.base.sites, files, optimizer=True)
-        self.runs[message.run_id] = run
-        return self._result(message, run)
+            assert message.run_id not in self.runs, f"{message.run_id} exists"
+            assert message.seq == 0, "creating a run is operation 0"
+            self._check_shape(task.shape)
+            run = new_run(message.run_id, self.base.sites, task.shape)
+            if work.files is not None:
+                load_files(run, self.base.sites, work.files, optimizer=True)
+            self.runs[message.run_id] = run
+        else:
+            assert isinstance(task, LoadWeights)
+            assert work.files is not None
+            run = self._run_of(work)
+            load_files(run, self.base.sites, work.files, optimizer=task.optimizer)
+            run.step += 1
+        frozen = None if work.files is None else run.frozen()
+        return Outcome(work, _result(message, run), run.adapter.clone(), frozen)
 
     def _check_shape(self, shape: AdapterShape) -> None:
         if not 1 <= shape.rank <= self._max_lora_rank:
@@ -166,141 +274,231 @@ class Executor:
         if not trained_sites(self.base.sites, shape):
             raise InvalidTaskError("the adapter would change nothing", param="lora")
 
-    def _compute(
-        self,
-        message: TrainMessage,
-        run: Run,
-        task: Forward | ForwardBackward | TrainStep,
-        conclude: Callable[[Run, JobOutput], dict[str, float]],
-    ) -> TrainResult:
-        job = self._job(run, task)
-        (output,) = run_jobs(self.base, [job], tokens_max=self._micro_batch_tokens)
-        if not output.finite:
-            raise NonFiniteError(f"the {task.loss_fn} loss or its gradient is not finite")
-        metrics = output.metrics(job.loss) | conclude(run, output)
-        return TrainResult(
-            operation_id=operation_id(message.run_id, message.seq),
-            run_id=message.run_id,
-            seq=message.seq,
-            step=run.step,
-            metrics=metrics,
-            logprobs=[logprobs.numpy().astype("<f4").tobytes() for logprobs in output.logprobs],
-            training_tokens=sum(sequence.tokens for sequence in job.sequences),
-        )
+    # ---- Forward and backward ------------------------------------------------------------------
 
-    def _job(self, run: Run, task: Forward | ForwardBackward | TrainStep) -> Job:
-        loss = find_loss(task.loss_fn, task.loss_config)
-        if not task.data:
-            raise InvalidTaskError("there is no data", param="data")
-        sequences = [
-            decode_sequence(
-                sequence,
-                index=index,
-                vocab_size=self.base.vocab_size,
-                context_length=self.context_length,
-            )
-            for index, sequence in enumerate(task.data)
-        ]
-        for index, sequence in enumerate(sequences):
-            check_fields(loss, sequence, index)
-        return Job(run.adapter, sequences, loss, backward=not isinstance(task, Forward))
+    def _compute(self, batch: _Batch) -> list[_Computed]:
+        """Runs the data of all runs; returns the train_steps that now want their optimizer step."""
+        jobs: list[tuple[Work, Run, Job]] = []
+        stepping: set[str] = set()
+        for work in batch.take(Forward, ForwardBackward, TrainStep, waiting=stepping):
+            task = work.message.task
+            if isinstance(task, TrainStep):
+                stepping.add(work.message.run_id)
+            made = self._guarded(work, lambda work=work: self._make_job(work))
+            if isinstance(made, TaskError):
+                self._fail(batch, work, made)
+            else:
+                jobs.append((work, *made))
+        if not jobs:
+            return []
+        started = time.perf_counter()
+        outputs = self._run_jobs([job for _, _, job in jobs])
+        seconds = time.perf_counter() - started
+        self._report.add("passes", seconds)
+        train_steps: list[_Computed] = []
+        for (work, run, job), output in zip(jobs, outputs, strict=True):
+            if isinstance(output, TaskError):
+                self._fail(batch, work, output)
+                continue
+            self._report.tokens += job.tokens
+            computed = _Computed(work, run, job, output, 1000.0 * seconds)
+            if isinstance(work.message.task, TrainStep):
+                train_steps.append(computed)
+            else:
+                self._guard(batch, work, lambda computed=computed: self._keep(computed))
+        return train_steps
 
-    def _discard(self, run: Run, output: JobOutput) -> dict[str, float]:
-        assert not output.gradients, f"a forward of {run.run_id} has no gradients"
-        return {}
+    def _make_job(self, work: Work) -> tuple[Run, Job]:
+        run, task = self._run_of(work), work.message.task
+        assert isinstance(task, Forward | ForwardBackward | TrainStep)
+        return run, make_job(task, run.adapter, self.base, context_length=self.context_length)
 
-    def _keep_gradients(self, run: Run, output: JobOutput) -> dict[str, float]:
-        run.add_gradients(output.gradients)
-        return {}
-
-    def _step_at_once(self, run: Run, output: JobOutput, adam: Adam) -> dict[str, float]:
-        pending = run.gradients
-        run.add_gradients(output.gradients)
+    def _run_jobs(self, jobs: Sequence[Job]) -> list[JobOutput | TaskError]:
+        """The outputs of all jobs; if the shared passes fail, each is tried alone, so that only the culprit fails."""
         try:
-            return self._apply(run, adam)
-        except TaskFailedError:
-            run.gradients = pending
-            raise
+            return [
+                _checked(job, output)
+                for job, output in zip(jobs, self._passes.run(jobs), strict=True)
+            ]
+        except Exception as error:  # a supervisor: one bad operation must not stop all runs
+            logger.exception("a batch of %d jobs failed", len(jobs))
+            if len(jobs) == 1:
+                return [_internal(error)]
+        return [output for job in jobs for output in self._run_jobs([job])]
 
-    def _apply(self, run: Run, adam: Adam) -> dict[str, float]:
-        """One optimizer step on the pending gradients; makes the next policy version."""
-        if run.gradients is None:
+    def _keep(self, computed: _Computed) -> Outcome:
+        run, gradient = computed.run, computed.output.gradient
+        if gradient is not None:
+            before, run.gradient = run.gradient, together(run.gradient, gradient)
+            if before is not None:
+                self._pool.give(before)
+        return Outcome(computed.work, _compute_result(computed))
+
+    # ---- Optimizer -----------------------------------------------------------------------------
+
+    def _optimize(self, batch: _Batch, computed: Sequence[_Computed], stepping: set[str]) -> None:
+        """One step of every run that asks for one; a run's second has to wait, so it becomes one of `stepping`."""
+        asked: list[tuple[Work, Callable[[], _Step]]] = [
+            (done.work, lambda done=done: self._second_half(done)) for done in computed
+        ]
+        for work in batch.take(OptimStep, waiting=stepping):
+            stepping.add(work.message.run_id)
+            asked.append((work, lambda work=work: self._own_step(work)))
+        steps: list[_Step] = []
+        for work, make in asked:
+            step = self._guarded(work, make)
+            if isinstance(step, TaskError):
+                self._fail(batch, work, step)
+            else:
+                steps.append(step)
+        if not steps:
+            return
+        started = time.perf_counter()
+        shares = [steps[lane :: self._lanes.count] for lane in range(self._lanes.count)]
+        self._lanes.map(lambda share: self._step_all(batch, share), shares)
+        self._report.add("optimizer", time.perf_counter() - started)
+
+    def _second_half(self, computed: _Computed) -> _Step:
+        task, gradient = computed.work.message.task, computed.output.gradient
+        assert isinstance(task, TrainStep)
+        assert gradient is not None
+        total = together(computed.run.gradient, gradient)
+        return _Step(computed.work, computed.run, total, task.adam, computed)
+
+    def _own_step(self, work: Work) -> _Step:
+        run, task = self._run_of(work), work.message.task
+        assert isinstance(task, OptimStep)
+        if run.gradient is None:
             raise NoGradientsError("no forward_backward since the last optimizer step")
-        norm = adam_step(run.adapter.tensors, run.gradients, run.optimizer, adam)
-        run.gradients = None
-        run.step += 1
-        return {"grad_norm": norm}
+        return _Step(work, run, run.gradient, task.adam)
 
-    def _optim_step(self, message: TrainMessage, run: Run, task: OptimStep) -> TrainResult:
-        metrics = self._apply(run, task.adam)
-        return self._result(message, run, metrics=metrics)
+    def _step_all(self, batch: _Batch, steps: Sequence[_Step]) -> None:
+        asked = [
+            AdamStep(step.run.adapter.weights, step.gradient, step.run.optimizer, step.adam)
+            for step in steps
+        ]
+        for step, norm in zip(steps, adam_steps(asked), strict=True):
+            if isinstance(norm, NonFiniteError):
+                self._fail(batch, step.work, norm.as_task_error())
+                continue
+            run = step.run
+            for used in {id(g): g for g in (run.gradient, step.gradient) if g is not None}.values():
+                self._pool.give(used)
+            run.gradient = None
+            run.step += 1
+            metrics = {"grad_norm": norm}
+            if step.computed is None:
+                result = _result(step.work.message, run, metrics=metrics)
+            else:
+                result = _compute_result(step.computed, metrics)
+            self._finish(batch, Outcome(step.work, result, version=run.adapter.clone()))
 
-    def _save(self, message: TrainMessage, run: Run, task: SaveWeights) -> TrainResult:
-        training = task.mode == "training"
-        if not training and task.mode != "inference":
+    # ---- Save ----------------------------------------------------------------------------------
+
+    def _save(self, work: Work) -> Outcome:
+        message, task, run = work.message, work.message.task, self._run_of(work)
+        assert isinstance(task, SaveWeights)
+        if task.mode not in ("training", "inference"):
             raise InvalidTaskError(f"no mode {task.mode!r}", param="mode")
-        folder = f"checkpoints/{task.checkpoint_id}"
-        files = run.files(base_model=self.base_model, optimizer=training)
-        facts = {"run_id": run.run_id, "step": run.step, "base_model": self.base_model}
-        size_bytes = self._store.write(folder, files, facts)
-        saved = CheckpointSaved(
-            checkpoint_id=task.checkpoint_id,
-            run_id=run.run_id,
-            tenant_id=message.tenant_id,
-            base_model=self.base_model,
-            name=task.name,
-            mode=task.mode,
-            step=run.step,
-            location=self._store.location(folder),
-            size_bytes=size_bytes,
-            created_at=message.submitted_at,
-            expires_at=None if task.ttl_s is None else message.submitted_at + task.ttl_s,
-        )
-        return self._result(message, run, checkpoint=saved)
+        return Outcome(work, _result(message, run), frozen=run.frozen())
 
-    def _load(self, message: TrainMessage, run: Run, task: LoadWeights) -> TrainResult:
-        files = self._read(task.location, param="location")
-        load_files(run, self.base.sites, files, optimizer=task.optimizer)
-        run.step += 1
-        return self._result(message, run)
+    # ---- Outcomes ------------------------------------------------------------------------------
 
-    def _read(self, location: str, *, param: str) -> dict[str, bytes]:
-        found = read_location(location)
-        if found is None:
-            raise MissingError("the checkpoint is not there", param=param)
-        return found[1]
+    def _run_of(self, work: Work) -> Run:
+        run = self.runs.get(work.message.run_id)
+        assert run is not None, f"{work.message.run_id} was never created"
+        if isinstance(run, FailedRun):
+            lost = run.error.type == RunLostError.type
+            kind = RunLostError if lost else RunUnavailableError
+            raise kind(f"the run is not available: {run.error.message}")
+        return run
 
-    def _result(
-        self,
-        message: TrainMessage,
-        run: Run,
-        *,
-        metrics: dict[str, float] | None = None,
-        checkpoint: CheckpointSaved | None = None,
-    ) -> TrainResult:
-        return TrainResult(
-            operation_id=operation_id(message.run_id, message.seq),
-            run_id=message.run_id,
-            seq=message.seq,
-            step=run.step,
-            metrics=metrics or {},
-            checkpoint=checkpoint,
-        )
+    def _guard(self, batch: _Batch, work: Work, function: Callable[[], Outcome]) -> None:
+        outcome = self._guarded(work, function)
+        if isinstance(outcome, TaskError):
+            self._fail(batch, work, outcome)
+        else:
+            self._finish(batch, outcome)
 
-    def _failure(self, message: TrainMessage, error: TaskError) -> TrainResult:
+    def _guarded(self, work: Work, function: Callable[[], Answer]) -> Answer | TaskError:
+        """What `function` gives, or the error that becomes the operation's."""
+        try:
+            return function()
+        except TaskFailedError as error:
+            return error.as_task_error()
+        except Exception as error:  # a supervisor: one bad operation must not stop all runs
+            message = work.message
+            operation = operation_id(message.run_id, message.seq)
+            logger.exception("operation failed unexpectedly", extra={"operation": operation})
+            return _internal(error)
+
+    def _finish(self, batch: _Batch, outcome: Outcome) -> None:
+        message, told = outcome.message, outcome.work.told
+        self.pass_seq(message.run_id, message.seq)
+        batch.finish(outcome)
+        if told is not None and not outcome.work.is_over and not _agree(outcome.result, told):
+            # At once, before anything that comes after it is done on the wrong weights.
+            self._lose(outcome, told)
+
+    def _lose(self, outcome: Outcome, told: TrainResult) -> None:
+        """What was told to have succeeded cannot be done again: the run is not what its owner knows."""
+        result = outcome.result
+        reason = result.error.message if result.error else f"step {result.step}, not {told.step}"
+        extra = {"operation": told.operation_id, "told_step": told.step}
+        logger.critical("cannot rebuild a run: %s", reason, extra=extra)
+        error = RunLostError(f"it could not be rebuilt after a restart: {reason}")
+        self.give_up(told.run_id, error.as_task_error(), told.seq)
+
+    def _fail(self, batch: _Batch, work: Work, error: TaskError) -> None:
+        message = work.message
         run = self.runs.get(message.run_id)
         if run is None:
             run = self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
-        return TrainResult(
+        result = TrainResult(
             operation_id=operation_id(message.run_id, message.seq),
             run_id=message.run_id,
             seq=message.seq,
             step=run.step if isinstance(run, Run) else 0,
             error=error,
         )
+        self._finish(batch, Outcome(work, result))
 
 
-def configure_torch(threads: int) -> None:
-    """Bounds torch's threads. Call it once, before the first pass."""
-    assert threads > 0
-    torch.set_num_threads(threads)
+def _checked(job: Job, output: JobOutput) -> JobOutput | TaskError:
+    if output.finite:
+        return output
+    error = NonFiniteError(f"the {job.loss.name} loss or its gradient is not finite")
+    return error.as_task_error()
+
+
+def _agree(result: TrainResult, told: TrainResult) -> bool:
+    return result.error is None and result.step == told.step
+
+
+def _internal(error: Exception) -> TaskError:
+    return TaskError(type="internal", message=f"{type(error).__name__} in the trainer")
+
+
+def _result(
+    message: TrainMessage, run: Run, *, metrics: Mapping[str, float] | None = None
+) -> TrainResult:
+    return TrainResult(
+        operation_id=operation_id(message.run_id, message.seq),
+        run_id=message.run_id,
+        seq=message.seq,
+        step=run.step,
+        metrics=dict(metrics or {}),
+    )
+
+
+def _compute_result(computed: _Computed, metrics: Mapping[str, float] | None = None) -> TrainResult:
+    job, output = computed.job, computed.output
+    of_job = output.metrics(job.loss) | {
+        "tokens": float(job.tokens),
+        "milliseconds": computed.milliseconds,
+    }
+    return msgspec.structs.replace(
+        _result(computed.work.message, computed.run, metrics=of_job | dict(metrics or {})),
+        logprobs=[logprobs.numpy().astype("<f4").tobytes() for logprobs in output.logprobs],
+        training_tokens=job.tokens,
+    )

@@ -17,8 +17,8 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from river_engine.protocol import subject_token
 from river_trainer import limits
 from river_trainer.journal import MESSAGE_ID_HEADER
-from river_trainer.ordering import Entry
-from river_trainer.protocol import TRAIN_STREAM
+from river_trainer.protocol import ADVANCES_HEADER, TENANT_HEADER, TOKENS_HEADER, TRAIN_STREAM
+from river_trainer.scheduling import Entry
 
 logger = logging.getLogger("river.trainer")
 
@@ -80,9 +80,18 @@ class Follower:
 
 
 def _entry_of(message: Msg) -> Entry | None:
-    identity = (message.headers or {}).get(MESSAGE_ID_HEADER, "")
-    run_id, _, seq = identity.rpartition(":")
+    headers = message.headers or {}
+    run_id, _, seq = headers.get(MESSAGE_ID_HEADER, "").rpartition(":")
     if not run_id or not seq.isdigit():
         logger.error("message without an operation's identity", extra={"subject": message.subject})
         return None
-    return Entry(run_id, int(seq), message.metadata.sequence.stream)
+    tokens = headers.get(TOKENS_HEADER, "0")
+    return Entry(
+        run_id,
+        int(seq),
+        message.metadata.sequence.stream,
+        tenant_id=headers.get(TENANT_HEADER, ""),
+        tokens=max(int(tokens) if tokens.isdigit() else 0, limits.OPERATION_TOKENS_MIN),
+        # Not knowing is no reason to let something overtake.
+        advances=headers.get(ADVANCES_HEADER, "1") != "0",
+    )

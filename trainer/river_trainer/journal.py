@@ -31,6 +31,8 @@ from nats.nuid import NUID
 
 from river_trainer import limits
 from river_trainer.protocol import (
+    ADVANCES_HEADER,
+    ADVANCING,
     BODIES_BUCKET,
     BODY_BUCKET_HEADER,
     BODY_HEADER,
@@ -40,12 +42,15 @@ from river_trainer.protocol import (
     RESULT_BODIES_BUCKET,
     RESULTS_MAX_AGE_S,
     RESULTS_STREAM,
+    TENANT_HEADER,
+    TOKENS_HEADER,
     TRAIN_STREAM,
     TRAINERS_BUCKET,
     LiveVersion,
     TrainMessage,
     TrainResult,
     result_subject,
+    task_tokens,
     train_subject,
 )
 
@@ -152,6 +157,7 @@ async def publish_body(
     *,
     message_id: str | None = None,
     of_result: bool = False,
+    headers: Mapping[str, str] | None = None,
 ) -> PubAck:
     """Publishes `body`, through an object store if it is large; on return JetStream has it all.
 
@@ -160,20 +166,20 @@ async def publish_body(
     Raises:
         nats.errors.Error: it may or may not be stored; publishing again with the same id is safe.
     """
-    headers: dict[str, str] = {}
+    all_headers = dict(headers or {})
     if message_id is not None:
-        headers[MESSAGE_ID_HEADER] = message_id
+        all_headers[MESSAGE_ID_HEADER] = message_id
     if len(body) <= BODY_INLINE_MAX_BYTES:
         return await js.publish(
-            subject, body, timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=headers or None
+            subject, body, timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=all_headers or None
         )
     if of_result:
-        headers[BODY_BUCKET_HEADER] = RESULT_BODIES_BUCKET
+        all_headers[BODY_BUCKET_HEADER] = RESULT_BODIES_BUCKET
     bucket = await (result_bodies_bucket(js) if of_result else bodies_bucket(js))
     name = _names.next().decode()
     await bucket.put(name, body)
-    headers[BODY_HEADER] = name
-    ack = await js.publish(subject, b"", timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=headers)
+    all_headers[BODY_HEADER] = name
+    ack = await js.publish(subject, b"", timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=all_headers)
     if ack.duplicate:
         await bucket.delete(name)
     return ack
@@ -210,6 +216,11 @@ async def submit(js: JetStreamContext, message: TrainMessage) -> PubAck:
         train_subject(message.base_model, message.run_id),
         _encoder.encode(message),
         message_id=f"{message.run_id}:{message.seq}",
+        headers={
+            TENANT_HEADER: message.tenant_id,
+            TOKENS_HEADER: str(task_tokens(message.task)),
+            ADVANCES_HEADER: "1" if isinstance(message.task, ADVANCING) else "0",
+        },
     )
 
 

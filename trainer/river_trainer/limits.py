@@ -1,9 +1,27 @@
 """Every bound of the trainer, named."""
 
-MICRO_BATCH_TOKENS = 4_096
-"""Tokens in one forward and backward, unless the settings say otherwise; one longer sequence goes alone.
+MICRO_BATCH_TOKENS = 512
+"""Tokens in one packed pass of one lane, unless the settings say otherwise; one longer sequence goes alone.
 
-Small enough that a layer's activations stay near the processor: on CPUs larger passes are slower."""
+On CPUs a pass is fastest while its activations stay in a core's own cache."""
+PIECE_TOKENS = 256
+"""Tokens of one run that are computed as one: more are cut, so that lanes can share them and passes be filled."""
+SPARE_GRADIENTS_MAX_BYTES = 512 * 1024**2
+
+BATCH_TOKENS = 8_192
+"""About how many tokens of all runs one batch takes: enough to fill the lanes, and soon done."""
+BATCH_OPERATIONS_MAX = 512
+TENANT_QUANTUM_TOKENS = 2_048
+"""What a tenant may spend at a turn: a few operations of usual size."""
+OPERATION_TOKENS_MIN = 16
+"""What an operation costs its tenant at least: one without data takes time too."""
+GAP_MAX_S = 120.0
+"""How long operations wait for one before them that is missing. Longer than a client goes on trying to send it."""
+
+RUNS_MEMORY_MB = 4_096
+"""Memory for the weights, moments and gradients of runs; those not in use beyond it wait on disk."""
+SPILL_FREE_SHARE = 0.1
+"""How much of that memory is made free at a time."""
 
 LORA_RANK_MAX = 64
 VERSIONS_KEPT = 8
@@ -11,9 +29,16 @@ VERSIONS_KEPT = 8
 
 SNAPSHOT_EVERY_STEPS = 8
 SNAPSHOT_IDLE_S = 3.0
-SNAPSHOT_SCAN_INTERVAL_S = 1.0
+SCAN_INTERVAL_S = 1.0
+"""How often idle runs are looked for, and operations that never came."""
 
 FETCH_BATCH = 256
+READ_AHEAD_OPERATIONS = 128
+"""Operations whose bodies are read before their turn comes."""
+READ_AHEAD_TOKENS_MAX = 8_192
+EFFECTS_PENDING_MAX = 512
+"""Operations that are done and not told yet; more than these stop the next batch."""
+IO_THREADS = 4
 FETCH_TIMEOUT_S = 5.0
 CONSUMER_INACTIVE_S = 300.0
 RETRY_DELAY_MIN_S = 0.1

@@ -39,6 +39,7 @@ LossFunction = Callable[[LossInput], tuple[torch.Tensor, Sums]]
 class Loss:
     """A loss, the optional fields of a sequence that it cannot do without, and the sum that `loss_mean` divides by."""
 
+    name: str
     function: LossFunction
     needs: tuple[str, ...]
     mean_over: str
@@ -74,8 +75,10 @@ def importance_sampling(data: LossInput) -> tuple[torch.Tensor, Sums]:
 
 
 LOSSES: Mapping[str, Loss] = {
-    "cross_entropy": Loss(cross_entropy, (), "weight_sum"),
-    "importance_sampling": Loss(importance_sampling, ("old_logprobs", "advantages"), "num_tokens"),
+    "cross_entropy": Loss("cross_entropy", cross_entropy, (), "weight_sum"),
+    "importance_sampling": Loss(
+        "importance_sampling", importance_sampling, ("old_logprobs", "advantages"), "num_tokens"
+    ),
 }
 
 TOTALS = frozenset({"loss_sum", "num_tokens", "weight_sum"})

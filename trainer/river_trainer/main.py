@@ -71,20 +71,23 @@ class _Process:
         """Loads the model, connects, serves. Ends only by cancellation, a lost lease or a bug."""
         # Imported here because torch has to be loaded after main has set its environment.
         from river_trainer import assembly, journal  # noqa: PLC0415
+        from river_trainer.service import Service  # noqa: PLC0415
 
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        disk = ThreadPoolExecutor(max_workers=limits.IO_THREADS, thread_name_prefix="disk")
         loop = asyncio.get_running_loop()
         try:
             parts = await loop.run_in_executor(worker, assembly.load, self._settings)
             client = await journal.connect(self._settings.nats_url)
             try:
-                self._service = assembly.make_service(self._settings, parts, client, worker)
+                self._service = Service(self._settings, parts, client, worker, disk)
                 await self._service.run()
             finally:
                 await client.close()
         finally:
-            # The operation in hand ends in its own time; the journal has it in any case.
+            # The batch in hand ends in its own time; the journal has it in any case.
             worker.shutdown(wait=False, cancel_futures=True)
+            disk.shutdown(wait=False, cancel_futures=True)
 
 
 def _bound_the_end(exit_code: int) -> None:

@@ -6,46 +6,88 @@ publish: an operation that a replay of the journal does again has a result alrea
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from river_trainer.executor import Report
 from river_trainer.protocol import TrainMessage, TrainResult
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.5)
 
 
 class TrainerMetrics:
-    """The counters of one process."""
+    """The counters of one process. Tokens per second are the rate of `river_trainer_computed_tokens_total`."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        registry = self._registry = CollectorRegistry()
         self._tokens = Counter(
-            "river_trainer_tokens", "Training tokens of published results.", registry=self._registry
+            "river_trainer_tokens", "Training tokens of published results.", registry=registry
         )
         self._operations = Counter(
             "river_trainer_operations",
             "Operations whose result was published.",
             ("kind", "outcome"),
-            registry=self._registry,
-        )
-        self._seconds = Counter(
-            "river_trainer_busy_seconds",
-            "Time spent executing operations.",
-            ("kind",),
-            registry=self._registry,
+            registry=registry,
         )
         self._waiting = Gauge(
-            "river_trainer_waiting_operations",
-            "Operations known and not executed.",
-            registry=self._registry,
+            "river_trainer_waiting_operations", "Operations known and not done.", registry=registry
+        )
+        self._waiting_tokens = Gauge(
+            "river_trainer_waiting_tokens", "Tokens of operations not done.", registry=registry
+        )
+        self._computed = Counter(
+            "river_trainer_computed_tokens",
+            "Tokens that went through the model, replays included.",
+            registry=registry,
+        )
+        self._batch_operations = Counter(
+            "river_trainer_batched_operations", "Operations in all batches.", registry=registry
+        )
+        self._batch_seconds = Histogram(
+            "river_trainer_batch_seconds", "Time of a batch.", buckets=_SECONDS, registry=registry
+        )
+        self._batch_fill = Histogram(
+            "river_trainer_batch_fill",
+            "Tokens of a batch as a share of what it may take.",
+            buckets=_SHARES,
+            registry=registry,
+        )
+        self._phase_seconds = Counter(
+            "river_trainer_phase_seconds",
+            "Time of batches by phase: passes (forward and backward), optimizer.",
+            ("phase",),
+            registry=registry,
+        )
+        self._runs = Gauge("river_trainer_runs", "Runs by place.", ("place",), registry=registry)
+        self._resident = Gauge(
+            "river_trainer_resident_bytes", "Memory of the runs in memory.", registry=registry
         )
 
-    def count(self, message: TrainMessage, result: TrainResult, *, busy_s: float) -> None:
+    def count(self, message: TrainMessage, result: TrainResult) -> None:
+        """A result has been published."""
         kind = str(type(message.task).__struct_config__.tag)
         outcome = "done" if result.error is None else "failed"
         self._tokens.inc(result.training_tokens)
         self._operations.labels(kind, outcome).inc()
-        self._seconds.labels(kind).inc(busy_s)
 
-    def waiting(self, operations: int) -> None:
+    def batch(self, report: Report, *, operations: int, budget: int, seconds: float) -> None:
+        """A batch has been done."""
+        self._computed.inc(report.tokens)
+        self._batch_operations.inc(operations)
+        self._batch_seconds.observe(seconds)
+        if report.tokens:
+            self._batch_fill.observe(report.tokens / budget)
+        for phase, spent in report.seconds.items():
+            self._phase_seconds.labels(phase).inc(spent)
+
+    def waiting(self, operations: int, tokens: int) -> None:
         self._waiting.set(operations)
+        self._waiting_tokens.set(tokens)
+
+    def runs(self, *, resident: int, spilled: int, resident_bytes: int) -> None:
+        self._runs.labels("memory").set(resident)
+        self._runs.labels("disk").set(spilled)
+        self._resident.set(resident_bytes)
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""

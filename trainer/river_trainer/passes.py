@@ -1,8 +1,15 @@
-"""Forward and backward over the jobs of many runs, in passes of bounded size.
+"""Forward and backward over the jobs of many runs, in packed passes of bounded size.
 
-Each job is one operation's data on one adapter. Jobs share passes: tokens are packed job by job, the frozen model runs
-once for all of them, and each job has its own loss and its own gradients, which its run takes over only if the whole
-job went well. A job too big for one pass is continued in the next; gradients and sums add up.
+Each job is one operation's data on one adapter. What a job gets must not depend, to the last bit, on which other jobs
+share its passes, so everything that has an order is decided by the job alone:
+
+* a job is cut into *pieces* of whole sequences, of at most `piece_tokens` tokens (or one longer group);
+* its pieces are dealt to a few *strands*, as many as there are lanes; the pieces of a strand are computed one after
+  another in one lane and add to the strand's own gradient;
+* the strands' gradients are added in their order.
+
+Between those decisions all is free: strands of all jobs are dealt to the lanes, and a lane packs pieces of several
+strands into one pass. Within a pass every piece is a segment, and segments are computed by themselves.
 """
 
 # Tensors carry their shape in capitals.
@@ -15,33 +22,37 @@ from dataclasses import dataclass, field
 
 import torch
 
-from river_trainer.adapter import Adapter
+from river_trainer.adapter import Adapter, FlatTensors
 from river_trainer.base_model import BaseModel
+from river_trainer.gradients import GradientPool
+from river_trainer.lanes import Lanes
 from river_trainer.losses import Loss, LossInput, metrics_of
 from river_trainer.packing import TrainingSequence, pack
-
-Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`sequences` through `loss` on `adapter`; gradients only if `backward`."""
+    """`sequences` through `loss` on `adapter`; a gradient only if `backward`."""
 
     adapter: Adapter
     sequences: Sequence[TrainingSequence]
     loss: Loss
     backward: bool
 
+    @property
+    def tokens(self) -> int:
+        return sum(sequence.tokens for sequence in self.sequences)
+
 
 @dataclass(slots=True)
 class JobOutput:
-    """`logprobs` has one [T] per sequence with a zero at the ignored index; `gradients` are by tensor name.
+    """`logprobs` has one [T] per sequence with a zero at the ignored index; `gradient` is None after a forward.
 
     `finite` is false if a loss or a gradient is not; the rest then means nothing.
     """
 
     logprobs: list[torch.Tensor] = field(default_factory=list)
-    gradients: Gradients = field(default_factory=dict)
+    gradient: FlatTensors | None = None
     sums: dict[str, float] = field(default_factory=dict)
     finite: bool = True
 
@@ -49,64 +60,162 @@ class JobOutput:
         return metrics_of(loss, self.sums)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Some consecutive sequences of the job `job`."""
+@dataclass(slots=True)
+class _Piece:
+    """Some consecutive sequences of a job, and what came out of them."""
 
-    job: int
     sequences: list[TrainingSequence]
+    logprobs: list[torch.Tensor] = field(default_factory=list)
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return sum(sequence.tokens for sequence in self.sequences)
 
 
-def run_jobs(base: BaseModel, jobs: Sequence[Job], *, tokens_max: int) -> list[JobOutput]:
-    """The outputs of `jobs`, in their order, in passes of at most `tokens_max` tokens (or one longer sequence)."""
-    assert tokens_max > 0
-    outputs = [JobOutput() for _ in jobs]
-    for parts in _passes(jobs, tokens_max):
-        _run_pass(base, jobs, parts, outputs)
-    for output in outputs:
-        output.finite &= all(
-            bool(gradient.isfinite().all()) for gradient in output.gradients.values()
+@dataclass(slots=True)
+class _Strand:
+    """Consecutive pieces of one job. `gradient` is there from the first backward pass on."""
+
+    job: Job
+    pieces: list[_Piece]
+    gradient: FlatTensors | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(piece.tokens for piece in self.pieces)
+
+
+class Passes:
+    """Runs jobs on a base model. One caller at a time.
+
+    `tokens_max` bounds a packed pass, unless one piece alone is longer.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        lanes: Lanes,
+        pool: GradientPool,
+        *,
+        tokens_max: int,
+        piece_tokens: int,
+    ) -> None:
+        assert 0 < piece_tokens <= tokens_max
+        self._base = base
+        self._lanes = lanes
+        self._pool = pool
+        self._tokens_max = tokens_max
+        self._piece_tokens = piece_tokens
+
+    def run(self, jobs: Sequence[Job]) -> list[JobOutput]:
+        """The outputs of `jobs`, in their order."""
+        strands = [self._strands(job) for job in jobs]
+        by_lane = _deal([strand for of_job in strands for strand in of_job], self._lanes.count)
+        self._lanes.map(self._run_lane, by_lane)
+        return self._lanes.map(self._conclude, strands)
+
+    def _strands(self, job: Job) -> list[_Strand]:
+        pieces = list(_pieces(job, self._piece_tokens))
+        return [_Strand(job, part) for part in _shares(pieces, self._lanes.count)]
+
+    def _run_lane(self, strands: Sequence[_Strand]) -> None:
+        parts: list[tuple[_Strand, _Piece]] = []
+        tokens = 0
+        for strand in strands:
+            for piece in strand.pieces:
+                if parts and tokens + piece.tokens > self._tokens_max:
+                    self._run_pass(parts)
+                    parts, tokens = [], 0
+                parts.append((strand, piece))
+                tokens += piece.tokens
+        if parts:
+            self._run_pass(parts)
+
+    def _run_pass(self, parts: Sequence[tuple[_Strand, _Piece]]) -> None:
+        batch = pack([piece.sequences for _, piece in parts])
+        for strand, _ in parts:
+            if strand.job.backward and strand.gradient is None:
+                strand.gradient = self._pool.take(strand.job.adapter.layout)
+        slots = [strand.job.adapter.pairs(strand.gradient) for strand, _ in parts]
+        with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
+            logprobs_T, entropy_T = self._base.token_logprobs(batch, slots)
+            losses: list[torch.Tensor] = []
+            for (strand, piece), segment in zip(parts, batch.segments, strict=True):
+                rows = slice(segment.start, segment.end)
+                data = _loss_input(piece.sequences, logprobs_T[rows], entropy_T[rows])
+                loss, sums = strand.job.loss.function(data)
+                piece.sums = {name: float(value) for name, value in sums.items()}
+                piece.logprobs = _split(logprobs_T[rows].detach(), piece.sequences)
+                if strand.job.backward:
+                    losses.append(loss)
+        if losses:
+            torch.autograd.backward(losses)
+
+    def _conclude(self, strands: Sequence[_Strand]) -> JobOutput:
+        output = JobOutput()
+        for piece in (piece for strand in strands for piece in strand.pieces):
+            output.logprobs += piece.logprobs
+            for name, value in piece.sums.items():
+                output.sums[name] = output.sums.get(name, 0.0) + value
+        for strand in strands:
+            if strand.gradient is None:
+                continue
+            if output.gradient is None:
+                output.gradient = strand.gradient
+            else:
+                output.gradient.flat.add_(strand.gradient.flat)
+                self._pool.give(strand.gradient)
+        loss_sum = torch.tensor(output.sums["loss_sum"])
+        output.finite = bool(loss_sum.isfinite()) and (
+            output.gradient is None or is_finite(output.gradient.flat)
         )
-    return outputs
+        return output
 
 
-def _passes(jobs: Sequence[Job], tokens_max: int) -> Iterator[list[_Part]]:
-    parts: list[_Part] = []
+def is_finite(flat: torch.Tensor) -> bool:
+    """Whether every element is; one pass without a temporary."""
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(flat))
+
+
+def _pieces(job: Job, tokens_max: int) -> Iterator[_Piece]:
+    piece = _Piece([])
     tokens = 0
-    for index, job in enumerate(jobs):
-        for sequence in job.sequences:
-            if parts and tokens + sequence.tokens > tokens_max:
-                yield parts
-                parts, tokens = [], 0
-            if not parts or parts[-1].job != index:
-                parts.append(_Part(index, []))
-            parts[-1].sequences.append(sequence)
-            tokens += sequence.tokens
-    if parts:
-        yield parts
+    for sequence in job.sequences:
+        if piece.sequences and tokens + sequence.tokens > tokens_max:
+            yield piece
+            piece, tokens = _Piece([]), 0
+        piece.sequences.append(sequence)
+        tokens += sequence.tokens
+    assert piece.sequences, "a job has data"
+    yield piece
 
 
-def _run_pass(
-    base: BaseModel, jobs: Sequence[Job], parts: Sequence[_Part], outputs: Sequence[JobOutput]
-) -> None:
-    batch = pack([part.sequences for part in parts])
-    adapters = [jobs[part.job].adapter for part in parts]
-    with torch.set_grad_enabled(any(jobs[part.job].backward for part in parts)):
-        logprobs_T, entropy_T = base.token_logprobs(batch, adapters)
-        losses: list[torch.Tensor] = []
-        learning: list[_Part] = []
-        for part, segment in zip(parts, batch.segments, strict=True):
-            rows = slice(segment.start, segment.end)
-            job, output = jobs[part.job], outputs[part.job]
-            data = _loss_input(part.sequences, logprobs_T[rows], entropy_T[rows])
-            loss, sums = job.loss.function(data)
-            _add_sums(output, sums)
-            output.logprobs += _split(logprobs_T[rows].detach(), part.sequences)
-            if job.backward:
-                losses.append(loss)
-                learning.append(part)
-    if learning:
-        _backward(torch.stack(losses).sum(), jobs, learning, outputs)
+def _shares(pieces: Sequence[_Piece], count: int) -> list[list[_Piece]]:
+    """`pieces`, in their order, in at most `count` runs of about as many tokens."""
+    total = sum(piece.tokens for piece in pieces)
+    shares: list[list[_Piece]] = [[] for _ in range(count)]
+    before = 0
+    for piece in pieces:
+        middle = before + piece.tokens / 2
+        shares[min(int(middle * count / total), count - 1)].append(piece)
+        before += piece.tokens
+    return [share for share in shares if share]
+
+
+def _deal(strands: Sequence[_Strand], count: int) -> list[list[_Strand]]:
+    """`strands` to `count` lanes, the longest first to whoever has least; in each lane in their first order."""
+    loads = [0] * count
+    lane_of: dict[int, int] = {}
+    by_tokens = sorted(range(len(strands)), key=lambda index: -strands[index].tokens)
+    for index in by_tokens:
+        lane = loads.index(min(loads))
+        lane_of[index] = lane
+        loads[lane] += strands[index].tokens
+    lanes: list[list[_Strand]] = [[] for _ in range(count)]
+    for index, strand in enumerate(strands):
+        lanes[lane_of[index]].append(strand)
+    return [lane for lane in lanes if lane]
 
 
 def _loss_input(
@@ -130,33 +239,8 @@ def _loss_input(
     )
 
 
-def _add_sums(output: JobOutput, sums: Mapping[str, torch.Tensor]) -> None:
-    for name, value in sums.items():
-        output.sums[name] = output.sums.get(name, 0.0) + float(value)
-    output.finite &= bool(torch.isfinite(sums["loss_sum"]))
-
-
 def _split(logprobs_T: torch.Tensor, sequences: Sequence[TrainingSequence]) -> list[torch.Tensor]:
     pieces = [piece.clone() for piece in logprobs_T.split([item.tokens for item in sequences])]
     for piece in pieces:
         piece[-1] = 0.0
     return pieces
-
-
-def _backward(
-    total: torch.Tensor,
-    jobs: Sequence[Job],
-    learning: Sequence[_Part],
-    outputs: Sequence[JobOutput],
-) -> None:
-    places = [(part.job, name) for part in learning for name in jobs[part.job].adapter.tensors]
-    leaves = [jobs[job].adapter.tensors[name] for job, name in places]
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    for (job, name), gradient in zip(places, found, strict=True):
-        if gradient is None:
-            continue
-        gradients = outputs[job].gradients
-        if name in gradients:
-            gradients[name].add_(gradient)
-        else:
-            gradients[name] = gradient

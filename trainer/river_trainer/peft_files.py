@@ -40,7 +40,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 def export_adapter(adapter: Adapter, *, base_model: str) -> dict[str, bytes]:
     """The files of `adapter`, by name."""
     tensors: dict[str, torch.Tensor] = {}
-    for site in adapter.sites:
+    for site in adapter.layout.sites:
         a, b = (adapter.tensors[name(site)].detach() for name in (a_name, b_name))
         if site.experts is not None:
             a = a.flatten(0, 1)  # (E * r, in)
@@ -119,8 +119,8 @@ def _unpack(
 
 
 def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
-    modules = sorted({site.target for site in adapter.sites if site.experts is None})
-    parameters = sorted({site.target for site in adapter.sites if site.experts is not None})
+    modules = sorted({site.target for site in adapter.layout.sites if site.experts is None})
+    parameters = sorted({site.target for site in adapter.layout.sites if site.experts is not None})
     alpha = adapter.shape.alpha
     return {
         "peft_type": "LORA",

@@ -3,7 +3,8 @@
 JetStream (every body is msgpack, see `journal`):
 
 * `TRAIN_STREAM`, subjects `train.<base>.<run>`, message id `<run>:<seq>`: `TrainMessage`s, the journal of a run. It is
-  kept until the trainer has snapshotted the run and trims it.
+  kept until the trainer has snapshotted the run and trims it. The headers `TENANT_HEADER`, `TOKENS_HEADER` and
+  `ADVANCES_HEADER` say what a trainer's queue has to know before it reads the body.
 * `RESULTS_STREAM`, subjects `results.<operation>`, last value per subject: `TrainResult`s.
 * `BODIES_BUCKET`, an object store: any body over `BODY_INLINE_MAX_BYTES`; the message then is empty and its header
   `BODY_HEADER` names the object. Bodies of results lie in a bucket of their own, `RESULT_BODIES_BUCKET`, which the
@@ -36,6 +37,9 @@ HEARTBEAT_LOST_AFTER_S = 8.0
 BODY_INLINE_MAX_BYTES = 512 * 1024
 BODY_HEADER = "River-Body"
 BODY_BUCKET_HEADER = "River-Body-Bucket"
+TENANT_HEADER = "River-Tenant"
+TOKENS_HEADER = "River-Tokens"
+ADVANCES_HEADER = "River-Advances"
 RESULTS_MAX_AGE_S = 7 * 24 * 3600.0
 
 
@@ -144,6 +148,16 @@ class LoadWeights(Task, frozen=True, tag="load_weights"):
 
 
 AnyTask = CreateRun | Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
+
+ADVANCING = (CreateRun, OptimStep, TrainStep, LoadWeights)
+"""Tasks that, when they succeed, make a new policy version."""
+
+
+def task_tokens(task: AnyTask) -> int:
+    """Tokens of all sequences of a task."""
+    if isinstance(task, Forward | ForwardBackward | TrainStep):
+        return sum(len(sequence.input_ids) // 4 for sequence in task.data)
+    return 0
 
 
 class TrainMessage(Struct, frozen=True, kw_only=True):

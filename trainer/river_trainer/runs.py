@@ -1,13 +1,13 @@
-"""A run in the trainer's memory: its adapter, its optimizer, the gradients collected so far; and as files."""
+"""A run in the trainer's memory: its adapter, its optimizer, the gradient collected so far; and as files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from river_trainer.adapter import Adapter, new_adapter
+from river_trainer.adapter import Adapter, FlatTensors, new_adapter
 from river_trainer.errors import InvalidTaskError, NonFiniteError
 from river_trainer.optimizer import STATE_FILE, AdamState
-from river_trainer.passes import Gradients
+from river_trainer.passes import is_finite
 from river_trainer.peft_files import export_adapter, import_adapter
 from river_trainer.protocol import AdapterShape, TaskError
 from river_trainer.sites import Site
@@ -15,31 +15,26 @@ from river_trainer.sites import Site
 
 @dataclass(slots=True)
 class Run:
-    """`step` counts policy versions, `last_seq` is the newest operation done, `gradients` None means none pending."""
+    """`step` counts policy versions, `last_seq` is the newest operation done, `gradient` None means none pending."""
 
     run_id: str
     adapter: Adapter
     optimizer: AdamState
     step: int = 0
     last_seq: int = 0
-    gradients: Gradients | None = None
+    gradient: FlatTensors | None = None
 
-    def add_gradients(self, gradients: Gradients) -> None:
-        """Takes over the gradients of a finished job.
+    @property
+    def size_bytes(self) -> int:
+        """Memory of weights, moments and the pending gradient."""
+        buffers = 3 if self.gradient is None else 4
+        return buffers * self.adapter.weights.flat.nbytes
 
-        Raises:
-            NonFiniteError: a sum overflows; what was pending stays as it was.
-        """
-        pending = self.gradients or {}
-        total = {
-            name: pending[name] + gradients[name]
-            if name in pending and name in gradients
-            else (gradients[name] if name in gradients else pending[name])
-            for name in pending.keys() | gradients.keys()
-        }
-        if not all(bool(gradient.isfinite().all()) for gradient in total.values()):
-            raise NonFiniteError("the sum of the gradients is not finite")
-        self.gradients = total
+    def frozen(self) -> Run:
+        """The run as it is now, without a pending gradient, for a thread that writes it down while training goes on."""
+        return Run(
+            self.run_id, self.adapter.clone(), self.optimizer.clone(), self.step, self.last_seq
+        )
 
     def files(self, *, base_model: str, optimizer: bool) -> dict[str, bytes]:
         """The adapter as PEFT files, and the optimizer's state beside it if asked for."""
@@ -61,7 +56,20 @@ class FailedRun:
 def new_run(run_id: str, sites: tuple[Site, ...], shape: AdapterShape) -> Run:
     """A run that has not learned anything yet."""
     adapter = new_adapter(sites, shape)
-    return Run(run_id, adapter, AdamState(adapter.tensors))
+    return Run(run_id, adapter, AdamState.new(adapter.layout))
+
+
+def together(pending: FlatTensors | None, gradient: FlatTensors) -> FlatTensors:
+    """The sum of both, in `gradient`'s memory; `pending` stays as it is.
+
+    Raises:
+        NonFiniteError: the sum overflows.
+    """
+    if pending is not None:
+        gradient.flat.add_(pending.flat)
+        if not is_finite(gradient.flat):
+            raise NonFiniteError("the sum of the gradients is not finite")
+    return gradient
 
 
 def load_files(
@@ -78,7 +86,7 @@ def load_files(
     stored, tensors = import_adapter(files, sites, seed=shape.seed)
     if stored != shape:
         raise InvalidTaskError(f"the checkpoint's LoRA shape {stored} is not the run's {shape}")
-    state = AdamState(run.adapter.tensors)
+    state = AdamState.new(run.adapter.layout)
     if optimizer:
         if STATE_FILE not in files:
             raise InvalidTaskError(
@@ -86,6 +94,6 @@ def load_files(
                 param="optimizer",
             )
         state.restore(files[STATE_FILE])
-    run.adapter.replace(tensors)
+    run.adapter.weights.fill(tensors)
     run.optimizer = state
-    run.gradients = None
+    run.gradient = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from river_engine.protocol import subject_token
 from river_trainer import limits
 
 
@@ -21,7 +22,14 @@ class TrainerSettings(Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8720
     torch_threads: int = 2
+    """Lanes, each of one thread."""
     micro_batch_tokens: int = limits.MICRO_BATCH_TOKENS
+    """Tokens in one packed pass of a lane."""
+    piece_tokens: int = limits.PIECE_TOKENS
+    batch_tokens: int = limits.BATCH_TOKENS
+    """About how many tokens are taken from the queue at once."""
+    runs_memory_mb: int = limits.RUNS_MEMORY_MB
+    gap_max_s: float = limits.GAP_MAX_S
     max_lora_rank: int = limits.LORA_RANK_MAX
     context_length: int = 0
     """Longest sequence in tokens; 0 means what the base model was made for."""
@@ -30,6 +38,10 @@ class TrainerSettings(Struct, frozen=True, kw_only=True):
 
     def checkpoint_store_url(self) -> str:
         return self.store_url or (Path(self.data_dir).resolve() / "store").as_uri()
+
+    def spill_directory(self) -> Path:
+        """Where runs wait that do not fit into memory."""
+        return Path(self.data_dir).resolve() / "spill" / subject_token(self.base_model)
 
     def adapter_directory(self) -> Path:
         return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from river_engine.protocol import subject_token
-from river_trainer.adapter import Adapter
+from river_trainer.adapter import adapter_from
 from river_trainer.errors import StoreError
 from river_trainer.optimizer import STATE_FILE, AdamState
 from river_trainer.peft_files import import_adapter
@@ -60,7 +60,7 @@ class Snapshots:
             failure = msgspec.json.encode(run.error).decode()
             files, facts = {}, _Facts(last_seq=run.last_seq, failure=failure)
         else:
-            assert run.gradients is None, "pending gradients are not in a snapshot"
+            assert run.gradient is None, "pending gradients are not in a snapshot"
             files = run.files(base_model=self._base_model, optimizer=True)
             seed = run.adapter.shape.seed
             facts = _Facts(last_seq=run.last_seq, step=run.step, seed=seed)
@@ -95,8 +95,8 @@ class Snapshots:
 
 def _restore(run_id: str, sites: tuple[Site, ...], files: dict[str, bytes], facts: _Facts) -> Run:
     shape, tensors = import_adapter(files, sites, seed=facts.seed)
-    adapter = Adapter(sites, shape, tensors)
-    optimizer = AdamState(adapter.tensors)
+    adapter = adapter_from(sites, shape, tensors)
+    optimizer = AdamState.new(adapter.layout)
     if STATE_FILE not in files:
         raise StoreError(f"the snapshot of {run_id} has no optimizer state")
     optimizer.restore(files[STATE_FILE])

@@ -9,14 +9,14 @@ import shutil
 from pathlib import Path
 
 from river_engine.protocol import AdapterRef
+from river_trainer.adapter import Adapter
 from river_trainer.limits import VERSIONS_KEPT
 from river_trainer.peft_files import export_adapter
 from river_trainer.protocol import LiveVersion, policy_version
-from river_trainer.runs import Run
 
 
 class Versions:
-    """The adapter directories of one trainer. Blocking; for the worker thread."""
+    """The adapter directories of one trainer. Blocking; for worker threads."""
 
     def __init__(self, directory: Path, *, base_model: str) -> None:
         self._directory = directory
@@ -32,23 +32,25 @@ class Versions:
     def exists(self, run_id: str, step: int) -> bool:
         return self._path(run_id, step).exists()
 
-    def write(self, run: Run) -> LiveVersion:
-        """Writes the run's present version, unless it is there already, and removes old ones.
+    def write(self, run_id: str, step: int, adapter: Adapter) -> LiveVersion:
+        """Writes a version of a run, unless it is there already, and removes old ones.
+
+        Several threads may write versions of several runs; those of one run come one after another.
 
         Raises:
             OSError: the disk refuses; nothing half-written can be seen.
         """
-        target = self._path(run.run_id, run.step)
+        target = self._path(run_id, step)
         if not target.exists():
-            unfinished = target.parent / f".{run.step}.unfinished"
+            unfinished = target.parent / f".{step}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            files = export_adapter(run.adapter, base_model=self._base_model)
+            files = export_adapter(adapter, base_model=self._base_model)
             for name, data in files.items():
                 (unfinished / name).write_bytes(data)
             unfinished.rename(target)
-        self._remove_before(run.run_id, run.step - VERSIONS_KEPT + 1)
-        return self.live(run.run_id, run.step)
+        self._remove_before(run_id, step - VERSIONS_KEPT + 1)
+        return self.live(run_id, step)
 
     def _remove_before(self, run_id: str, step: int) -> None:
         for path in (self._directory / run_id).iterdir():

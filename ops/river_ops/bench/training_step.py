@@ -76,7 +76,7 @@ def measure(settings: StepSettings) -> StepAnswer:
         train_mlp=True,
         train_unembed=True,
     )
-    ours = OurTrainer(TINY_MOE, shape=shape, runs=runs, adam=ADAM)
+    ours = OurTrainer(TINY_MOE, shape=shape, runs=runs, adam=ADAM, lanes=torch.get_num_threads())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ours.write_adapter(folder)

@@ -1,0 +1,135 @@
+"""When a run is snapshotted and its journal trimmed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from nats.js import JetStreamContext
+
+from river_trainer import journal
+from river_trainer.effects import Effects
+from river_trainer.protocol import TRAIN_STREAM, train_subject
+from river_trainer.runs import FailedRun, Run
+from river_trainer.scheduling import Scheduler
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands between memory, snapshot and journal. `used_at` is monotonic time in seconds.
+
+    `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed.
+    """
+
+    snapshot_seq: int = -1
+    snapshot_step: int = 0
+    stream_seq: int = 0
+    used_at: float = 0.0
+    bodies: list[str] = field(default_factory=list[str])
+    writing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A run to be snapshotted, the newest message it holds, and what of the journal goes then."""
+
+    run: Run | FailedRun
+    stream_seq: int
+    stream_end: int
+    bodies: list[str]
+
+
+class Snapshotting:
+    """The progress of every run of one base model.
+
+    A snapshot counts as told what it holds: it is written only after everything of its run has been told.
+    """
+
+    def __init__(
+        self,
+        js: JetStreamContext,
+        effects: Effects,
+        scheduler: Scheduler,
+        *,
+        base_model: str,
+        every_steps: int,
+        idle_s: float,
+    ) -> None:
+        self._js = js
+        self._effects = effects
+        self._scheduler = scheduler
+        self._base_model = base_model
+        self._every_steps = every_steps
+        self._idle_s = idle_s
+        self._progress: dict[str, Progress] = {}
+
+    def __len__(self) -> int:
+        return len(self._progress)
+
+    def of(self, run_id: str) -> Progress:
+        return self._progress.setdefault(run_id, Progress())
+
+    def idle(self) -> list[str]:
+        """Runs that have been left alone for a while and are not safe without their journal."""
+        now = time.monotonic()
+        return [
+            run_id
+            for run_id, progress in self._progress.items()
+            if progress.stream_seq and now - progress.used_at >= self._idle_s
+        ]
+
+    def consider(
+        self, tasks: asyncio.TaskGroup, run: Run | FailedRun, *, idle: bool = False
+    ) -> None:
+        """Snapshots a run after enough steps, or when idle; then trims its journal. Call it between batches."""
+        progress = self.of(run.run_id)
+        if progress.writing or not progress.stream_seq:
+            return
+        if isinstance(run, Run) and run.gradient is not None:
+            return
+        step = run.step if isinstance(run, Run) else 0
+        due = idle or step - progress.snapshot_step >= self._every_steps
+        if progress.snapshot_seq < run.last_seq and not due:
+            return
+        frozen = run.frozen() if isinstance(run, Run) else run
+        # All of it as it is now: what comes while the snapshot is being written is not in it.
+        end = progress.stream_seq + 1
+        waiting = self._scheduler.oldest_waiting(run.run_id)
+        if waiting is not None:
+            # It came before others that are done, and is not done.
+            end = min(end, waiting)
+        bodies, progress.bodies = progress.bodies, []
+        progress.writing = True
+        kept = _Kept(frozen, progress.stream_seq, end, bodies)
+        self._effects.submit(tasks, run.run_id, lambda: self._keep(kept))
+
+    def snapshotted(self, run: Run | FailedRun) -> None:
+        """A snapshot of the run as it is here is in the store."""
+        progress = self.of(run.run_id)
+        progress.snapshot_seq = run.last_seq
+        progress.snapshot_step = run.step if isinstance(run, Run) else 0
+
+    async def _keep(self, kept: _Kept) -> None:
+        run, progress = kept.run, self.of(kept.run.run_id)
+        try:
+            if progress.snapshot_seq < run.last_seq:
+                if not await self._effects.snapshot(run):
+                    # The next attempt is one idle time away.
+                    progress.used_at = time.monotonic()
+                    progress.bodies = kept.bodies + progress.bodies
+                    return
+                self.snapshotted(run)
+            await journal.retry(lambda: self._trim(kept), doing="trimming the journal")
+            if progress.stream_seq == kept.stream_seq:
+                progress.stream_seq = 0
+        finally:
+            progress.writing = False
+
+    async def _trim(self, kept: _Kept) -> None:
+        """Drops from the journal what a snapshot holds."""
+        subject = train_subject(self._base_model, kept.run.run_id)
+        await self._js.purge_stream(TRAIN_STREAM, seq=kept.stream_end, subject=subject)
+        while kept.bodies:
+            await journal.delete_body(self._js, kept.bodies[-1])
+            kept.bodies.pop()

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
-from river_trainer.executor import Executor, Outcome, Work
+from river_trainer.executor import Executor
 from river_trainer.lanes import Lanes
 from river_trainer.protocol import SaveWeights, TrainMessage, TrainResult
 from river_trainer.runs import Run
 from river_trainer.store import FileSets
+from river_trainer.work import Outcome, Work
 
 
 class Workbench:

@@ -119,7 +119,7 @@ async def test_a_run_that_cannot_be_rebuilt_is_refused(
         await world.submit(script.do(OptimStep(adam=ADAM)), good.do(OptimStep(adam=ADAM)))
         refused = (await world.result(script.messages[-1])).error
         assert refused is not None
-        assert refused.type == "run_unavailable"
+        assert refused.type == "run_lost"
         assert (await world.result(good.messages[-1])).step == 2
     assert "cannot rebuild a run: step 1" in caplog.text
 

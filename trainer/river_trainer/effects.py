@@ -28,11 +28,11 @@ from river_trainer.adapter import Adapter
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.errors import StoreError
 from river_trainer.events import events_of
-from river_trainer.executor import Outcome
 from river_trainer.protocol import LiveVersion, SaveWeights, TrainMessage, TrainResult
 from river_trainer.runs import FailedRun, Run
 from river_trainer.snapshots import Snapshots
 from river_trainer.versions import Versions
+from river_trainer.work import Outcome
 
 logger = logging.getLogger("river.trainer")
 

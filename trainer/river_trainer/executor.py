@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
-from river_trainer.adapter import Adapter, FlatTensors
+from river_trainer.adapter import FlatTensors
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import (
     InvalidTaskError,
@@ -42,7 +41,6 @@ from river_trainer.passes import Job, JobOutput, Passes
 from river_trainer.protocol import (
     Adam,
     AdapterShape,
-    AnyTask,
     CreateRun,
     Forward,
     ForwardBackward,
@@ -57,64 +55,11 @@ from river_trainer.protocol import (
 )
 from river_trainer.runs import FailedRun, Run, load_files, new_run, together
 from river_trainer.sites import trained_sites
+from river_trainer.work import LOADING, Batch, Outcome, Report, Work
 
 logger = logging.getLogger("river.trainer")
 
 Answer = TypeVar("Answer")
-
-PURE = (Forward, SaveWeights)
-"""Tasks that leave no trace in the run: replaying the journal may skip them."""
-LOADING = (CreateRun, LoadWeights)
-"""Tasks that may read a checkpoint, which may be gone when the journal is replayed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """An operation to do; `files` are those of the checkpoint it reads, or why they cannot be had.
-
-    `told` is the result that an earlier process has published for it.
-    """
-
-    message: TrainMessage
-    files: dict[str, bytes] | TaskFailedError | None = None
-    told: TrainResult | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was done or refused and left nothing in the run that has to be done again."""
-        return self.told is not None and (
-            self.told.error is not None or isinstance(self.message.task, PURE)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an operation did. `version` is the adapter of the policy version it made.
-
-    `frozen` is the run right after it, where somebody has to write it down: with a save the result lacks its checkpoint
-    until then, and a run that has read a checkpoint is snapshotted before the result is told. Both are copies that
-    nobody changes.
-    """
-
-    work: Work
-    result: TrainResult
-    version: Adapter | None = None
-    frozen: Run | None = None
-
-    @property
-    def message(self) -> TrainMessage:
-        return self.work.message
-
-
-@dataclass(slots=True)
-class Report:
-    """What a batch took: tokens that went through the model, and seconds by phase."""
-
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,44 +82,6 @@ class _Step:
     gradient: FlatTensors
     adam: Adam
     computed: _Computed | None = None
-
-
-class _Batch:
-    """The works of a batch that are not done, by run, and the outcomes of those that are."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-        self._outcomes: dict[tuple[str, int], Outcome] = {}
-        self._queues: dict[str, deque[Work]] = {}
-        for work in works:
-            self._queues.setdefault(work.message.run_id, deque()).append(work)
-
-    def __bool__(self) -> bool:
-        return bool(self._queues)
-
-    def take(
-        self, *kinds: type[AnyTask], waiting: Container[str] = (), over: bool = False
-    ) -> Iterator[Work]:
-        """Takes the next works of every run, as long as they are of these kinds and the run is none of `waiting`.
-
-        What is over already is taken with `over` and only then.
-        """
-        for run_id, queue in list(self._queues.items()):
-            while queue and run_id not in waiting:
-                work = queue[0]
-                if not (over if work.is_over else isinstance(work.message.task, kinds)):
-                    break
-                yield queue.popleft()
-            if not queue:
-                del self._queues[run_id]
-
-    def finish(self, outcome: Outcome) -> None:
-        message = outcome.message
-        self._outcomes[message.run_id, message.seq] = outcome
-
-    def outcomes(self) -> list[Outcome]:
-        """One for each work, in the order given."""
-        return [self._outcomes[work.message.run_id, work.message.seq] for work in self._works]
 
 
 class Executor:
@@ -206,7 +113,7 @@ class Executor:
     def execute(self, works: Sequence[Work]) -> tuple[list[Outcome], Report]:
         """Does a batch. Never raises for what an operation asks: that becomes its result's error."""
         self._report = report = Report()
-        batch = _Batch(works)
+        batch = Batch(works)
         while batch:
             for work in batch.take(*LOADING, over=True):
                 if work.is_over:
@@ -221,7 +128,7 @@ class Executor:
                 self._guard(batch, work, lambda work=work: self._save(work))
         return batch.outcomes(), report
 
-    def _pass_over(self, batch: _Batch, work: Work) -> None:
+    def _pass_over(self, batch: Batch, work: Work) -> None:
         """An operation of a replayed journal that changed nothing."""
         assert work.told is not None
         message, error = work.message, work.told.error
@@ -276,7 +183,7 @@ class Executor:
 
     # ---- Forward and backward ------------------------------------------------------------------
 
-    def _compute(self, batch: _Batch) -> list[_Computed]:
+    def _compute(self, batch: Batch) -> list[_Computed]:
         """Runs the data of all runs; returns the train_steps that now want their optimizer step."""
         jobs: list[tuple[Work, Run, Job]] = []
         stepping: set[str] = set()
@@ -336,7 +243,7 @@ class Executor:
 
     # ---- Optimizer -----------------------------------------------------------------------------
 
-    def _optimize(self, batch: _Batch, computed: Sequence[_Computed], stepping: set[str]) -> None:
+    def _optimize(self, batch: Batch, computed: Sequence[_Computed], stepping: set[str]) -> None:
         """One step of every run that asks for one; a run's second has to wait, so it becomes one of `stepping`."""
         asked: list[tuple[Work, Callable[[], _Step]]] = [
             (done.work, lambda done=done: self._second_half(done)) for done in computed
@@ -372,7 +279,7 @@ class Executor:
             raise NoGradientsError("no forward_backward since the last optimizer step")
         return _Step(work, run, run.gradient, task.adam)
 
-    def _step_all(self, batch: _Batch, steps: Sequence[_Step]) -> None:
+    def _step_all(self, batch: Batch, steps: Sequence[_Step]) -> None:
         asked = [
             AdamStep(step.run.adapter.weights, step.gradient, step.run.optimizer, step.adam)
             for step in steps
@@ -413,7 +320,7 @@ class Executor:
             raise kind(f"the run is not available: {run.error.message}")
         return run
 
-    def _guard(self, batch: _Batch, work: Work, function: Callable[[], Outcome]) -> None:
+    def _guard(self, batch: Batch, work: Work, function: Callable[[], Outcome]) -> None:
         outcome = self._guarded(work, function)
         if isinstance(outcome, TaskError):
             self._fail(batch, work, outcome)
@@ -432,7 +339,7 @@ class Executor:
             logger.exception("operation failed unexpectedly", extra={"operation": operation})
             return _internal(error)
 
-    def _finish(self, batch: _Batch, outcome: Outcome) -> None:
+    def _finish(self, batch: Batch, outcome: Outcome) -> None:
         message, told = outcome.message, outcome.work.told
         self.pass_seq(message.run_id, message.seq)
         batch.finish(outcome)
@@ -449,7 +356,7 @@ class Executor:
         error = RunLostError(f"it could not be rebuilt after a restart: {reason}")
         self.give_up(told.run_id, error.as_task_error(), told.seq)
 
-    def _fail(self, batch: _Batch, work: Work, error: TaskError) -> None:
+    def _fail(self, batch: Batch, work: Work, error: TaskError) -> None:
         message = work.message
         run = self.runs.get(message.run_id)
         if run is None:

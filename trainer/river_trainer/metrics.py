@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from river_trainer.executor import Report
 from river_trainer.protocol import TrainMessage, TrainResult
+from river_trainer.work import Report
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.5)

@@ -87,9 +87,6 @@ class Scheduler:
         """Tokens of everything that waits."""
         return self._tokens
 
-    def knows(self, run_id: str) -> bool:
-        return run_id in self._lines
-
     def open(self, run_id: str, *, done_seq: int) -> None:
         """A run whose operations up to `done_seq` are done; others start at operation 0."""
         assert run_id not in self._lines

@@ -37,7 +37,6 @@ from river_trainer.errors import (
     StoreError,
     TaskFailedError,
 )
-from river_trainer.executor import LOADING, Outcome, Work
 from river_trainer.follower import Follower
 from river_trainer.lease import Lease
 from river_trainer.metrics import TrainerMetrics
@@ -56,6 +55,7 @@ from river_trainer.runs import FailedRun, Run
 from river_trainer.scheduling import Entry, Gap, Scheduler
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshotting import Snapshotting
+from river_trainer.work import LOADING, Outcome, Work
 
 logger = logging.getLogger("river.trainer")
 
@@ -200,20 +200,9 @@ class Service:
 
     async def _listen(self) -> None:
         async for entry in self._follower.entries():
-            now = time.monotonic()
-            is_new = not self._scheduler.knows(entry.run_id)
-            self._scheduler.add(entry, now)
-            if is_new and entry.seq > 0:
-                self._lose(entry, now)
+            self._scheduler.add(entry, time.monotonic())
             self._reader.expect(self._tasks, entry)
             self._arrived.set()
-
-    def _lose(self, entry: Entry, now: float) -> None:
-        """A run without a snapshot whose journal has no beginning: whatever it had learned is gone."""
-        error = RunLostError("neither a snapshot nor the beginning of its journal is left")
-        logger.critical("a run is lost", extra={"run": entry.run_id, "reason": str(error)})
-        self._executor.give_up(entry.run_id, error.as_task_error(), entry.seq - 1)
-        self._scheduler.continue_at(entry.run_id, entry.seq, now)
 
     async def _work(self) -> None:
         next_scan = 0.0
@@ -370,15 +359,26 @@ class Service:
         """Fails what has waited too long for an operation that is missing; the run goes on after it."""
         for gap in self._scheduler.gaps():
             told = None
-            if gap.waiting[0].stream_seq <= self._replay_end:
-                # An earlier process may have waited for it already, and told so.
+            if gap.seq == 0 or gap.waiting[0].stream_seq <= self._replay_end:
                 told = await self._effects.find_result(operation_id(gap.run_id, gap.seq))
-            if told is not None and told.error is not None:
+            overdue = now - gap.since >= self._settings.gap_max_s
+            if gap.seq == 0 and (told is not None or overdue):
+                self._lose(gap, now)
+            elif told is not None and told.error is not None:
+                # An earlier process has waited for it already, and told so.
                 await self._load({gap.run_id})
                 self._executor.pass_seq(gap.run_id, gap.seq)
                 self._scheduler.continue_at(gap.run_id, gap.seq + 1, now)
-            elif now - gap.since >= self._settings.gap_max_s:
+            elif overdue:
                 await self._close(gap, now)
+
+    def _lose(self, gap: Gap, now: float) -> None:
+        """A run that was created, and neither a snapshot nor its creation is left: what it had learned is gone."""
+        error = RunLostError("neither a snapshot nor the beginning of its journal is left")
+        logger.critical("a run is lost", extra={"run": gap.run_id, "reason": str(error)})
+        first = gap.waiting[0].seq
+        self._executor.give_up(gap.run_id, error.as_task_error(), first - 1)
+        self._scheduler.continue_at(gap.run_id, first, now)
 
     async def _close(self, gap: Gap, now: float) -> None:
         """The missing operation and those that wait for it fail, and say why."""

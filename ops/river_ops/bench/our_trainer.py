@@ -9,7 +9,7 @@ import torch
 
 from river_trainer import limits
 from river_trainer.base_model import BaseModel
-from river_trainer.executor import Executor, Work
+from river_trainer.executor import Executor
 from river_trainer.lanes import Lanes
 from river_trainer.peft_files import export_adapter
 from river_trainer.protocol import (
@@ -23,6 +23,7 @@ from river_trainer.protocol import (
 )
 from river_trainer.protocol import Sequence as SequenceBytes
 from river_trainer.runs import Run
+from river_trainer.work import Work
 
 BASE_NAME = "bench"
 

@@ -27,10 +27,10 @@ from river_gateway.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from nats.aio.client import Client
-    from nats.aio.subscription import Subscription
+    from nats.aio.msg import Msg
     from nats.js import JetStreamContext
 
 logger = logging.getLogger("river.gateway")
@@ -57,6 +57,9 @@ class Bus:
 
     def __init__(self) -> None:
         self._client: Client | None = None
+        self._jetstream: JetStreamContext | None = None
+        self.losses = 0
+        """How often the connection was lost."""
         self._lost_at: float | None = None
         self._back_at: float | None = None
 
@@ -69,7 +72,9 @@ class Bus:
     @property
     def jetstream(self) -> JetStreamContext:
         """JetStream over the connection."""
-        return self.client.jetstream(timeout=NATS_ACK_TIMEOUT_S)
+        if self._jetstream is None:
+            self._jetstream = self.client.jetstream(timeout=NATS_ACK_TIMEOUT_S)
+        return self._jetstream
 
     @property
     def connected(self) -> bool:
@@ -137,6 +142,7 @@ class Bus:
     async def _on_lost(self) -> None:
         if self.client.is_draining or self.client.is_closed:
             return
+        self.losses += 1
         self._lost_at, self._back_at = time.time(), None
         logger.warning("NATS connection lost")
 
@@ -149,16 +155,17 @@ class Bus:
 
     # ---- Messages ----------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def listening(self, subject: str) -> AsyncGenerator[Subscription]:
-        """A subscription for the block."""
-        self.require()
-        subscription = await self.client.subscribe(subject)
+    async def hear(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> None:
+        """Calls `callback` with every message of `subject` for as long as there is a connection, old or new."""
+        await self.client.subscribe(subject, cb=callback)
+
+    async def ask(self, subject: str, question: bytes, *, timeout_s: float) -> bytes | None:
+        """Somebody's answer; None if nobody listens or none comes in time."""
         try:
-            yield subscription
-        finally:
-            if not self.client.is_closed:
-                await subscription.unsubscribe()
+            answer = await self.client.request(subject, question, timeout=timeout_s)
+        except (nats.errors.NoRespondersError, nats.errors.TimeoutError):
+            return None
+        return answer.data
 
     # ---- Buckets -----------------------------------------------------------------------------------------------------
 
@@ -169,9 +176,17 @@ class Bus:
             BusError: the server does not answer.
         """
         self.require()
+        # Made here and not by `key_value`, which would first ask the server what it knows of the bucket.
+        handle = KeyValue(
+            name=bucket,
+            stream=f"KV_{bucket}",
+            pre=f"$KV.{bucket}.",
+            js=self.jetstream,
+            direct=False,
+        )
         try:
-            entry = await (await self.jetstream.key_value(bucket)).get(key)
-        except (BucketNotFoundError, KeyNotFoundError):
+            entry = await handle.get(key)
+        except KeyNotFoundError:
             return None
         return entry.value
 

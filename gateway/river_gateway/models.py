@@ -89,7 +89,7 @@ async def _resolve_path(services: Services, text: str, tenant_id: str) -> Target
     if path is None:
         raise _unknown(text)
     if path.name is None:
-        run = await catalog.find_run(services.pool, run_id=path.run_id, tenant_id=tenant_id)
+        run = await services.runs.find(path.run_id, tenant_id)
         live = await _live_version(services, run.run_id)
         return Target(
             run.base_model, live.adapter, policy_version(run.run_id, live.step), run.run_id

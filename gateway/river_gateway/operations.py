@@ -11,15 +11,15 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from river_billing.catalog import record_checkpoint
 from river_client import wire
 from river_gateway import catalog, validation
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
-    LONG_POLL_MAX_S,
-    LOOK_AGAIN_MAX_S,
-    LOOK_AGAIN_MIN_S,
+    QUEUE_STATE_TIMEOUT_S,
     SEQ_AHEAD_MAX,
     SEQ_MAX,
 )
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 _OPERATION_ID = re.compile(r"(?P<run>run_[A-Za-z0-9]+)-(0|[1-9][0-9]{0,15})")
 
-_FIRST = asyncio.FIRST_COMPLETED
+NO_TRAINER = wire.QueueState(
+    state="no_trainer",
+    reason="no trainer answers at the moment; the operation is kept safe and will be done by the next one",
+)
 
 # ---- Tasks -----------------------------------------------------------------------------------------------------------
 
@@ -50,6 +53,8 @@ async def make_task(
     """
     validation.in_range(submitted.seq, "seq", 1, SEQ_MAX)
     # What lies behind a gap waits in the journal that all tenants share, maybe for ever.
+    if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
+        run = await services.runs.current(run.run_id, tenant_id)
     if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
         raise ConflictError(
             f"seq: {submitted.seq}, at most {SEQ_AHEAD_MAX} more than the newest one done, "
@@ -174,8 +179,11 @@ async def publish_task(
         task=task,
     )
     services.bus.require()
-    await journal.submit(services.bus.jetstream, message)
-    return protocol.operation_id(run.run_id, seq)
+    ack = await journal.submit(services.bus.jetstream, message)
+    operation = protocol.operation_id(run.run_id, seq)
+    if not ack.duplicate:
+        services.results.watch(operation)
+    return operation
 
 
 # ---- Out -------------------------------------------------------------------------------------------------------------
@@ -194,51 +202,31 @@ def run_of_operation(operation: str) -> str:
 
 
 async def await_result(
-    services: Services, operation: str, timeout_s: float
+    services: Services, run: RunRow, operation: str, timeout_s: float
 ) -> wire.OperationResult:
-    """The result of an operation, waiting up to `timeout_s` for it; then its status is `pending`.
+    """The result of an operation of `run`, waiting up to `timeout_s` for it; else what it is waiting for.
 
     A checkpoint that the operation made is in the catalog when this returns.
     """
-    result = await _await_result(services, operation, timeout_s)
+    result = await services.results.result(operation, timeout_s)
     if result is None:
-        return wire.OperationResult(operation_id=operation, status="pending")
+        queue = await queue_state(services, run.base_model, operation)
+        return wire.OperationResult(operation_id=operation, status="pending", queue=queue)
     if result.checkpoint is not None:
         async with services.pool.acquire() as connection:
             await record_checkpoint(connection, result.checkpoint)
     return to_wire(result)
 
 
-async def _await_result(
-    services: Services, operation: str, timeout_s: float
-) -> protocol.TrainResult | None:
-    """The result, listened for and looked up in turn.
-
-    Subscribing before looking is not enough: JetStream stores a message some time after it has passed it to
-    subscribers, so that one may be past us and not yet there. The same second look finds what was missed during a
-    reconnection.
-    """
-    jetstream, look_again_s = services.bus.jetstream, LOOK_AGAIN_MIN_S
-    deadline = time.monotonic() + timeout_s
-    async with services.bus.listening(protocol.result_subject(operation)) as subscription:
-        arriving = asyncio.ensure_future(subscription.next_msg(timeout=2 * LONG_POLL_MAX_S))
-        stopping = asyncio.ensure_future(services.stopping.wait())
-        try:
-            while True:
-                found = await journal.find_result(jetstream, operation)
-                wait_s = min(look_again_s, deadline - time.monotonic())
-                if found is not None or wait_s <= 0 or stopping.done():
-                    return found
-                await asyncio.wait((arriving, stopping), timeout=wait_s, return_when=_FIRST)
-                if arriving.done():
-                    message = arriving.result()
-                    body = await journal.read_body(jetstream, message.data, message.headers)
-                    return journal.decode_result(body)
-                look_again_s = min(2 * look_again_s, LOOK_AGAIN_MAX_S)
-        finally:
-            arriving.cancel()
-            stopping.cancel()
-            await asyncio.gather(arriving, stopping, return_exceptions=True)
+async def queue_state(services: Services, base_model: str, operation: str) -> wire.QueueState:
+    """What an operation without a result is waiting for, by the trainer's own account."""
+    answer = await services.bus.ask(
+        protocol.queue_subject(base_model), operation.encode(), timeout_s=QUEUE_STATE_TIMEOUT_S
+    )
+    if answer is None:
+        return NO_TRAINER
+    state = msgspec.msgpack.decode(answer, type=protocol.QueueState)
+    return wire.QueueState(state=state.state, reason=state.reason, ahead=state.ahead)
 
 
 def to_wire(result: protocol.TrainResult) -> wire.OperationResult:

@@ -15,6 +15,8 @@ from river_gateway.database import open_pool
 from river_gateway.limits import USAGE_RETRY_S
 from river_gateway.metering import Meter
 from river_gateway.registry import Engines, Trainers
+from river_gateway.results import Results
+from river_gateway.runs import RunCache
 from river_gateway.telemetry import Telemetry
 from river_gateway.upstream import Upstream
 
@@ -37,6 +39,8 @@ class Services:
     pool: Pool
     bus: Bus
     keys: KeyCache
+    runs: RunCache
+    results: Results
     engines: Engines
     trainers: Trainers
     upstream: Upstream
@@ -82,6 +86,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         pool=pool,
         bus=bus,
         keys=KeyCache(pool),
+        runs=RunCache(pool),
+        results=Results(bus),
         engines=engines,
         trainers=Trainers(bus),
         upstream=Upstream(engines, token=settings.engine_token),
@@ -89,8 +95,10 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         telemetry=telemetry,
     )
     try:
+        await services.results.listen()
         async with asyncio.TaskGroup() as tasks:
             background = [
+                tasks.create_task(services.results.stop_with(services.stopping), name="results"),
                 tasks.create_task(services.engines.watch(), name="engines"),
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.drain(), name="usage"),

@@ -168,7 +168,9 @@ async def list_runs(request: WireRequest) -> Response[wire.Page]:
 @get("/runs/{run_id:str}", guards=[requires("train", "infer")])
 async def get_run(request: WireRequest, run_id: str) -> Response[wire.Run]:
     """One run."""
-    run = await _own_run(request, run_id)
+    run = await catalog.find_run(
+        services_of(request).pool, run_id=run_id, tenant_id=principal_of(request).tenant_id
+    )
     return reply(request, run.to_wire())
 
 
@@ -187,9 +189,7 @@ async def log_metrics(request: WireRequest, run_id: str, data: wire.LogMetrics) 
 
 
 async def _own_run(request: WireRequest, run_id: str) -> RunRow:
-    return await catalog.find_run(
-        services_of(request).pool, run_id=run_id, tenant_id=principal_of(request).tenant_id
-    )
+    return await services_of(request).runs.find(run_id, principal_of(request).tenant_id)
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
@@ -213,12 +213,12 @@ async def submit_operation(
 async def get_operation(
     request: WireRequest, operation_id: str, timeout_s: float = LONG_POLL_DEFAULT_S
 ) -> Response[wire.OperationResult]:
-    """The result of an operation, waiting up to `timeout_s` for it; `pending` when there is none by then."""
+    """The result of an operation, waiting up to `timeout_s` for it; `pending` and why when there is none by then."""
     validation.in_range(timeout_s, "timeout_s", 0, LONG_POLL_MAX_S)
     services = services_of(request)
-    await _own_run(request, operations.run_of_operation(operation_id))
+    run = await _own_run(request, operations.run_of_operation(operation_id))
     result = await unless_client_leaves(
-        request.receive, operations.await_result(services, operation_id, timeout_s)
+        request.receive, operations.await_result(services, run, operation_id, timeout_s)
     )
     return reply(request, result)
 

@@ -46,6 +46,12 @@ class AsyncPendingOp(Generic[Result]):
         self._convert = convert
         self._on_done = on_done
         self._finished: wire.OperationResult | None = None
+        self._queue_state: wire.QueueState | None = None
+
+    @property
+    def queue_state(self) -> wire.QueueState | None:
+        """What the operation was waiting for when the server was last asked; None when done, or not known yet."""
+        return self._queue_state
 
     async def result(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109 - as futures have it
         """Waits for the operation and returns what it did; again and again if you like.
@@ -55,9 +61,10 @@ class AsyncPendingOp(Generic[Result]):
             OperationFailedError: the trainer could not do it.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        async with waiting(f"waiting for {self.operation_id}"):
+        poll_max_s = limits.LONG_POLL_FIRST_S
+        async with waiting(f"waiting for {self.operation_id}", self._reason):
             while self._finished is None:
-                poll_s = limits.LONG_POLL_S
+                poll_s, poll_max_s = poll_max_s, limits.LONG_POLL_S
                 if deadline is not None:
                     poll_s = max(0.0, min(poll_s, deadline - time.monotonic()))
                 await self._poll(poll_s)
@@ -80,6 +87,9 @@ class AsyncPendingOp(Generic[Result]):
             await self._poll(0.0)
         return self._finished is not None
 
+    def _reason(self) -> str:
+        return self._queue_state.reason if self._queue_state else ""
+
     async def _poll(self, poll_s: float) -> None:
         result = await self._transport.call(
             "GET",
@@ -88,8 +98,10 @@ class AsyncPendingOp(Generic[Result]):
             params={"timeout_s": f"{poll_s:.3f}"},
             timeout_s=poll_s + limits.LONG_POLL_GRACE_S,
         )
-        if result.status != "pending":
-            self._finished = result
+        if result.status == "pending":
+            self._queue_state = result.queue or self._queue_state
+        else:
+            self._finished, self._queue_state = result, None
             if self._on_done is not None:
                 self._on_done(result)
 

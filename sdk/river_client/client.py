@@ -108,6 +108,11 @@ class PendingOp(_Blocking, Generic[Result]):
         self._twin: AsyncPendingOp[Result] = twin
         self.operation_id = twin.operation_id
 
+    @property
+    def queue_state(self) -> wire.QueueState | None:
+        """What the operation was waiting for when the server was last asked; None when done, or not known yet."""
+        return self._twin.queue_state
+
     def result(self, timeout: float | None = None) -> Result:
         """Waits for the operation and returns what it did; again and again if you like.
 

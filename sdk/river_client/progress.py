@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Protocol
 
@@ -30,12 +30,12 @@ def on_terminal() -> bool:
 
 
 @asynccontextmanager
-async def waiting(label: str) -> AsyncGenerator[None]:
-    """Shows how long the block has been waiting, once it has been a while."""
+async def waiting(label: str, reason: Callable[[], str] = str) -> AsyncGenerator[None]:
+    """Shows how long the block has been waiting, once it has been a while, and the `reason` there is by then."""
     if not on_terminal():
         yield
         return
-    task = asyncio.create_task(_show_waiting(label))
+    task = asyncio.create_task(_show_waiting(label, reason))
     try:
         yield
     finally:
@@ -44,14 +44,15 @@ async def waiting(label: str) -> AsyncGenerator[None]:
             await task
 
 
-async def _show_waiting(label: str) -> None:
+async def _show_waiting(label: str, reason: Callable[[], str]) -> None:
     await asyncio.sleep(limits.PROGRESS_DELAY_S)
     from tqdm import tqdm  # noqa: PLC0415 - only who waits pays for it
 
     with tqdm(desc=label, bar_format="{desc} {elapsed}", leave=False, file=sys.stderr) as bar:
         while True:
             await asyncio.sleep(limits.PROGRESS_INTERVAL_S)
-            bar.refresh()
+            why = reason()
+            bar.set_description_str(f"{label}: {why}" if why else label)  # which also refreshes
 
 
 @contextmanager

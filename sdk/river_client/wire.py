@@ -180,8 +180,23 @@ class OperationError(Wire, frozen=True):
     param: str | None = None
 
 
+class QueueState(Wire, frozen=True):
+    """What a pending operation is waiting for; `ahead` operations come before it.
+
+    `state` is `running`, `queued`, `waiting_for_gap`, `recovering`, `no_trainer` or `unknown`, and maybe others later;
+    `reason` is a sentence for people.
+    """
+
+    state: str
+    reason: str
+    ahead: int = 0
+
+
 class OperationResult(Wire, frozen=True):
-    """`logprobs` holds one float32 [T] tensor per datum of a forward or forward_backward."""
+    """`logprobs` holds one float32 [T] tensor per datum of a forward or forward_backward.
+
+    `queue` comes with the status `pending`.
+    """
 
     operation_id: str
     status: Literal["pending", "done", "failed"]
@@ -191,6 +206,7 @@ class OperationResult(Wire, frozen=True):
     checkpoint: Checkpoint | None = None
     training_tokens: int = 0
     error: OperationError | None = None
+    queue: QueueState | None = None
 
 
 class LogMetrics(Wire, frozen=True):

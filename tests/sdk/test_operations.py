@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from support.stub_gateway import FAILING_LOSS, KEY, REFUSED_LOSS, RUN_ID, Fault, StubGateway
 
 import river_client as river
-from river_client import wire
+from river_client import limits, wire
 
 DATA: list[dict[str, Any]] = [{"input_ids": [1, 2]}]
 SUBMIT = r"POST /runs/.*/operations"
@@ -168,6 +170,31 @@ def test_long_polls_follow_each_other_until_done(model: river.Model, gateway: St
     gateway.polls_until_done = 5
     model.train_step(DATA, lr=1e-3)
     assert gateway.requests[f"GET /operations/{RUN_ID}-1"] == 6
+
+
+def test_a_waiting_operation_says_what_for(
+    model: river.Model, gateway: StubGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's reason is on the operation and, on a terminal, in the progress line; with the result it is gone."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(limits, "PROGRESS_DELAY_S", 0.0)
+    monkeypatch.setattr(limits, "PROGRESS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(sys, "stderr", stderr := Terminal())
+    gateway.queue_state = river.QueueState(state="queued", reason="3 before it", ahead=3)
+    gateway.polls_until_done = 10**9
+    pending = model.submit_batch(DATA, lr=1e-3)
+    assert pending.queue_state is None
+    with pytest.raises(river.TimeoutError):
+        pending.result(timeout=0.3)
+    assert pending.queue_state == gateway.queue_state
+    assert f"waiting for {RUN_ID}-1: 3 before it" in stderr.getvalue()
+    gateway.polls_until_done = 0
+    pending.result()
+    assert pending.queue_state is None
 
 
 def test_threads_share_a_model(model: river.Model, gateway: StubGateway) -> None:

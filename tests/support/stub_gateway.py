@@ -59,6 +59,7 @@ class StubGateway:
         self.operations: dict[int, wire.AnyOperation] = {}
         self.repeated: list[int] = []
         self.polls_until_done = 0
+        self.queue_state: wire.QueueState | None = None
         self.sampled: list[wire.SampleRequest] = []
         self.logged: list[wire.LogMetrics] = []
         self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
@@ -195,7 +196,9 @@ class StubGateway:
     def _result(self, operation_id: str) -> wire.OperationResult:
         if self.polls_until_done > 0:
             self.polls_until_done -= 1
-            return wire.OperationResult(operation_id=operation_id, status="pending")
+            return wire.OperationResult(
+                operation_id=operation_id, status="pending", queue=self.queue_state
+            )
         seq = int(operation_id.rpartition("-")[2])
         operation = self.operations.get(seq)
         if getattr(operation, "loss_fn", None) == FAILING_LOSS:

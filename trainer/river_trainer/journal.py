@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import msgspec
 import nats.errors
@@ -303,21 +304,34 @@ async def _ensure_stream(js: JetStreamContext, config: StreamConfig) -> None:
         await js.update_stream(config)
 
 
+_known: WeakKeyDictionary[JetStreamContext, set[str]] = WeakKeyDictionary()
+"""Buckets that are there. A handle of one is then made without asking the server, as nats-py itself would each time."""
+
+
 async def _bucket(js: JetStreamContext, config: KeyValueConfig) -> KeyValue:
-    assert config.bucket
-    try:
-        return await js.key_value(config.bucket)
-    except (BucketNotFoundError, NotFoundError):
-        return await js.create_key_value(config)
+    name = config.bucket
+    assert name
+    known = _known.setdefault(js, set())
+    if name not in known:
+        try:
+            await js.key_value(name)
+        except (BucketNotFoundError, NotFoundError):
+            await js.create_key_value(config)
+        known.add(name)
+    return KeyValue(name=name, stream=f"KV_{name}", pre=f"$KV.{name}.", js=js, direct=False)
 
 
 async def _object_bucket(
     js: JetStreamContext, name: str, *, max_age_s: float, max_bytes: int
 ) -> ObjectStore:
-    try:
-        return await js.object_store(name)
-    except (BucketNotFoundError, NotFoundError):
-        config = ObjectStoreConfig(
-            bucket=name, ttl=max_age_s, max_bytes=max_bytes, storage=StorageType.FILE
-        )
-        return await js.create_object_store(name, config)
+    known = _known.setdefault(js, set())
+    if name not in known:
+        try:
+            await js.object_store(name)
+        except (BucketNotFoundError, NotFoundError):
+            config = ObjectStoreConfig(
+                bucket=name, ttl=max_age_s, max_bytes=max_bytes, storage=StorageType.FILE
+            )
+            await js.create_object_store(name, config)
+        known.add(name)
+    return ObjectStore(name=name, stream=f"OBJ_{name}", js=js)

@@ -28,12 +28,15 @@ def register() -> None:
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     from river_engine.lora_wiring import head_and_router_adapters, prompt_logprobs_with_adapter  # noqa: PLC0415
+    from river_engine.routing import record_on_cpu, tell_shape  # noqa: PLC0415
 
     prompt_logprobs_with_adapter()
     head_and_router_adapters()
+    tell_shape()
     if current_platform.is_cpu():
         _lora_on_cpu(current_platform)
         _rotary_on_cpu()
+        record_on_cpu()
 
 
 def _lora_on_cpu(platform: Any) -> None:

@@ -15,6 +15,7 @@ are msgpack.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from msgspec import Struct, field
 
@@ -46,7 +47,10 @@ class AdapterRef(Struct, frozen=True, kw_only=True):
 
 
 class EngineRecord(Struct, frozen=True, kw_only=True):
-    """What a gateway needs to route to an engine. `heartbeat_at` is Unix time in seconds."""
+    """What a gateway needs to route to an engine. `heartbeat_at` is Unix time in seconds.
+
+    `expert_routing` says whether the engine can answer `return_expert_routing`.
+    """
 
     engine_id: str
     base_model: str
@@ -58,6 +62,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     heartbeat_at: float
     resident: list[str] = field(default_factory=list[str])
     running: int = 0
+    expert_routing: bool = False
 
 
 class EngineSample(Struct, frozen=True, kw_only=True):
@@ -76,6 +81,24 @@ class EngineSample(Struct, frozen=True, kw_only=True):
     seed: int | None = None
     logprobs: int | None = None
     return_prompt_logprobs: bool = False
+    return_expert_routing: bool = False
+
+
+class ExpertRouting(Struct, frozen=True, kw_only=True):
+    """The experts of every token of a sequence in every MoE layer, first the prompt's tokens, then those generated.
+
+    `data` is C-contiguous and little-endian, `shape` is (tokens, MoE layers, experts per token). The model never ran over
+    the last token: its row is filler.
+    """
+
+    dtype: Literal["uint8", "uint16"]
+    shape: tuple[int, int, int]
+    data: bytes
+
+
+def routing_dtype(experts: int) -> Literal["uint8", "uint16"]:
+    """The type that the numbers of so many experts travel in."""
+    return "uint8" if experts <= 256 else "uint16"  # noqa: PLR2004 - 2 ** 8
 
 
 class EngineSequence(Struct, frozen=True, kw_only=True):
@@ -86,6 +109,7 @@ class EngineSequence(Struct, frozen=True, kw_only=True):
     logprobs: list[float]
     stop_reason: str
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    expert_routing: ExpertRouting | None = None
 
 
 class EngineSampleGroup(Struct, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ from river_engine.protocol import (
     EngineSampleResult,
     EngineSequence,
 )
+from river_engine.routing import ROUTING_SALT, RoutingShape
 
 
 class Sampler:
@@ -44,6 +45,7 @@ class Sampler:
         *,
         context_length: int,
         vocab_size: int,
+        routing: RoutingShape | None = None,
     ) -> None:
         self._generate = generate
         self._store = store
@@ -52,6 +54,7 @@ class Sampler:
         self._encoder = copy.deepcopy(tokenizer)
         self._context_length = context_length
         self._vocab_size = vocab_size
+        self._routing = routing
         self._special_ids = {
             token.content: token_id
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -65,6 +68,12 @@ class Sampler:
             EngineRefusal: a field is wrong, the adapter is unfit, or the engine is going down.
         """
         _check_fields(request)
+        if request.return_expert_routing and self._routing is None:
+            raise InvalidField(
+                "this engine does not record it: its model has no routed experts, or it was started without "
+                "RIVER_EXPERT_ROUTING",
+                param="return_expert_routing",
+            )
         prompts = await self._prompt_tokens(request)
         async with AsyncExitStack() as stack:
             lora = None
@@ -155,18 +164,25 @@ class Sampler:
     ) -> EngineSampleGroup:
         params = self._sampling_params(request, index)
         request_id = f"{request.request_id}-{index}"
+        salt = ROUTING_SALT if request.return_expert_routing else None
         output = await final(
-            self._generate(tokens_input(tokens), params, request_id, lora_request=lora)
+            self._generate(
+                tokens_input(tokens, cache_salt=salt), params, request_id, lora_request=lora
+            )
         )
         return EngineSampleGroup(
             prompt_token_ids=tokens,
-            samples=[self._sequence(part, request.logprobs, params) for part in output.outputs],
+            samples=[self._sequence(part, request, tokens, params) for part in output.outputs],
             cached_prompt_tokens=output.num_cached_tokens or 0,
             prompt_logprobs=_prompt_logprobs(output) if request.return_prompt_logprobs else None,
         )
 
     def _sequence(
-        self, part: CompletionOutput, top: int | None, params: SamplingParams
+        self,
+        part: CompletionOutput,
+        request: EngineSample,
+        prompt: list[int],
+        params: SamplingParams,
     ) -> EngineSequence:
         tokens = list(part.token_ids)
         flat = part.logprobs
@@ -176,13 +192,18 @@ class Sampler:
         text = part.text
         if not params.detokenize:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        routing = None
+        if request.return_expert_routing:
+            assert self._routing is not None
+            routing = self._routing.of_sample(part.routed_experts, len(prompt) + len(tokens))
         return EngineSequence(
             text=text,
             tokens=tokens,
             # Of each position, the first entry is the token drawn.
             logprobs=[flat.logprobs[start] for start in flat.start_indices],
             stop_reason=part.finish_reason,
-            top_logprobs=_top_logprobs(flat, top) if top else None,
+            top_logprobs=_top_logprobs(flat, request.logprobs) if request.logprobs else None,
+            expert_routing=routing,
         )
 
 

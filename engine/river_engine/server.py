@@ -39,6 +39,7 @@ from river_engine.logs import log_to_stderr
 from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
 from river_engine.protocol import EngineRecord
 from river_engine.registration import registered
+from river_engine.routing import RoutingShape, routing_shape
 from river_engine.sampling import Sampler
 from river_engine.selftest import SelfTestError, self_test
 from river_engine.settings import EngineSettings, read_engine_settings
@@ -102,8 +103,11 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
             f"--dtype={settings.dtype or 'float32'}",
             f"--kv-cache-memory-bytes={settings.kv_cache_mb * 1024 * 1024}",
         ]
-    elif settings.dtype:
-        options.append(f"--dtype={settings.dtype}")
+    else:
+        if settings.dtype:
+            options.append(f"--dtype={settings.dtype}")
+        if settings.expert_routing:
+            options.append("--enable-return-routed-experts")
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
     assert arguments is not None
     validate_parsed_serve_args(arguments)
@@ -137,11 +141,12 @@ async def _serve(
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     async with AsyncExitStack() as stack:
-        door, store = await _build(settings, arguments, engine)
+        routing = await routing_shape(engine)
+        door, store = await _build(settings, arguments, engine, routing)
         await stack.enter_async_context(_listening(door, listener))
         # Last in and first out: nobody is sent here before it answers, nor when it is about to stop.
         if settings.nats_url:
-            record = _record_maker(settings, engine, store)
+            record = _record_maker(settings, engine, store, routing)
             await stack.enter_async_context(registered(settings.nats_url, record, store))
         _log.info(
             "ready",
@@ -151,7 +156,10 @@ async def _serve(
 
 
 async def _build(
-    settings: EngineSettings, arguments: Namespace, engine: AsyncLLM
+    settings: EngineSettings,
+    arguments: Namespace,
+    engine: AsyncLLM,
+    routing: RoutingShape | None,
 ) -> tuple[EngineDoor, AdapterStore]:
     """The application, tested, with the adapters of an earlier life."""
     config = engine.model_config
@@ -186,6 +194,7 @@ async def _build(
         engine.get_tokenizer(),
         context_length=config.max_model_len,
         vocab_size=config.get_vocab_size(),
+        routing=routing,
     )
     door = EngineDoor(
         inner,
@@ -227,7 +236,10 @@ async def _listening(door: EngineDoor, listener: socket.socket) -> AsyncIterator
 
 
 def _record_maker(
-    settings: EngineSettings, engine: AsyncLLM, store: AdapterStore
+    settings: EngineSettings,
+    engine: AsyncLLM,
+    store: AdapterStore,
+    routing: RoutingShape | None,
 ) -> Callable[[], EngineRecord]:
     config = engine.model_config
 
@@ -243,6 +255,7 @@ def _record_maker(
             heartbeat_at=time.time(),
             resident=store.resident(),
             running=engine.get_num_unfinished_requests(),
+            expert_routing=routing is not None,
         )
 
     return record

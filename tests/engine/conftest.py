@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,10 @@ class RunningEngine:
         """Sequences that vLLM is generating or about to."""
         return int(sum(value for _, value in self._metrics("vllm:num_requests_running{")))
 
+    def preemptions(self) -> int:
+        """How often vLLM took a running sequence's cache for another."""
+        return int(sum(value for _, value in self._metrics("vllm:num_preemptions_total{")))
+
     def _metrics(self, prefix: str) -> list[tuple[str, float]]:
         lines = self.client.get("/metrics").text.splitlines()
         return [(line, float(line.rpartition(" ")[2])) for line in lines if line.startswith(prefix)]
@@ -87,20 +92,19 @@ def adapter_headers(ref: AdapterRef | None, model: str = "public-name") -> dict[
     return headers
 
 
-@pytest.fixture(scope="session")
-def engine(
-    tiny_moe: Path, nats_url: str, tmp_path_factory: pytest.TempPathFactory
+@contextmanager
+def running_engine(
+    model: Path, nats_url: str, directory: Path, **variables: str
 ) -> Iterator[RunningEngine]:
-    """A ready engine under its supervisor."""
+    """A ready engine under its supervisor; `variables` are settings besides the usual ones."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    directory = tmp_path_factory.mktemp("engine")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "RIVER_BASE_MODEL": BASE_MODEL,
-        "RIVER_MODEL_PATH": str(tiny_moe),
+        "RIVER_MODEL_PATH": str(model),
         "RIVER_ENGINE_TOKEN": TOKEN,
         "RIVER_ENGINE_ID": "eng-test",
         "RIVER_NATS_URL": nats_url,
@@ -108,6 +112,7 @@ def engine(
         "RIVER_PORT": str(port),
         "RIVER_KV_CACHE_MB": "64",
         "RIVER_MAX_LORAS": "3",
+        **variables,
     }
     log = directory / "engine.log"
     with (
@@ -135,6 +140,15 @@ def engine(
             raise
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def engine(
+    tiny_moe: Path, nats_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningEngine]:
+    """The engine of most tests, in float32."""
+    with running_engine(tiny_moe, nats_url, tmp_path_factory.mktemp("engine")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -30,3 +31,21 @@ def token_logprobs(path: Path, adapter: AdapterRef | None, tokens: list[int]) ->
         logits = _model(path, adapter)(torch.tensor([tokens])).logits[0]
     logprobs = logits.float().log_softmax(-1)
     return [logprobs[position, token].item() for position, token in enumerate(tokens[1:])]
+
+
+def chosen_experts(path: Path, adapter: AdapterRef | None, tokens: list[int]) -> np.ndarray:
+    """Of every token in every MoE layer, [T, layers, K], most likely first."""
+    chosen: list[torch.Tensor] = []
+    model = _model(path, adapter)
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: chosen.append(output[2]))
+        for name, module in model.named_modules()
+        if name.endswith(".mlp.gate")
+    ]
+    try:
+        with torch.inference_mode():
+            model(torch.tensor([tokens]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(chosen, dim=1).numpy()

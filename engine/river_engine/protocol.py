@@ -87,8 +87,8 @@ class EngineSample(Struct, frozen=True, kw_only=True):
 class ExpertRouting(Struct, frozen=True, kw_only=True):
     """The experts of every token of a sequence in every MoE layer, first the prompt's tokens, then those generated.
 
-    `data` is C-contiguous and little-endian, `shape` is (tokens, MoE layers, experts per token). The model never ran over
-    the last token: its row is filler.
+    `data` is C-contiguous and little-endian, `shape` is (tokens, MoE layers, experts per token). The model never ran
+    over the last token: its row is filler.
     """
 
     dtype: Literal["uint8", "uint16"]

@@ -3,8 +3,8 @@
 On a GPU vLLM's second model runner records them, if the engine is started for it. The runner of a CPU cannot, so our
 plugin adds it there, through the places vLLM made for the other one:
 
-* every router of the model calls `RoutingRecorder.capture`, which writes the chosen experts beside the KV cache: one row
-  per slot of it, found by the slot the token's keys go to;
+* every router of the model calls `RoutingRecorder.capture`, which writes the chosen experts beside the KV cache: a
+  row for each of its slots, found by the slot the token's keys go to;
 * the scheduler asks `RoutingConnector.take_output` with every answered token and passes on what it gets.
 
 A row lives and dies with the keys of its token: memory is bounded by the cache, chunked prefill and preemption need no
@@ -82,7 +82,9 @@ async def routing_shape(engine: _Engine) -> RoutingShape | None:
 class RoutingRecorder:
     """The experts of every token in the KV cache: [slots, MoE layers, experts per token]."""
 
-    def __init__(self, shape: RoutingShape, *, slots: int, block_size: int, layer_name: str) -> None:
+    def __init__(
+        self, shape: RoutingShape, *, slots: int, block_size: int, layer_name: str
+    ) -> None:
         self.shape = shape
         self.block_size = block_size
         self.recording = False
@@ -195,7 +197,8 @@ def tell_shape() -> None:
 
     def river_routing_shape(self: WorkerBase) -> dict[str, Any] | None:
         if self.vllm_config.aux_output_config.enabled:
-            shape = _shape_of(self.model_runner.get_model())
+            runner: Any = self.model_runner
+            shape = _shape_of(runner.get_model())
         else:
             recorder = _bound.get("recorder")
             shape = None if recorder is None else recorder.shape

@@ -21,9 +21,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     `url` is what others reach this engine by (default: its own host and port); `engine_id` is drawn at random when
     empty; `nats_url` empty means unregistered; `dtype` empty means float32 on a CPU and the model's own elsewhere.
     `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded. `cpu_threads` is for models that fill a
-    machine: threads that share cores with other processes spend their time waiting for each other. `expert_routing` makes
-    vLLM record on a GPU which experts each token goes to, for which it needs its second model runner; on a CPU, where
-    that costs nothing until somebody asks, it is always possible.
+    machine: threads that share cores with other processes spend their time waiting for each other. `expert_routing`
+    makes vLLM record on a GPU which experts each token goes to, for which it needs its second model runner; on a CPU,
+    where that costs nothing until somebody asks, it is always possible.
     """
 
     base_model: str

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int32]
     FloatArray = npt.NDArray[np.float32]
 
-_DIMENSIONS_MAX = 2
-_DTYPES = {"int32": "<i4", "int64": "<i8", "float32": "<f4"}
+_DTYPES = {"int32": "<i4", "int64": "<i8", "float32": "<f4", "uint8": "<u1", "uint16": "<u2"}
 
 
 def integers(value: Numbers, field: str) -> npt.NDArray[np.int64]:
@@ -68,14 +67,25 @@ def finite_floats(value: Numbers, field: str) -> FloatArray:
 
 
 def _array(value: Numbers, field: str) -> npt.NDArray[Any]:
-    return _packed(value, field) if isinstance(value, Tensor) else _listed(value, field)
-
-
-def _packed(tensor: Tensor, field: str) -> npt.NDArray[Any]:
-    dtype = np.dtype(_DTYPES[tensor.dtype])
-    if not 1 <= len(tensor.shape) <= _DIMENSIONS_MAX or min(tensor.shape) < 0:
+    if not isinstance(value, Tensor):
+        return _listed(value, field)
+    if len(value.shape) not in (1, 2):
         raise InvalidFieldError(
-            f"{field}: shape {list(tensor.shape)}, must be [T] or [T, K]", param=field
+            f"{field}: shape {list(value.shape)}, must be [T] or [T, K]", param=field
+        )
+    return unpacked(value, field)
+
+
+def unpacked(tensor: Tensor, field: str) -> npt.NDArray[Any]:
+    """The array of a tensor, of any number of dimensions, read-only.
+
+    Raises:
+        InvalidFieldError: its bytes do not fit its shape.
+    """
+    dtype = np.dtype(_DTYPES[tensor.dtype])
+    if min(tensor.shape, default=0) < 0:
+        raise InvalidFieldError(
+            f"{field}: shape {list(tensor.shape)}, must not be negative", param=field
         )
     size_bytes = math.prod(tensor.shape) * dtype.itemsize
     if len(tensor.data) != size_bytes:

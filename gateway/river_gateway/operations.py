@@ -17,6 +17,7 @@ from river_billing.catalog import record_checkpoint
 from river_client import wire
 from river_gateway import catalog, validation
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
+from river_gateway.expert_routing import RoutedExperts, check_replayable
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
     QUEUE_STATE_TIMEOUT_S,
@@ -94,17 +95,30 @@ def _data_task(
         return protocol.OptimStep(adam=validation.adam(operation.adam))
     loss_fn, config = operation.loss_fn, operation.loss_config
     validation.loss(loss_fn, config)
+    replay = operation.force_routing_replay
+    if replay:
+        check_replayable(operation.data)
     match operation:
         case wire.TrainStep():
             adam = validation.adam(operation.adam)
             data = validation.sequences(operation.data, loss_fn, limits)
-            return protocol.TrainStep(data=data, loss_fn=loss_fn, loss_config=config, adam=adam)
+            return protocol.TrainStep(
+                data=data,
+                loss_fn=loss_fn,
+                loss_config=config,
+                adam=adam,
+                force_routing_replay=replay,
+            )
         case wire.ForwardBackward():
             data = validation.sequences(operation.data, loss_fn, limits)
-            return protocol.ForwardBackward(data=data, loss_fn=loss_fn, loss_config=config)
+            return protocol.ForwardBackward(
+                data=data, loss_fn=loss_fn, loss_config=config, force_routing_replay=replay
+            )
         case wire.Forward():
             data = validation.sequences(operation.data, loss_fn, limits)
-            return protocol.Forward(data=data, loss_fn=loss_fn, loss_config=config)
+            return protocol.Forward(
+                data=data, loss_fn=loss_fn, loss_config=config, force_routing_replay=replay
+            )
 
 
 def _limits(services: Services, run: RunRow) -> validation.Limits:
@@ -112,7 +126,18 @@ def _limits(services: Services, run: RunRow) -> validation.Limits:
     trainer = services.trainers.last_of(run.base_model)
     if trainer is None:
         raise UnavailableError(f"no trainer of {run.base_model!r} has registered yet; try again")
-    return validation.Limits(context_length=run.context_length, vocab_size=trainer.vocab_size)
+    routed_experts = None
+    if trainer.moe_layers:
+        routed_experts = RoutedExperts(
+            experts=trainer.num_experts,
+            layers=trainer.moe_layers,
+            per_token=trainer.experts_per_token,
+        )
+    return validation.Limits(
+        context_length=run.context_length,
+        vocab_size=trainer.vocab_size,
+        routed_experts=routed_experts,
+    )
 
 
 async def loadable_checkpoint(

@@ -15,6 +15,7 @@ from river_engine.protocol import (
     EngineSampleGroup,
     EngineSampleResult,
     EngineSequence,
+    ExpertRouting,
 )
 from river_gateway import catalog, operations, validation
 from river_gateway.auth import principal_of, requires
@@ -231,12 +232,15 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
     """Draws samples of one policy version, token in and token out."""
     services, principal = services_of(request), principal_of(request)
     services.meter.admit()
-    if data.return_expert_routing:
-        raise NotSupportedError("the engines do not report expert routing")
     target = await resolve_model(services, data.model, principal.tenant_id)
     known = services.engines.last_of(target.base_model)
     if known is None:
         raise UnavailableError(f"no engine of {target.base_model!r} has registered yet; try again")
+    if data.return_expert_routing and not known.expert_routing:
+        raise NotSupportedError(
+            f"return_expert_routing: the engines of {target.base_model!r} do not record it",
+            param="return_expert_routing",
+        )
     validation.sample_request(
         data, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
     )
@@ -293,6 +297,7 @@ async def _ask_engine(
         seed=asked.seed,
         logprobs=asked.logprobs,
         return_prompt_logprobs=asked.return_prompt_logprobs,
+        return_expert_routing=asked.return_expert_routing,
     )
     opened = await services.upstream.open(
         "/river/sample",
@@ -343,7 +348,14 @@ def _sequence(sequence: EngineSequence) -> wire.SampleSequence:
         logprobs=sequence.logprobs,
         stop_reason=cast("wire.StopReason", sequence.stop_reason),
         top_logprobs=top,
+        expert_routing=_tensor(sequence.expert_routing),
     )
+
+
+def _tensor(routing: ExpertRouting | None) -> wire.Tensor | None:
+    if routing is None:
+        return None
+    return wire.Tensor(dtype=routing.dtype, shape=routing.shape, data=routing.data)
 
 
 TRAINING_HANDLERS: list[Any] = [

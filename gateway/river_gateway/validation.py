@@ -14,6 +14,7 @@ import numpy as np
 
 from river_gateway.arrays import finite_floats, integers, token_ids
 from river_gateway.errors import InvalidFieldError
+from river_gateway.expert_routing import RoutedExperts, routing_bytes
 from river_gateway.limits import (
     ALPHA_MAX,
     CHECKPOINT_TTL_MAX_S,
@@ -50,6 +51,7 @@ class Limits:
 
     context_length: int
     vocab_size: int
+    routed_experts: RoutedExperts | None = None
 
 
 LOSS_INPUTS: dict[str, tuple[str, ...]] = {
@@ -104,6 +106,7 @@ def _sequence(datum: wire.Datum, where: str, loss_fn: str, limits: Limits) -> pr
         weights=_cut(_per_token(datum.weights, f"{where}.weights", length), kept),
         old_logprobs=_cut(_per_token(datum.old_logprobs, f"{where}.old_logprobs", length), kept),
         advantages=_cut(_per_token(datum.advantages, f"{where}.advantages", length), kept),
+        expert_routing=routing_bytes(datum, where, length, kept, limits.routed_experts),
     )
 
 

@@ -21,9 +21,15 @@ DatumLike: TypeAlias = Mapping[str, Any] | wire.Datum
 Values are lists, numpy arrays or torch tensors.
 """
 
-_Dtype: TypeAlias = Literal["int32", "int64", "float32"]
+_Dtype: TypeAlias = Literal["int32", "int64", "float32", "uint8", "uint16"]
 
-_LITTLE_ENDIAN: dict[_Dtype, str] = {"int32": "<i4", "int64": "<i8", "float32": "<f4"}
+_LITTLE_ENDIAN: dict[_Dtype, str] = {
+    "int32": "<i4",
+    "int64": "<i8",
+    "float32": "<f4",
+    "uint8": "<u1",
+    "uint16": "<u2",
+}
 _INT32_MIN = -(2**31)
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -101,9 +107,11 @@ def _detached(value: Any) -> Any:
 
 
 def _wire_dtype(array: npt.NDArray[Any]) -> _Dtype | None:
-    """The narrowest type of the wire that holds the array's integers, float32 for floats, None for neither."""
+    """The array's own type if it is a small one, else what holds its numbers; None if they are none."""
     if array.dtype.kind == "f":
         return "float32"
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:  # noqa: PLR2004 - bytes
+        return "uint8" if array.dtype.itemsize == 1 else "uint16"
     if array.dtype.kind not in "biu":
         return None
     if array.size == 0 or (array.min() >= _INT32_MIN and array.max() <= _INT32_MAX):

@@ -136,10 +136,13 @@ class AsyncModel:
         data: Sequence[DatumLike],
         *,
         loss_fn: wire.LossName = "cross_entropy",
+        force_routing_replay: bool = False,
         **config: float,
     ) -> TrainingResult:
-        """Loss and log-probabilities of `data`, without gradients."""
-        pending = await self.submit_forward(data, loss_fn=loss_fn, **config)
+        """Loss and log-probabilities of `data`, without gradients; arguments as in `forward_backward`."""
+        pending = await self.submit_forward(
+            data, loss_fn=loss_fn, force_routing_replay=force_routing_replay, **config
+        )
         return await pending.result()
 
     async def forward_backward(
@@ -147,6 +150,7 @@ class AsyncModel:
         data: Sequence[DatumLike],
         *,
         loss_fn: wire.LossName = "cross_entropy",
+        force_routing_replay: bool = False,
         **config: float,
     ) -> TrainingResult:
         """Adds the gradients of the loss, summed over tokens, to those waiting for the next `optim_step`.
@@ -154,10 +158,15 @@ class AsyncModel:
         `config` holds the loss's own settings. A sequence is a dict of `input_ids` and what the loss needs, aligned to
         the prediction position: index i is the prediction made from position i, the last index is ignored.
 
+        Data that carry a sample's `expert_routing` get the metric `expert_flip`, the share of (token, layer) that went
+        to other experts here than in the sampler. With `force_routing_replay` they go to the sampler's experts instead.
+
         Raises:
             InvalidRequestError: names the field and index; nothing was done.
         """
-        pending = await self.submit_forward_backward(data, loss_fn=loss_fn, **config)
+        pending = await self.submit_forward_backward(
+            data, loss_fn=loss_fn, force_routing_replay=force_routing_replay, **config
+        )
         return await pending.result()
 
     async def optim_step(
@@ -192,6 +201,7 @@ class AsyncModel:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip_norm: float | None = None,
+        force_routing_replay: bool = False,
         **config: float,
     ) -> TrainingResult:
         """`forward_backward` and `optim_step` as one: both happen or neither."""
@@ -204,6 +214,7 @@ class AsyncModel:
             eps=eps,
             weight_decay=weight_decay,
             grad_clip_norm=grad_clip_norm,
+            force_routing_replay=force_routing_replay,
             **config,
         )
         return await pending.result()
@@ -213,10 +224,16 @@ class AsyncModel:
         data: Sequence[DatumLike],
         *,
         loss_fn: wire.LossName = "cross_entropy",
+        force_routing_replay: bool = False,
         **config: float,
     ) -> AsyncPendingOp[TrainingResult]:
         """`forward`, without waiting."""
-        operation = wire.Forward(data=pack_data(data), loss_fn=loss_fn, loss_config=config)
+        operation = wire.Forward(
+            data=pack_data(data),
+            loss_fn=loss_fn,
+            loss_config=config,
+            force_routing_replay=force_routing_replay,
+        )
         return await self._submit(operation, training_result)
 
     async def submit_forward_backward(
@@ -224,10 +241,16 @@ class AsyncModel:
         data: Sequence[DatumLike],
         *,
         loss_fn: wire.LossName = "cross_entropy",
+        force_routing_replay: bool = False,
         **config: float,
     ) -> AsyncPendingOp[TrainingResult]:
         """`forward_backward`, without waiting."""
-        operation = wire.ForwardBackward(data=pack_data(data), loss_fn=loss_fn, loss_config=config)
+        operation = wire.ForwardBackward(
+            data=pack_data(data),
+            loss_fn=loss_fn,
+            loss_config=config,
+            force_routing_replay=force_routing_replay,
+        )
         return await self._submit(operation, training_result)
 
     async def submit_optim_step(
@@ -262,6 +285,7 @@ class AsyncModel:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip_norm: float | None = None,
+        force_routing_replay: bool = False,
         **config: float,
     ) -> AsyncPendingOp[TrainingResult]:
         """`train_step`, without waiting."""
@@ -274,7 +298,11 @@ class AsyncModel:
             grad_clip_norm=grad_clip_norm,
         )
         operation = wire.TrainStep(
-            data=pack_data(data), adam=adam, loss_fn=loss_fn, loss_config=config
+            data=pack_data(data),
+            adam=adam,
+            loss_fn=loss_fn,
+            loss_config=config,
+            force_routing_replay=force_routing_replay,
         )
         return await self._submit(operation, training_result)
 
@@ -284,10 +312,13 @@ class AsyncModel:
         *,
         loss_fn: wire.LossName = "cross_entropy",
         lr: float,
+        force_routing_replay: bool = False,
         **config: float,
     ) -> AsyncPendingOp[TrainingResult]:
         """Continual training: returns once the batch is stored for good; the live version moves when it is applied."""
-        return await self.submit_train_step(data, loss_fn=loss_fn, lr=lr, **config)
+        return await self.submit_train_step(
+            data, loss_fn=loss_fn, lr=lr, force_routing_replay=force_routing_replay, **config
+        )
 
     # ---- Weights, metrics, samples -----------------------------------------------------------
 

@@ -59,7 +59,8 @@ class Sample:
     """One sampled sequence.
 
     `logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from; `prompt_logprobs[0]`
-    is None, as nothing precedes the first token; `policy_version` says which weights answered.
+    is None, as nothing precedes the first token; `policy_version` says which weights answered. `expert_routing` [T, MoE
+    layers, experts per token] goes back with `prompt_token_ids + tokens` as the datum's field of that name.
     """
 
     text: str

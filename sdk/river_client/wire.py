@@ -30,7 +30,7 @@ class Wire(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Tensor(Wire, frozen=True):
     """A C-contiguous little-endian array: `data` holds `prod(shape)` items of `dtype`."""
 
-    dtype: Literal["int32", "int64", "float32"]
+    dtype: Literal["int32", "int64", "float32", "uint8", "uint16"]
     shape: tuple[int, ...]
     data: bytes
 
@@ -45,6 +45,9 @@ class Datum(Wire, frozen=True):
     `input_ids` int [T]; `target_tokens` int [T] (absent: `input_ids` shifted left by one; the last may be any filler);
     `weights`, `old_logprobs`, `advantages` float [T]; `attention_mask` [T] of ones and zeros, whose zeros may only form
     a tail (padding). Soft targets, [T, K] with `weights` [T, K], are to come and are refused until then.
+
+    `expert_routing` int [T, MoE layers, experts per token]: the experts that `SampleSequence.expert_routing` names for
+    these tokens. As for the other fields the last index is ignored; it may also be left out.
     """
 
     input_ids: Numbers
@@ -53,6 +56,7 @@ class Datum(Wire, frozen=True):
     old_logprobs: Numbers | None = None
     advantages: Numbers | None = None
     attention_mask: Numbers | None = None
+    expert_routing: Tensor | None = None
 
 
 class LoraConfig(Wire, frozen=True):
@@ -116,19 +120,25 @@ class Run(Wire, frozen=True):
 
 
 class Operation(Wire, frozen=True, tag_field="kind"):
-    """One step asked for on a run."""
+    """One step asked for on a run.
+
+    With `force_routing_replay` every token goes to the experts its datum's `expert_routing` names, which then has to be
+    there, with the gate's own weights for them; without it, data that carry routing get an `expert_flip` metric.
+    """
 
 
 class Forward(Operation, frozen=True, tag="forward"):
     data: list[Datum]
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
+    force_routing_replay: bool = False
 
 
 class ForwardBackward(Operation, frozen=True, tag="forward_backward"):
     data: list[Datum]
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
+    force_routing_replay: bool = False
 
 
 class OptimStep(Operation, frozen=True, tag="optim_step"):
@@ -142,6 +152,7 @@ class TrainStep(Operation, frozen=True, tag="train_step"):
     adam: AdamParams
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
+    force_routing_replay: bool = False
 
 
 class SaveWeights(Operation, frozen=True, tag="save_weights"):
@@ -244,7 +255,11 @@ class TopLogprob(Wire, frozen=True):
 
 
 class SampleSequence(Wire, frozen=True):
-    """`logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from."""
+    """`logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from.
+
+    `expert_routing` [T, MoE layers, experts per token] has a row for each of the T tokens of prompt and sample; the
+    last is filler, since the model never ran over the last token.
+    """
 
     text: str
     tokens: list[int]

@@ -26,9 +26,7 @@ def routing_of(sample: EngineSequence) -> np.ndarray:
     return np.frombuffer(routing.data, dtype=routing.dtype).reshape(routing.shape)
 
 
-def different(
-    path: Path, adapter: AdapterRef | None, group: EngineSampleGroup
-) -> tuple[int, int]:
+def different(path: Path, adapter: AdapterRef | None, group: EngineSampleGroup) -> tuple[int, int]:
     """How many (token, layer) of a group have other experts than transformers chooses, and how many there are."""
     flips, total = 0, 0
     for sample in group.samples:

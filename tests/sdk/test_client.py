@@ -122,6 +122,8 @@ def test_a_download_shows_a_bar_on_a_terminal(
         (np.array([[1.0], [2.0]]), "float32", [[1.0], [2.0]]),
         (np.array([True, False]), "int32", [1, 0]),
         (np.arange(6)[::2], "int32", [0, 2, 4]),
+        (np.array([[[3, 255]]], np.uint8), "uint8", [[[3, 255]]]),
+        (np.array([256], ">u2"), "uint16", [256]),
         (torch.tensor([1, 2]), "int32", [1, 2]),
         (torch.tensor([0.5], dtype=torch.bfloat16), "float32", [0.5]),
         (torch.tensor([0.5], requires_grad=True), "float32", [0.5]),

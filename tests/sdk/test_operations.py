@@ -38,6 +38,27 @@ def test_operations_are_numbered_in_order(model: river.Model, gateway: StubGatew
     assert saved.path == f"river://{RUN_ID}/weights/final"
 
 
+def test_expert_routing_goes_back_as_it_came(model: river.Model, gateway: StubGateway) -> None:
+    """A sample's routing is a datum's field, and every training call can ask for it to be replayed."""
+    sample = model.sample("x", return_expert_routing=True)[0][0]
+    assert model.sample("x")[0][0].expert_routing is None
+    np.testing.assert_array_equal(sample.expert_routing, [[[4, 0]], [[3, 1]], [[0, 0]]])
+    full_ids = sample.prompt_token_ids + sample.tokens
+    data = [{"input_ids": full_ids, "expert_routing": sample.expert_routing}]
+    model.forward(data)
+    model.forward(data, force_routing_replay=True)
+    model.forward_backward(data, force_routing_replay=True)
+    model.train_step(data, lr=1e-3, force_routing_replay=True)
+    model.submit_batch(data, lr=1e-3, force_routing_replay=True).result()
+    operations: list[Any] = [gateway.operations[seq] for seq in range(1, 6)]
+    assert [operation.force_routing_replay for operation in operations] == [False] + [True] * 4
+    assert operations[-1].loss_config == {}
+    for operation in operations:
+        routing = operation.data[0].expert_routing
+        assert (routing.dtype, routing.shape) == ("uint8", (3, 1, 2))
+        assert routing.data == bytes([4, 0, 3, 1, 0, 0])
+
+
 @pytest.mark.parametrize(
     "fault",
     [

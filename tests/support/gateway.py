@@ -33,7 +33,7 @@ from river_gateway.auth import create_key, create_tenant
 from river_gateway.services import Services, open_services
 from river_gateway.settings import Settings
 from river_trainer import journal
-from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM
+from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM, TrainerRecord
 
 
 def error_of(answer: httpx.Response) -> wire.ErrorBody:
@@ -114,6 +114,12 @@ class Rig:
         bucket = await self.nats.jetstream().key_value(ENGINES_BUCKET)
         await bucket.put(record.engine_id, msgspec.msgpack.encode(record))
         await eventually(lambda: record in self.services.engines.alive())
+
+    async def register_trainer(self, record: TrainerRecord) -> None:
+        """Makes a trainer's record known to the gateway."""
+        bucket = await journal.trainers_bucket(self.nats.jetstream())
+        await bucket.put(record.trainer_id, msgspec.msgpack.encode(record))
+        await eventually(lambda: record in self.services.trainers.alive())
 
     async def usage(self, count: int) -> list[UsageEvent]:
         """The `count` usage events recorded so far, waiting for the last of them."""

@@ -27,6 +27,7 @@ from river_engine.protocol import (
     EngineSampleGroup,
     EngineSampleResult,
     EngineSequence,
+    ExpertRouting,
 )
 from river_trainer import journal
 from river_trainer.protocol import (
@@ -50,6 +51,10 @@ VOCAB_SIZE = 512
 TOKEN = "engine-secret"
 PROMPT_TOKENS, CACHED_TOKENS, COMPLETION_TOKENS = 7, 2, 4
 PATIENCE_S = 10.0
+ROUTING = ExpertRouting(
+    dtype="uint8", shape=(3, 2, 2), data=bytes([0, 7, 1, 2, 3, 0, 6, 5, 0, 0, 0, 0])
+)
+"""Of a prompt of one token and the two that the engine answers."""
 
 # ---- Engine ----------------------------------------------------------------------------------------------------------
 
@@ -192,6 +197,7 @@ class StandInEngine:
             logprobs=[-0.5, -0.25],
             stop_reason="length",
             top_logprobs=[[(3, -0.5)], [(4, -0.25)]] if asked.logprobs else None,
+            expert_routing=ROUTING if asked.return_expert_routing else None,
         )
         prompts = asked.prompt_token_ids or [[1] * len(prompt) for prompt in asked.prompts or ()]
         groups = [

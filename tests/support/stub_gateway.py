@@ -320,7 +320,14 @@ def _usage_line(kind: str, quantity: int) -> wire.UsageLine:
 
 def _samples(request: wire.SampleRequest) -> wire.SampleResponse:
     prompts: list[Any] = request.prompts or request.prompt_token_ids or []
-    sample = wire.SampleSequence(text="x", tokens=[7], logprobs=[-0.5], stop_reason="stop")
+    routing = wire.Tensor(dtype="uint8", shape=(3, 1, 2), data=bytes([4, 0, 3, 1, 0, 0]))
+    sample = wire.SampleSequence(
+        text="x",
+        tokens=[7],
+        logprobs=[-0.5],
+        stop_reason="stop",
+        expert_routing=routing if request.return_expert_routing else None,
+    )
     group = wire.SampleGroup(prompt_token_ids=[1, 2], samples=[sample] * request.num_samples)
     return wire.SampleResponse(
         groups=[group] * len(prompts), policy_version=f"{RUN_ID}@3", usage=wire.TokenUsage()

@@ -80,6 +80,7 @@ class Sequence(Struct, frozen=True, kw_only=True):
     `input_ids`, `target_tokens` int32 [T] (or [T, K] targets with `weights` [T, K], K = `targets_per_token`);
     `weights`, `old_logprobs`, `advantages` float32 [T]. Index i describes the prediction from position i; the last
     index is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one everywhere.
+    `expert_routing` holds the experts a sampler chose, [T, MoE layers, experts per token] of `routing_dtype`.
     """
 
     input_ids: bytes
@@ -87,6 +88,7 @@ class Sequence(Struct, frozen=True, kw_only=True):
     weights: bytes | None = None
     old_logprobs: bytes | None = None
     advantages: bytes | None = None
+    expert_routing: bytes | None = None
     targets_per_token: int = 1
 
 
@@ -100,7 +102,10 @@ class Adam(Struct, frozen=True, kw_only=True):
 
 
 class Task(Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """What an operation asks the trainer to do."""
+    """What an operation asks the trainer to do.
+
+    `force_routing_replay`: every token goes to the experts that its sequence's `expert_routing` names.
+    """
 
 
 class CreateRun(Task, frozen=True, tag="create_run"):
@@ -114,12 +119,14 @@ class Forward(Task, frozen=True, tag="forward"):
     data: list[Sequence]
     loss_fn: str
     loss_config: dict[str, float]
+    force_routing_replay: bool = False
 
 
 class ForwardBackward(Task, frozen=True, tag="forward_backward"):
     data: list[Sequence]
     loss_fn: str
     loss_config: dict[str, float]
+    force_routing_replay: bool = False
 
 
 class OptimStep(Task, frozen=True, tag="optim_step"):
@@ -131,6 +138,7 @@ class TrainStep(Task, frozen=True, tag="train_step"):
     loss_fn: str
     loss_config: dict[str, float]
     adam: Adam
+    force_routing_replay: bool = False
 
 
 class SaveWeights(Task, frozen=True, tag="save_weights"):
@@ -214,7 +222,10 @@ class LiveVersion(Struct, frozen=True, kw_only=True):
 
 
 class TrainerRecord(Struct, frozen=True, kw_only=True):
-    """`heartbeat_at` is Unix time in seconds; `context_length` bounds T of a sequence."""
+    """`heartbeat_at` is Unix time in seconds; `context_length` bounds T of a sequence.
+
+    A model without routed experts has no `moe_layers`.
+    """
 
     trainer_id: str
     base_model: str
@@ -223,3 +234,6 @@ class TrainerRecord(Struct, frozen=True, kw_only=True):
     max_lora_rank: int
     heartbeat_at: float
     runs: int = 0
+    num_experts: int = 0
+    moe_layers: int = 0
+    experts_per_token: int = 0

@@ -36,6 +36,7 @@ def register() -> None:
     if current_platform.is_cpu():
         _lora_on_cpu(current_platform)
         _rotary_on_cpu()
+        _seeds_on_cpu()
         record_on_cpu()
 
 
@@ -58,6 +59,13 @@ def _lora_on_cpu(platform: Any) -> None:
         return original(moe_config)
 
     method.select_unquantized_moe_backend = select
+
+
+def _seeds_on_cpu() -> None:
+    """A seeded prompt longer than a step must not be the end of the engine."""
+    from river_engine.cpu_seeds import keep_seeds_of_unfinished_prompts  # noqa: PLC0415
+
+    keep_seeds_of_unfinished_prompts()
 
 
 def _rotary_on_cpu() -> None:

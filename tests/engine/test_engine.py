@@ -124,6 +124,19 @@ def test_seeded_samples_differ_and_repeat(engine: RunningEngine) -> None:
     assert len({tuple(tokens) for tokens in first}) == 6
 
 
+def test_seeded_prompts_may_take_several_steps(engine: RunningEngine) -> None:
+    """More seeded prompts than a step has room for get the tokens that each of them gets alone."""
+    prompts = [[5 + (7 * i + j) % 400 for j in range(50)] for i in range(120)]
+    together = engine.sample(prompt_token_ids=prompts, max_tokens=2, seed=3).groups
+    for index in range(0, 120, 7):
+        alone = engine.sample(prompt_token_ids=[prompts[index]], max_tokens=2, seed=3 + index)
+        assert together[index].samples[0].tokens == alone.groups[0].samples[0].tokens
+    again = engine.sample(prompt_token_ids=prompts, max_tokens=2, seed=3).groups
+    assert [group.samples[0].tokens for group in again] == [
+        group.samples[0].tokens for group in together
+    ]
+
+
 def test_a_special_token_stops_and_is_the_last_token(engine: RunningEngine) -> None:
     """A stop that is one special token is found although it is not text, and is left out of the text."""
     samples = (

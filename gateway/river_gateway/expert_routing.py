@@ -38,7 +38,9 @@ def routing_bytes(
     if tensor is None:
         return None
     if model is None:
-        raise InvalidFieldError(f"{field}: the base model has no routed experts", param=field)
+        raise InvalidFieldError(
+            f"{field}: the base model has no routed experts to replay", param=field
+        )
     given = unpacked(tensor, field)
     if given.dtype.kind not in "iu":
         raise InvalidFieldError(f"{field}: {tensor.dtype}, must be integers", param=field)

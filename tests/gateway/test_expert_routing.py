@@ -66,7 +66,7 @@ def test_wrong_routing(routing: wire.Tensor, field: str, words: str) -> None:
 
 def test_a_dense_model_has_no_routing() -> None:
     """Routing for a model without routed experts is a mistake, not something to ignore."""
-    with pytest.raises(InvalidFieldError, match="has no routed experts"):
+    with pytest.raises(InvalidFieldError, match="has no routed experts to replay"):
         checked(Limits(context_length=8, vocab_size=512), expert_routing=tensor(ROUTING))
 
 

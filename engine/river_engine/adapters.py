@@ -16,7 +16,8 @@ import asyncio
 import itertools
 import logging
 import shutil
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from river_engine.adapter_files import Target, check_adapter, fetch_adapter
 from river_engine.errors import EngineBusy, EngineRefusal, InvalidAdapter
-from river_engine.limits import ADAPTER_WAITERS_MAX
+from river_engine.limits import ADAPTER_WAITERS_MAX, PRELOAD_INTEREST_S, PRELOAD_RUNS_MAX
 from river_engine.protocol import AdapterRef
 
 _log = logging.getLogger("river.engine")
@@ -146,6 +147,8 @@ class AdapterStore:
         self._numbers = itertools.count(1)
         # Least recently used first.
         self._versions: dict[str, _Version] = {}
+        # Until when (monotonic time) new versions of a run are wanted; the oldest entry first.
+        self._wanted_until: OrderedDict[str, float] = OrderedDict()
 
     def resident(self) -> list[str]:
         """Names of the adapters that are loaded, least recently used first."""
@@ -158,8 +161,28 @@ class AdapterStore:
         Raises:
             EngineRefusal: the adapter is missing or unfit, or too many wait.
         """
+        self._want(ref, PRELOAD_INTEREST_S)
         async with self._held(ref) as version, self._gate.enter(ref.name):
             yield version.request
+
+    def is_wanted(self, ref: AdapterRef) -> bool:
+        """Whether a version that has just been announced is worth loading before anybody asks.
+
+        It is while its run is asked for here, and once before that: loading every version of every run in training
+        would cost the engine's time, and drive out what is used.
+        """
+        wanted_until = self._wanted_until.get(_run_of(ref))
+        if wanted_until is None:
+            self._want(ref, 0.0)
+            return True
+        return time.monotonic() < wanted_until
+
+    def _want(self, ref: AdapterRef, for_s: float) -> None:
+        run = _run_of(ref)
+        self._wanted_until[run] = time.monotonic() + for_s
+        self._wanted_until.move_to_end(run)
+        while len(self._wanted_until) > PRELOAD_RUNS_MAX:
+            self._wanted_until.popitem(last=False)
 
     async def preload(self, ref: AdapterRef) -> None:
         """Loads `ref` before anybody asks.
@@ -307,3 +330,8 @@ class AdapterStore:
         except msgspec.DecodeError as error:
             _log.warning("adapter manifest unreadable", extra={"reason": str(error)})
             return []
+
+
+def _run_of(ref: AdapterRef) -> str:
+    """What the versions `run@1`, `run@2`… have in common."""
+    return ref.name.rpartition("@")[0] or ref.name

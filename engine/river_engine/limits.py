@@ -21,6 +21,9 @@ SEED_MAX = 2**63 - 1
 ADAPTER_CONFIG_MAX_BYTES = 1024 * 1024
 ADAPTER_WAITERS_MAX = 4096
 PRELOAD_QUEUE_MAX = 16
+PRELOAD_INTEREST_S = 600.0
+"""How long after the last request to a run its new versions are loaded before anybody asks."""
+PRELOAD_RUNS_MAX = 10_000
 
 NATS_CONNECT_TIMEOUT_S = 2.0
 NATS_RETRY_INTERVAL_S = 1.0

@@ -124,6 +124,8 @@ async def _listen(client: Client, subject: str, announced: asyncio.Queue[Adapter
 async def _preload(announced: asyncio.Queue[AdapterRef], store: AdapterStore) -> None:
     while True:
         ref = await announced.get()
+        if not store.is_wanted(ref):
+            continue
         started = time.monotonic()
         try:
             await store.preload(ref)

@@ -112,6 +112,38 @@ async def test_least_recently_used_leaves(vllm: Vllm, store: AdapterStore, tmp_p
         assert len([path for path in (tmp_path / "versions").iterdir() if path.is_dir()]) == 2
 
 
+async def test_versions_nobody_asks_for_are_not_wanted(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run's versions the first is loaded unasked, others only while requests for the run come."""
+    first, second, third = (written(tmp_path, f"run_a@{step}") for step in (1, 2, 3))
+    assert store.is_wanted(first)
+    assert not store.is_wanted(second)
+    async with store.hold(second):
+        pass
+    assert store.is_wanted(third)
+    assert store.is_wanted(written(tmp_path, "run_b@1")), "each run for itself"
+    monkeypatch.setattr("river_engine.adapters.PRELOAD_INTEREST_S", -1.0)
+    async with store.hold(second):
+        pass
+    assert not store.is_wanted(third)
+
+
+async def test_only_so_many_runs_are_remembered(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that was longest not heard of is forgotten, which makes it a new one."""
+    monkeypatch.setattr("river_engine.adapters.PRELOAD_RUNS_MAX", 2)
+    refs = [written(tmp_path, f"run_{name}@1") for name in "abc"]
+    assert [store.is_wanted(ref) for ref in (*refs, refs[2], refs[0])] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
 async def test_an_evicted_version_comes_back_under_a_new_number(
     vllm: Vllm, store: AdapterStore, tmp_path: Path
 ) -> None:

@@ -23,7 +23,14 @@ import torch
 from torch.nn import functional
 
 from river_kernels.frozen import frozen_product, joined
-from river_kernels.segments import LoraPair, Pairs, Segments, check_segments, pair_at
+from river_kernels.segments import (
+    LoraPair,
+    Pairs,
+    Segments,
+    add_product,
+    check_segments,
+    pair_at,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +204,8 @@ def _project_backward(
             dv.mul_(weight)
             v = v * weight  # noqa: PLW2901  # the weighted v is what the gradient needs
         if adapter.a_grad is not None and adapter.b_grad is not None:
-            adapter.a_grad[expert].addmm_(dv.T, x, alpha=adapter.scale)
-            adapter.b_grad[expert].addmm_(dy.T, v, alpha=adapter.scale)
+            add_product(adapter.a_grad[expert], dv.T, x, adapter.scale)
+            add_product(adapter.b_grad[expert], dy.T, v, adapter.scale)
     return joined(input_grads)
 
 

@@ -74,6 +74,6 @@ def pair_at(pairs: Sequence[Pair | None], slot: int) -> Pair | None:
 def add_product(
     grad: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> None:
-    """Adds `scale * left @ right` to a gradient, if anybody wants it."""
+    """Adds `scale * left @ right` to a gradient, if anybody wants it; in the gradient's precision."""
     if grad is not None:
-        grad.addmm_(left, right, alpha=scale)
+        grad.addmm_(left.to(grad.dtype), right.to(grad.dtype), alpha=scale)

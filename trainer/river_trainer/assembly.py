@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.executor import Executor
@@ -33,7 +35,8 @@ def load(settings: TrainerSettings) -> Parts:
         OSError: the model or a directory cannot be read.
         StoreError: the store cannot be opened.
     """
-    return parts_of(settings, BaseModel(settings.model_path), Lanes(settings.torch_threads))
+    base = BaseModel(settings.model_path, getattr(torch, settings.trainer_dtype))
+    return parts_of(settings, base, Lanes(settings.torch_threads))
 
 
 def parts_of(settings: TrainerSettings, base: BaseModel, lanes: Lanes) -> Parts:

@@ -5,7 +5,8 @@ transformers owns the architecture; some of its seams are ours:
 * attention: a registered function that runs each packed sequence alone (`packed_causal_attention`);
 * experts: a registered function that runs `moe_lora`;
 * the linear layers of attention and of dense MLPs are replaced by `LoraLinear`;
-* routers are called segment by segment, as every matrix product is;
+* routers are called segment by segment, as every matrix product is, and a sampler's choice can be put in the place of
+  theirs (`routing.py`);
 * norms that compute what `RmsNorm` does are replaced by it.
 
 lm_head is never called: `token_logprobs` computes what a loss needs of it, chunk by chunk.
@@ -16,7 +17,9 @@ lm_head is never called: `token_logprobs` computes what a loss needs of it, chun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from river_kernels import (
 )
 from river_trainer.lanes import PerLane
 from river_trainer.packing import PackedBatch
+from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
 from river_trainer.sites import Group, Site
 
 ATTENTION_NAME = "river_packed"
@@ -58,9 +62,11 @@ class _Pass(PerLane):
         self.segments: Segments = ()
         self.slots: Sequence[SlotPairs] = ()
         self.packing: Packing | None = None
+        self.routing: PassRouting | None = None
 
-    def pairs(self, site_name: str) -> list[LoraPair | None]:
-        return [pairs.get(site_name) for pairs in self.slots]
+    def pairs(self, site_name: str, dtype: torch.dtype) -> list[LoraPair | None]:
+        """The adapters of a site that computes in `dtype`; their gradients stay in their own."""
+        return [_in_dtype(pairs.get(site_name), dtype) for pairs in self.slots]
 
 
 class LoraLinear(nn.Module):
@@ -73,38 +79,60 @@ class LoraLinear(nn.Module):
 
     def forward(self, hidden_1TI: torch.Tensor) -> torch.Tensor:
         running = self._running
-        pairs = running.pairs(self._name)
+        pairs = running.pairs(self._name, self.weight.dtype)
         return lora_linear(
             hidden_1TI[0], self.weight, running.segments, pairs, self.bias
         ).unsqueeze(0)
 
 
 class BySegment(nn.Module):
-    """A router that is called for the tokens of each segment alone."""
+    """The router of MoE layer `layer`, called for the tokens of each segment alone; a sampler's choice may replace its.
 
-    def __init__(self, router: nn.Module, running: _Pass) -> None:
+    `renormalise` is the rule of its weights, None if it is none that could be replayed.
+    """
+
+    def __init__(
+        self, router: nn.Module, running: _Pass, layer: int, *, renormalise: bool | None
+    ) -> None:
         super().__init__()
         self.router, self._running = router, running
+        self.layer, self.renormalise = layer, renormalise
 
     def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         segments = self._running.segments
         if len(segments) == 1:
-            return self.router(hidden_TH)
+            return self._route(0, hidden_TH)
         lengths = [segment.end - segment.start for segment in segments]
-        answers = [self.router(rows) for rows in hidden_TH.split(lengths) if rows.shape[0]]
+        answers = [
+            self._route(index, rows)
+            for index, rows in enumerate(hidden_TH.split(lengths))
+            if rows.shape[0]
+        ]
         return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+
+    def _route(self, segment: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        answer = self.router(hidden_TH)
+        routing = self._running.routing
+        if routing is None:
+            return answer
+        assert self.renormalise is not None, "such a model takes no routing"
+        return routing.route(self.layer, segment, answer, renormalise=self.renormalise)
 
 
 class BaseModel:
-    """The frozen model in float32. Every lane may run a pass at the same time."""
+    """The frozen model. Every lane may run a pass at the same time.
 
-    def __init__(self, path: str | Path) -> None:
+    In bfloat16 weights and what flows between layers are of that type; attention inside, the head, and everything of an
+    adapter that is kept, stay float32. `routed_experts` is None for a model whose routing cannot be replayed.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         AttentionInterface.register(ATTENTION_NAME, _attention)
         ExpertsInterface.register(EXPERTS_NAME, _experts)
         transformers_logging.disable_progress_bar()
         model: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             experts_implementation=EXPERTS_NAME,
         )
@@ -117,19 +145,27 @@ class BaseModel:
         self.vocab_size: int = config.vocab_size
         self.context_length: int = config.max_position_embeddings
         self.sites = tuple(self._instrument())
+        self.routed_experts = self._routed_experts()
+        self._head_VH = self._model.lm_head.weight.float()
 
     def _instrument(self) -> list[Site]:
         """Puts our modules in place; returns every place an adapter may change, in the model's order."""
         sites: list[Site] = []
         named = list(self._model.named_modules())
         has_experts = any(hasattr(module, "gate_up_proj") for _, module in named)
+        moe_layers = itertools.count()
         for name, module in named:
             kind = name.rpartition(".")[2]
             if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
                 sites += _expert_sites(name, module)
                 module.river_name, module.river_pass = name, self._pass
             elif isinstance(getattr(module, "experts", None), nn.Module):
-                module.gate = BySegment(module.gate, self._pass)
+                module.gate = BySegment(
+                    module.gate,
+                    self._pass,
+                    next(moe_layers),
+                    renormalise=gate_renormalises(module.gate),
+                )
             elif kind in ATTENTION_LINEARS or (kind in MLP_LINEARS and not has_experts):
                 group = Group.ATTENTION if kind in ATTENTION_LINEARS else Group.MLP
                 sites.append(_linear_site(name, module, group, kind))
@@ -141,6 +177,15 @@ class BaseModel:
         sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
         return sites
 
+    def _routed_experts(self) -> RoutedExperts | None:
+        modules = [module for module in self._model.modules() if isinstance(module, BySegment)]
+        routers: list[Any] = [module.router for module in modules]
+        shapes = {(len(router.weight), router.top_k) for router in routers}
+        if len(shapes) != 1 or any(module.renormalise is None for module in modules):
+            return None
+        ((experts, per_token),) = shapes
+        return RoutedExperts(experts, len(routers), per_token)
+
     def token_logprobs(
         self, batch: PackedBatch, slots: Sequence[SlotPairs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +195,7 @@ class BaseModel:
         """
         running = self._pass
         running.segments, running.slots = batch.segments, slots
-        running.packing = batch.packing
+        running.packing, running.routing = batch.packing, batch.routing
         try:
             embedded_1TH = self._embed(batch.input_ids[None])
             # Adapters are no inputs of autograd; this makes the backward pass go through all layers.
@@ -161,14 +206,15 @@ class BaseModel:
                 use_cache=False,
             ).last_hidden_state
             return lora_logprobs(
-                hidden_1TH[0],
-                self._model.lm_head.weight,
+                hidden_1TH[0].float(),
+                self._head_VH,
                 batch.targets,
                 batch.segments,
-                running.pairs("lm_head"),
+                running.pairs("lm_head", torch.float32),
             )
         finally:
-            running.segments, running.slots, running.packing = (), (), None
+            running.segments, running.slots = (), ()
+            running.packing, running.routing = None, None
 
 
 def _attention(
@@ -185,11 +231,13 @@ def _attention(
     assert attention_mask is None
     running: _Pass = module.q_proj._running  # noqa: SLF001  # the layer's own linear knows the pass
     assert running.packing is not None, "the model only runs inside token_logprobs"
-    query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query_THD, key_TGD, value_TGD = (
+        tensor[0].transpose(0, 1).float() for tensor in (query, key, value)
+    )
     attended = packed_causal_attention(
         query_THD, key_TGD, value_TGD, running.packing, scale=scaling
     )
-    return attended.unsqueeze(0), None
+    return attended.unsqueeze(0).to(query.dtype), None
 
 
 def _experts(
@@ -204,9 +252,15 @@ def _experts(
         module.gate_up_proj,
         module.down_proj,
         running.segments,
-        running.pairs(f"{module.river_name}.gate_up_proj"),
-        running.pairs(f"{module.river_name}.down_proj"),
+        running.pairs(f"{module.river_name}.gate_up_proj", hidden_TH.dtype),
+        running.pairs(f"{module.river_name}.down_proj", hidden_TH.dtype),
     )
+
+
+def _in_dtype(pair: LoraPair | None, dtype: torch.dtype) -> LoraPair | None:
+    if pair is None or pair.a.dtype == dtype:
+        return pair
+    return replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
 
 
 @torch.no_grad()

@@ -24,10 +24,24 @@ def make_job(task: ComputeTask, adapter: Adapter, base: BaseModel, *, context_le
         raise InvalidTaskError("there is no data", param="data")
     sequences = [
         decode_sequence(
-            sequence, index=index, vocab_size=base.vocab_size, context_length=context_length
+            sequence,
+            index=index,
+            vocab_size=base.vocab_size,
+            context_length=context_length,
+            routed_experts=base.routed_experts,
         )
         for index, sequence in enumerate(task.data)
     ]
     for index, sequence in enumerate(sequences):
         check_fields(loss, sequence, index)
-    return Job(adapter, sequences, loss, backward=not isinstance(task, Forward))
+        if task.force_routing_replay and sequence.expert_routing is None:
+            raise InvalidTaskError(
+                "force_routing_replay needs it", param=f"data[{index}].expert_routing"
+            )
+    return Job(
+        adapter,
+        sequences,
+        loss,
+        backward=not isinstance(task, Forward),
+        replay=task.force_routing_replay,
+    )

@@ -11,17 +11,22 @@ import torch
 from river_kernels import Packing, Segment, Segments, make_packing
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import Sequence
+from river_trainer.routing import PassRouting, RoutedExperts, decode_routing, pass_routing
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSequence:
-    """One sequence; every tensor is [T], and the last index counts for nothing."""
+    """One sequence; every tensor is [T], and the last index counts for nothing.
+
+    `expert_routing` [T, MoE layers, experts per token] is what a sampler chose.
+    """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor | None
     advantages: torch.Tensor | None
+    expert_routing: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -29,7 +34,12 @@ class TrainingSequence:
 
 
 def decode_sequence(
-    sequence: Sequence, *, index: int, vocab_size: int, context_length: int
+    sequence: Sequence,
+    *,
+    index: int,
+    vocab_size: int,
+    context_length: int,
+    routed_experts: RoutedExperts | None = None,
 ) -> TrainingSequence:
     """`sequence` as tensors. The gateway has checked it; the checks here keep a wrong one from hurting the run.
 
@@ -64,6 +74,7 @@ def decode_sequence(
         weights,
         _floats(sequence.old_logprobs, tokens, f"{field}.old_logprobs"),
         _floats(sequence.advantages, tokens, f"{field}.advantages"),
+        decode_routing(sequence.expert_routing, tokens, routed_experts, f"{field}.expert_routing"),
     )
 
 
@@ -99,10 +110,16 @@ class PackedBatch:
     targets: torch.Tensor
     segments: Segments
     packing: Packing
+    routing: PassRouting | None = None
 
 
-def pack(parts: Listing[Listing[TrainingSequence]]) -> PackedBatch:
-    """Packs `parts`, one for each slot, in that order; every part has at least one sequence."""
+def pack(
+    parts: Listing[Listing[TrainingSequence]], replayed: Listing[bool] | None = None
+) -> PackedBatch:
+    """Packs `parts`, one for each slot, in that order; every part has at least one sequence.
+
+    The tokens of the parts that `replayed` names go to the experts that their sequences name.
+    """
     segments: list[Segment] = []
     position = 0
     for slot, sequences in enumerate(parts):
@@ -117,4 +134,10 @@ def pack(parts: Listing[Listing[TrainingSequence]]) -> PackedBatch:
         targets=torch.cat([sequence.targets for sequence in everything]),
         segments=tuple(segments),
         packing=make_packing([sequence.tokens for sequence in everything]),
+        routing=pass_routing(
+            [[sequence.expert_routing for sequence in part] for part in parts],
+            [[sequence.tokens for sequence in part] for part in parts],
+            tuple(segments),
+            replayed or [False] * len(parts),
+        ),
     )

@@ -28,16 +28,18 @@ from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
 from river_trainer.losses import Loss, LossInput, metrics_of
 from river_trainer.packing import TrainingSequence, pack
+from river_trainer.routing import Flips
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`sequences` through `loss` on `adapter`; a gradient only if `backward`."""
+    """`sequences` through `loss` on `adapter`; a gradient if `backward`, the sampler's experts if `replay`."""
 
     adapter: Adapter
     sequences: Sequence[TrainingSequence]
     loss: Loss
     backward: bool
+    replay: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,10 +56,11 @@ class JobOutput:
     logprobs: list[torch.Tensor] = field(default_factory=list)
     gradient: FlatTensors | None = None
     sums: dict[str, float] = field(default_factory=dict)
+    flips: Flips = field(default_factory=Flips)
     finite: bool = True
 
     def metrics(self, loss: Loss) -> dict[str, float]:
-        return metrics_of(loss, self.sums)
+        return metrics_of(loss, self.sums) | self.flips.metrics()
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class _Piece:
     sequences: list[TrainingSequence]
     logprobs: list[torch.Tensor] = field(default_factory=list)
     sums: Mapping[str, float] = field(default_factory=dict)
+    flips: Flips = field(default_factory=Flips)
 
     @property
     def tokens(self) -> int:
@@ -133,7 +137,9 @@ class Passes:
             self._run_pass(parts)
 
     def _run_pass(self, parts: Sequence[tuple[_Strand, _Piece]]) -> None:
-        batch = pack([piece.sequences for _, piece in parts])
+        batch = pack(
+            [piece.sequences for _, piece in parts], [strand.job.replay for strand, _ in parts]
+        )
         for strand, _ in parts:
             if strand.job.backward and strand.gradient is None:
                 strand.gradient = self._pool.take(strand.job.adapter.layout)
@@ -141,8 +147,11 @@ class Passes:
         with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
             logprobs_T, entropy_T = self._base.token_logprobs(batch, slots)
             losses: list[torch.Tensor] = []
-            for (strand, piece), segment in zip(parts, batch.segments, strict=True):
+            for index, (strand, piece) in enumerate(parts):
+                segment = batch.segments[index]
                 rows = slice(segment.start, segment.end)
+                if batch.routing is not None:
+                    piece.flips = batch.routing.flips(index)
                 data = _loss_input(piece.sequences, logprobs_T[rows], entropy_T[rows])
                 loss, sums = strand.job.loss.function(data)
                 piece.sums = {name: float(value) for name, value in sums.items()}
@@ -156,6 +165,7 @@ class Passes:
         output = JobOutput()
         for piece in (piece for strand in strands for piece in strand.pieces):
             output.logprobs += piece.logprobs
+            output.flips += piece.flips
             for name, value in piece.sums.items():
                 output.sums[name] = output.sums.get(name, 0.0) + value
         for strand in strands:

@@ -435,6 +435,7 @@ class Service:
     async def _beat(self) -> None:
         """Keeps the record by which gateways find this trainer."""
         while True:
+            routed = self._executor.base.routed_experts
             record = TrainerRecord(
                 trainer_id=self._trainer_id,
                 base_model=self._settings.base_model,
@@ -443,6 +444,9 @@ class Service:
                 max_lora_rank=self._settings.max_lora_rank,
                 heartbeat_at=time.time(),
                 runs=len(self._snapshotting),
+                num_experts=routed.experts if routed else 0,
+                moe_layers=routed.layers if routed else 0,
+                experts_per_token=routed.per_token if routed else 0,
             )
 
             async def attempt(record: TrainerRecord = record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from msgspec import Struct
 
@@ -11,11 +12,15 @@ from river_trainer import limits
 
 
 class TrainerSettings(Struct, frozen=True, kw_only=True):
-    """Where things are, and how much to do at once. An empty directory or URL lies under `data_dir`."""
+    """Where things are, and how much to do at once. An empty directory or URL lies under `data_dir`.
+
+    `trainer_dtype` is that of the frozen model; adapters and all that is kept of them are float32 always.
+    """
 
     nats_url: str
     base_model: str
     model_path: str
+    trainer_dtype: Literal["float32", "bfloat16"] = "float32"
     data_dir: str
     store_url: str = ""
     adapter_dir: str = ""

@@ -15,6 +15,7 @@
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.client import Client, Model, PendingOp, Session
+from river_client.custom_loss import CustomLoss, TorchLoss, torch_loss
 from river_client.exceptions import (
     AuthenticationError,
     ConnectionError,  # noqa: A004 - its name in the documentation
@@ -58,6 +59,7 @@ __all__ = [
     "Checkpoint",
     "Client",
     "ConnectionError",
+    "CustomLoss",
     "InvalidRequestError",
     "LoraConfig",
     "Model",
@@ -78,6 +80,8 @@ __all__ = [
     "Tenant",
     "TimeoutError",
     "TopLogprob",
+    "TorchLoss",
     "TrainingResult",
     "UsageLine",
+    "torch_loss",
 ]

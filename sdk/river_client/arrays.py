@@ -62,12 +62,15 @@ def _pack_datum(datum: DatumLike, where: str) -> wire.Datum:
 
 
 def pack(value: Any, where: str) -> wire.Tensor:
-    """A list, numpy array or torch tensor as little-endian bytes; floats become float32.
+    """A list, numpy array or torch tensor as little-endian bytes; floats become float32. A tensor of the wire stays.
 
     Raises:
         InvalidRequestError: it is no array of numbers.
     """
     import numpy as np  # noqa: PLC0415 - importing the SDK stays cheap
+
+    if isinstance(value, wire.Tensor):
+        return value
 
     try:
         array = np.asarray(_detached(value))

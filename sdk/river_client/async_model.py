@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import msgspec
 
 from river_client import exceptions, limits, wire
 from river_client.arrays import DatumLike, pack_data
+from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
 from river_client.progress import waiting
 from river_client.results import (
     Sample,
@@ -168,6 +170,30 @@ class AsyncModel:
             data, loss_fn=loss_fn, force_routing_replay=force_routing_replay, **config
         )
         return await pending.result()
+
+    async def forward_backward_custom(
+        self, data: Sequence[DatumLike], fn: CustomLoss
+    ) -> TrainingResult:
+        """`forward_backward` with a loss of your own, which is computed here, in a thread (`custom_loss`).
+
+        `fn(logprobs, data)` returns the loss, its gradients by the log-probabilities, one array per sequence, and
+        metrics; `torch_loss` makes one of a function over torch tensors. A sequence may hold fields for `fn` alone. The
+        log-probabilities are those of the model when this is called: an `optim_step` from elsewhere in the meantime
+        would make the gradients those of an older version. `fn` has to be waited for, so there is no `submit_` of it.
+
+        Raises:
+            InvalidRequestError: names the field and index; no gradient was added.
+        """
+        bare = bare_data(data)
+        forward = await self.forward(bare)
+        loss, gradients, metrics = await asyncio.to_thread(fn, list(forward.logprobs), data)
+        weighted = weighted_data(bare, forward.logprobs, gradients)
+        backward = await self.forward_backward(weighted)
+        return dataclasses.replace(
+            backward,
+            metrics=custom_metrics(backward.metrics, loss, metrics),
+            training_tokens=forward.training_tokens + backward.training_tokens,
+        )
 
     async def optim_step(
         self,

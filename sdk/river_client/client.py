@@ -160,6 +160,7 @@ class Model(_Blocking):
 
     forward = blocking(AsyncModel.forward)
     forward_backward = blocking(AsyncModel.forward_backward)
+    forward_backward_custom = blocking(AsyncModel.forward_backward_custom)
     optim_step = blocking(AsyncModel.optim_step)
     train_step = blocking(AsyncModel.train_step)
     save_weights = blocking(AsyncModel.save_weights)

@@ -11,8 +11,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
+import numpy as np
 
 from river_client import wire
+from river_client.arrays import unpack
 
 KEY = "rv-good"
 RUN_ID = "run_1"
@@ -215,10 +217,8 @@ class StubGateway:
             status="done",
             policy_version=f"{RUN_ID}@{steps}",
             metrics={"loss": 0.5},
-            logprobs=[
-                wire.Tensor(dtype="float32", shape=(2,), data=b"\0\0\x80\xbf\0\0\0\xc0")
-                for _ in data
-            ],
+            logprobs=[_logprobs(datum) for datum in data],
+            training_tokens=sum(_logprobs(datum).shape[0] for datum in data),
             checkpoint=_checkpoint() if isinstance(operation, wire.SaveWeights) else None,
         )
 
@@ -304,6 +304,23 @@ def _checkpoint() -> wire.Checkpoint:
         size_bytes=10,
         created_at="2026-11-23T12:00:00Z",
     )
+
+
+def _logprobs(datum: wire.Datum) -> wire.Tensor:
+    """-1, -2, -3… in the shape of the targets, less what the attention mask cuts."""
+    targets = unpack(_tensor(datum.target_tokens or datum.input_ids))
+    kept = (
+        len(targets)
+        if datum.attention_mask is None
+        else unpack(_tensor(datum.attention_mask)).sum()
+    )
+    numbers = -np.arange(1, targets.size + 1, dtype="<f4").reshape(targets.shape)[:kept]
+    return wire.Tensor(dtype="float32", shape=numbers.shape, data=numbers.tobytes())
+
+
+def _tensor(value: wire.Numbers | None) -> wire.Tensor:
+    assert isinstance(value, wire.Tensor), "the SDK packs what it sends"
+    return value
 
 
 def _usage_line(kind: str, quantity: int) -> wire.UsageLine:

@@ -30,6 +30,7 @@ def loaded_by(module: str) -> set[str]:
         "river_client.cli",
         "river_engine.protocol",
         "river_trainer.protocol",
+        "river_trainer.loss_specs",
         "river_billing.events",
     ],
 )

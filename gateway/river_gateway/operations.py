@@ -93,8 +93,8 @@ def _data_task(
 ) -> protocol.AnyTask:
     if isinstance(operation, wire.OptimStep):
         return protocol.OptimStep(adam=validation.adam(operation.adam))
-    loss_fn, config = operation.loss_fn, operation.loss_config
-    validation.loss(loss_fn, config)
+    loss_fn = operation.loss_fn
+    config = validation.loss_config(loss_fn, operation.loss_config)
     replay = operation.force_routing_replay
     if replay:
         check_replayable(operation.data)
@@ -262,7 +262,7 @@ def to_wire(result: protocol.TrainResult) -> wire.OperationResult:
         status="failed" if error else "done",
         policy_version=protocol.policy_version(result.run_id, result.step),
         metrics=result.metrics,
-        logprobs=_tensors(result.logprobs),
+        logprobs=_tensors(result),
         checkpoint=catalog.saved_checkpoint(saved) if saved else None,
         training_tokens=result.training_tokens,
         error=wire.OperationError(type=error.type, message=error.message, param=error.param)
@@ -271,7 +271,16 @@ def to_wire(result: protocol.TrainResult) -> wire.OperationResult:
     )
 
 
-def _tensors(logprobs: list[bytes] | None) -> list[wire.Tensor] | None:
-    if logprobs is None:
+def _tensors(result: protocol.TrainResult) -> list[wire.Tensor] | None:
+    """The log-probabilities of each sequence: [T], with soft targets [T, K]."""
+    if result.logprobs is None:
         return None
-    return [wire.Tensor(dtype="float32", shape=(len(data) // 4,), data=data) for data in logprobs]
+    widths = result.targets_per_token or [1] * len(result.logprobs)
+    return [
+        wire.Tensor(dtype="float32", shape=_shape_of(len(data) // 4, per_token), data=data)
+        for data, per_token in zip(result.logprobs, widths, strict=True)
+    ]
+
+
+def _shape_of(values: int, per_token: int) -> tuple[int, ...]:
+    return (values,) if per_token == 1 else (values // per_token, per_token)

@@ -35,6 +35,7 @@ from river_gateway.limits import (
     TEMPERATURE_MAX,
 )
 from river_trainer import protocol
+from river_trainer.loss_specs import TARGETS_PER_TOKEN_MAX, LossSpec, LossSpecError, find_spec
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,12 +55,6 @@ class Limits:
     routed_experts: RoutedExperts | None = None
 
 
-LOSS_INPUTS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (),
-    "importance_sampling": ("old_logprobs", "advantages"),
-}
-"""The losses there are, and the optional fields of a sequence that each cannot do without."""
-
 # ---- Training data ---------------------------------------------------------------------------------------------------
 
 
@@ -75,14 +70,15 @@ def sequences(data: list[wire.Datum], loss_fn: str, limits: Limits) -> list[prot
         raise InvalidFieldError(
             f"data: {len(data)} sequences, at most {SEQUENCES_MAX}", param="data"
         )
-    return [_sequence(datum, f"data[{index}]", loss_fn, limits) for index, datum in enumerate(data)]
+    try:
+        spec = find_spec(loss_fn)
+        spec.check_data(data)
+    except LossSpecError as error:
+        raise InvalidFieldError(str(error), param=error.param) from None
+    return [_sequence(datum, f"data[{index}]", spec, limits) for index, datum in enumerate(data)]
 
 
-def _sequence(datum: wire.Datum, where: str, loss_fn: str, limits: Limits) -> protocol.Sequence:
-    for field in LOSS_INPUTS[loss_fn]:
-        if getattr(datum, field) is None:
-            place = f"{where}.{field}"
-            raise InvalidFieldError(f"{place}: missing, the loss {loss_fn} needs it", param=place)
+def _sequence(datum: wire.Datum, where: str, spec: LossSpec, limits: Limits) -> protocol.Sequence:
     ids = token_ids(datum.input_ids, f"{where}.input_ids", limits.vocab_size)
     if ids.ndim != 1:
         place = f"{where}.input_ids"
@@ -99,14 +95,25 @@ def _sequence(datum: wire.Datum, where: str, loss_fn: str, limits: Limits) -> pr
         raise InvalidFieldError(
             f"{place}: {kept} tokens, the context length is {limits.context_length}", param=place
         )
-    targets = _targets(datum, where, length, kept, limits)
+    targets = _targets(datum, where, length, kept, spec, limits)
+    soft_shape = targets.shape if targets is not None and targets.ndim > 1 else None
+    if soft_shape is not None and datum.weights is None:
+        place = f"{where}.weights"
+        raise InvalidFieldError(f"{place}: missing, soft targets [T, K] need them", param=place)
+
+    def floats(name: str, shape: tuple[int, ...] = (length,)) -> bytes | None:
+        value: wire.Numbers | None = getattr(datum, name)
+        return _cut(_checked_floats(value, f"{where}.{name}", shape), kept)
+
     return protocol.Sequence(
         input_ids=ids[:kept].tobytes(),
         target_tokens=_cut(targets, kept),
-        weights=_cut(_per_token(datum.weights, f"{where}.weights", length), kept),
-        old_logprobs=_cut(_per_token(datum.old_logprobs, f"{where}.old_logprobs", length), kept),
-        advantages=_cut(_per_token(datum.advantages, f"{where}.advantages", length), kept),
+        weights=floats("weights", soft_shape or (length,)),
+        old_logprobs=floats("old_logprobs"),
+        advantages=floats("advantages"),
+        echo_weights=floats("echo_weights"),
         expert_routing=routing_bytes(datum, where, length, kept, limits.routed_experts),
+        targets_per_token=1 if soft_shape is None else soft_shape[1],
     )
 
 
@@ -129,29 +136,34 @@ def _kept_length(datum: wire.Datum, where: str, length: int) -> int:
 
 
 def _targets(
-    datum: wire.Datum, where: str, length: int, kept: int, limits: Limits
+    datum: wire.Datum, where: str, length: int, kept: int, spec: LossSpec, limits: Limits
 ) -> npt.NDArray[np.int32] | None:
-    """`target_tokens`, whose value at the ignored last index may be any filler."""
+    """`target_tokens`, [T] or [T, K], whose value at the ignored last index may be any filler."""
     if datum.target_tokens is None:
         return None
     field = f"{where}.target_tokens"
     targets = token_ids(datum.target_tokens, field, limits.vocab_size, ignored_from=kept - 1)
-    if targets.ndim != 1:
-        raise InvalidFieldError(
-            f"{field}: shape {list(targets.shape)}, soft targets are not supported yet, must be [T]",
-            param=field,
-        )
-    _check_shape(targets, (length,), field)
+    if targets.ndim == 1:
+        _check_shape(targets, (length,), field)
+        return targets
+    per_token = targets.shape[1]
+    if not spec.soft_targets:
+        message = f"shape {list(targets.shape)}, the loss {spec.name} takes one target a token, [T]"
+        raise InvalidFieldError(f"{field}: {message}", param=field)
+    if not 1 <= per_token <= TARGETS_PER_TOKEN_MAX:
+        message = f"{per_token} targets a token, must be 1 to {TARGETS_PER_TOKEN_MAX}"
+        raise InvalidFieldError(f"{field}: {message}", param=field)
+    _check_shape(targets, (length, per_token), field)
     return targets
 
 
-def _per_token(
-    value: wire.Numbers | None, field: str, length: int
+def _checked_floats(
+    value: wire.Numbers | None, field: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32] | None:
     if value is None:
         return None
     array = finite_floats(value, field)
-    _check_shape(array, (length,), field)
+    _check_shape(array, shape, field)
     return array
 
 
@@ -172,22 +184,16 @@ def _cut(array: npt.NDArray[np.generic] | None, length: int) -> bytes | None:
 # ---- Settings of operations ------------------------------------------------------------------------------------------
 
 
-def loss(loss_fn: str, config: dict[str, float]) -> None:
-    """Checks that a loss is offered and that its settings are its own.
+def loss_config(loss_fn: str, config: dict[str, float]) -> dict[str, float]:
+    """All settings of a loss: what is given, checked, and the defaults of the rest.
 
     Raises:
-        InvalidFieldError: it is not, or they are not.
+        InvalidFieldError: the loss is not offered, or the settings are not its own or out of range.
     """
-    if loss_fn not in LOSS_INPUTS:
-        names = ", ".join(LOSS_INPUTS)
-        raise InvalidFieldError(
-            f"loss_fn: {loss_fn!r} is not offered, there are {names}", param="loss_fn"
-        )
-    for key in config:
-        field = f"loss_config.{key}"
-        raise InvalidFieldError(
-            f"{field}: unknown, the loss {loss_fn} has no settings", param=field
-        )
+    try:
+        return find_spec(loss_fn).checked_config(config)
+    except LossSpecError as error:
+        raise InvalidFieldError(str(error), param=error.param) from None
 
 
 def adam(params: wire.AdamParams) -> protocol.Adam:

@@ -1,7 +1,8 @@
 """Log-probabilities of given next tokens under a frozen lm_head with adapters, without ever holding all logits.
 
-A batch of T tokens would need T times vocabulary floats several times over. Here forward keeps one number a token (the
-log-sum-exp), and backward computes the logits of each chunk once more.
+A batch of T tokens would need T times vocabulary floats several times over. Here no more than a chunk of them exists at
+once: forward keeps one number a token (the log-sum-exp), and backward computes the logits of each chunk once more. A
+batch no larger than a chunk keeps its softmax for backward instead, which has the same bits.
 """
 
 # Tensors carry their shape in capitals.
@@ -31,21 +32,28 @@ CHUNK_TOKENS = 2048
 def lora_logprobs(
     hidden_TH: torch.Tensor,
     weight_VH: torch.Tensor,
-    targets_T: torch.Tensor,
+    targets: torch.Tensor,
     segments: Segments,
     pairs: Pairs,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probability of `targets_T` at every position and the entropy there, in nats; two [T].
+    """The log-probabilities of `targets`, [T] or [T, K], in their shape, and the entropy [T]; in nats.
 
     Gradients flow from the log-probabilities to the hidden states through autograd, and to A and B through their
-    pairs; the entropy carries none.
+    pairs; the entropy carries none. The bits of a segment depend on no other, nor on targets added to it whose
+    log-probabilities have a gradient of zero.
     """
     check_segments(segments, tokens=hidden_TH.shape[0], slots=len(pairs))
+    assert targets.ndim in {1, 2}
+    assert targets.shape[0] == hidden_TH.shape[0]
     assert not weight_VH.requires_grad, "the base model is frozen"
     assert chunk_tokens > 0
-    return _LoraLogprobs.apply(hidden_TH, weight_VH, targets_T, segments, pairs, chunk_tokens)
+    targets_TK = targets.view(len(targets), -1)
+    logprobs_TK, entropy_T = _LoraLogprobs.apply(
+        hidden_TH, weight_VH, targets_TK, segments, pairs, chunk_tokens
+    )
+    return logprobs_TK.view(targets.shape), entropy_T
 
 
 def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Segment]:
@@ -56,13 +64,12 @@ def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Segment]:
 
 def _logits(
     hidden_TH: torch.Tensor, weight_VH: torch.Tensor, pair: LoraPair | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The logits [t, V] of a chunk, and `hidden A^T` [t, r] if it has an adapter."""
+) -> torch.Tensor:
+    """The logits [t, V] of a chunk."""
     logits_TV = frozen_product(hidden_TH, weight_VH)
-    if pair is None:
-        return logits_TV, None
-    v_TR = hidden_TH @ pair.a.T
-    return logits_TV.addmm_(v_TR, pair.b.T, alpha=pair.scale), v_TR
+    if pair is not None:
+        logits_TV.addmm_(hidden_TH @ pair.a.T, pair.b.T, alpha=pair.scale)
+    return logits_TV
 
 
 class _LoraLogprobs(torch.autograd.Function):
@@ -71,49 +78,66 @@ class _LoraLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden_TH: torch.Tensor,
         weight_VH: torch.Tensor,
-        targets_T: torch.Tensor,
+        targets_TK: torch.Tensor,
         segments: Segments,
         pairs: Pairs,
         chunk_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normaliser_T = hidden_TH.new_empty(hidden_TH.shape[0])
-        logprobs_T = torch.empty_like(normaliser_T)
+        logprobs_TK = hidden_TH.new_empty(targets_TK.shape)
         entropy_T = torch.empty_like(normaliser_T)
+        is_kept = ctx.needs_input_grad[0] and hidden_TH.shape[0] <= chunk_tokens
+        softmax: list[torch.Tensor] = []  # [t, V] of each chunk
         for chunk in _chunks(segments, chunk_tokens):
             rows = slice(chunk.start, chunk.end)
-            logits_TV, _ = _logits(hidden_TH[rows], weight_VH, pair_at(pairs, chunk.slot))
+            logits_TV = _logits(hidden_TH[rows], weight_VH, pair_at(pairs, chunk.slot))
             normaliser = torch.logsumexp(logits_TV, dim=1)
-            chosen = logits_TV.gather(1, targets_T[rows, None])[:, 0]
             normaliser_T[rows] = normaliser
-            logprobs_T[rows] = chosen - normaliser
             log_p_TV = logits_TV.sub_(normaliser[:, None])
-            entropy_T[rows] = -torch.linalg.vecdot(log_p_TV.exp(), log_p_TV)
+            logprobs_TK[rows] = log_p_TV.gather(1, targets_TK[rows])
+            p_TV = log_p_TV.exp()
+            entropy_T[rows] = -torch.linalg.vecdot(p_TV, log_p_TV)
+            if is_kept:
+                softmax.append(p_TV)
         ctx.segments, ctx.pairs, ctx.chunk_tokens = segments, pairs, chunk_tokens
         ctx.weight = weight_VH
-        ctx.save_for_backward(hidden_TH, targets_T, normaliser_T)
+        ctx.save_for_backward(hidden_TH, targets_TK, normaliser_T, *softmax)
         ctx.mark_non_differentiable(entropy_T)
-        return logprobs_T, entropy_T
+        return logprobs_TK, entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        dlogprobs_T = grads[0]
-        hidden_TH, targets_T, normaliser_T = ctx.saved_tensors
+        dlogprobs_TK = grads[0]
+        hidden_TH, targets_TK, normaliser_T, *softmax = ctx.saved_tensors
         weight_VH: torch.Tensor = ctx.weight
         dhidden_TH = torch.empty_like(hidden_TH)
-        for chunk in _chunks(ctx.segments, ctx.chunk_tokens):
+        for index, chunk in enumerate(_chunks(ctx.segments, ctx.chunk_tokens)):
             rows = slice(chunk.start, chunk.end)
             hidden, dhidden = hidden_TH[rows], dhidden_TH[rows]
             pair = pair_at(ctx.pairs, chunk.slot)
-            logits_TV, v_TR = _logits(hidden, weight_VH, pair)
-            upstream = dlogprobs_T[rows, None]
+            if softmax:
+                p_TV = softmax[index]
+            else:
+                logits_TV = _logits(hidden, weight_VH, pair)
+                p_TV = logits_TV.sub_(normaliser_T[rows, None]).exp_()
+            upstream_TK = dlogprobs_TK[rows]
             # d logprob / d logits = onehot(target) - softmax
-            dlogits_TV = logits_TV.sub_(normaliser_T[rows, None]).exp_().mul_(-upstream)
-            dlogits_TV.scatter_add_(1, targets_T[rows, None], upstream)
+            dlogits_TV = p_TV.mul_(-_sum_in_order(upstream_TK)[:, None])
+            dlogits_TV.scatter_add_(1, targets_TK[rows], upstream_TK)
             dhidden.copy_(frozen_product(dlogits_TV, weight_VH.T))
-            if pair is None or v_TR is None:
+            if pair is None:
                 continue
             dv_TR = dlogits_TV @ pair.b
             dhidden.addmm_(dv_TR, pair.a, alpha=pair.scale)
             add_product(pair.a_grad, dv_TR.T, hidden, pair.scale)
-            add_product(pair.b_grad, dlogits_TV.T, v_TR, pair.scale)
+            if pair.b_grad is not None:
+                add_product(pair.b_grad, dlogits_TV.T, hidden @ pair.a.T, pair.scale)
         return dhidden_TH, None, None, None, None, None
+
+
+def _sum_in_order(values_TK: torch.Tensor) -> torch.Tensor:
+    """[T], the columns added from the first to the last, so that zeros behind them do not change the sum's rounding."""
+    total_T = values_TK[:, 0].clone()
+    for column in values_TK.unbind(dim=1)[1:]:
+        total_T += column
+    return total_T

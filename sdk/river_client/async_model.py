@@ -172,7 +172,7 @@ class AsyncModel:
         return await pending.result()
 
     async def forward_backward_custom(
-        self, data: Sequence[DatumLike], fn: CustomLoss
+        self, data: Sequence[DatumLike], fn: CustomLoss, *, force_routing_replay: bool = False
     ) -> TrainingResult:
         """`forward_backward` with a loss of your own, which is computed here, in a thread (`custom_loss`).
 
@@ -185,10 +185,10 @@ class AsyncModel:
             InvalidRequestError: names the field and index; no gradient was added.
         """
         bare = bare_data(data)
-        forward = await self.forward(bare)
+        forward = await self.forward(bare, force_routing_replay=force_routing_replay)
         loss, gradients, metrics = await asyncio.to_thread(fn, list(forward.logprobs), data)
         weighted = weighted_data(bare, forward.logprobs, gradients)
-        backward = await self.forward_backward(weighted)
+        backward = await self.forward_backward(weighted, force_routing_replay=force_routing_replay)
         return dataclasses.replace(
             backward,
             metrics=custom_metrics(backward.metrics, loss, metrics),

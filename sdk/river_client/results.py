@@ -22,7 +22,7 @@ class TrainingResult:
     """What a training operation did.
 
     `policy_version` is the run's version after it. `logprobs` holds a float32 [T] array per sequence of a forward or
-    forward_backward: index i is the log-probability of the target of position i.
+    forward_backward: index i is the log-probability of the target of position i; with soft targets it is [T, K].
     """
 
     operation_id: str

@@ -15,7 +15,9 @@ from msgspec import Struct, field
 API_PREFIX = "/river/v1"
 NANO_USD_PER_USD = 10**9
 
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+LossName = Literal[
+    "cross_entropy", "importance_sampling", "ppo", "cispo", "echo_cispo", "dro", "gspo", "dpo"
+]
 SaveMode = Literal["training", "inference"]
 StopReason = Literal["stop", "length", "abort"]
 
@@ -43,8 +45,11 @@ class Datum(Wire, frozen=True):
     """One training sequence of T tokens.
 
     `input_ids` int [T]; `target_tokens` int [T] (absent: `input_ids` shifted left by one; the last may be any filler);
-    `weights`, `old_logprobs`, `advantages` float [T]; `attention_mask` [T] of ones and zeros, whose zeros may only form
-    a tail (padding). Soft targets, [T, K] with `weights` [T, K], are to come and are refused until then.
+    `weights` (absent: one everywhere), `old_logprobs`, `advantages` float [T]; `echo_weights` float [T], for
+    `echo_cispo` alone; `attention_mask` [T] of ones and zeros, whose zeros may only form a tail (padding).
+
+    Soft targets, for `cross_entropy` alone: `target_tokens` [T, K] with `weights` [T, K], such as a teacher's K most
+    likely tokens and their probabilities.
 
     `expert_routing` int [T, MoE layers, experts per token]: the experts that `SampleSequence.expert_routing` names for
     these tokens. As for the other fields the last index is ignored; it may also be left out.
@@ -56,6 +61,7 @@ class Datum(Wire, frozen=True):
     old_logprobs: Numbers | None = None
     advantages: Numbers | None = None
     attention_mask: Numbers | None = None
+    echo_weights: Numbers | None = None
     expert_routing: Tensor | None = None
 
 
@@ -121,6 +127,20 @@ class Run(Wire, frozen=True):
 
 class Operation(Wire, frozen=True, tag_field="kind"):
     """One step asked for on a run.
+
+    Losses are sums over tokens. With lp the log-probability of a target, q the old one, A the advantage, w the weight
+    and r = exp(lp - q), minimised are, with the settings of `loss_config` and their defaults:
+
+    * `cross_entropy`: -w lp
+    * `importance_sampling`: -w A r
+    * `ppo`: -min(w A r, w A clip(r)), r clipped to `clip_low` 0.8 and `clip_high` 1.2, bounds of the ratio itself
+    * `cispo`: -w A lp min(r, `eps_max` 6), the ratio without a gradient
+    * `echo_cispo`: cispo, and `echo_coef` 0.05 times the cross-entropy with `echo_weights`
+    * `dro`: -w (A lp - `beta`/2 (lp - q)^2), beta 0.05
+    * `gspo`: ppo with the ratio of the whole sequence, clipped to `clip_low` 0.9997 and `clip_high` 1.0004
+    * `dpo`: sequences 2i are chosen and 2i+1 rejected, `old_logprobs` are the reference's; `beta` 0.1; a sum over pairs
+
+    Where w A is zero a token does not count for a policy loss, whatever its `old_logprobs` are.
 
     With `force_routing_replay` every token goes to the experts its datum's `expert_routing` names, which then has to be
     there, with the gate's own weights for them; without it, data that carry routing get an `expert_flip` metric.
@@ -204,7 +224,7 @@ class QueueState(Wire, frozen=True):
 
 
 class OperationResult(Wire, frozen=True):
-    """`logprobs` holds one float32 [T] tensor per datum of a forward or forward_backward.
+    """`logprobs` holds one float32 tensor per datum of a forward or forward_backward: [T], with soft targets [T, K].
 
     `queue` comes with the status `pending`.
     """

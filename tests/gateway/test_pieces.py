@@ -21,8 +21,10 @@ from river_gateway.files import parse_range
 from river_gateway.limits import UPSTREAM_KEEPALIVE_S
 from river_gateway.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
 from river_gateway.openai_api import engine_body, understand
+from river_gateway.operations import to_wire
 from river_gateway.routing import choose_engine
 from river_gateway.sse import EventSplitter, UsageWishes, filter_event
+from river_trainer.protocol import TrainResult
 
 ENGINES = [
     StandInEngine(name).record(resident=resident, running=running)
@@ -181,3 +183,21 @@ def test_wrong_ranges(header: str) -> None:
     """A range that is none, or begins past the end, is refused."""
     with pytest.raises(InvalidFieldError):
         parse_range(header, 100)
+
+
+@pytest.mark.parametrize(
+    ("widths", "shapes"), [(None, [(6,), (2,)]), ([3, 1], [(2, 3), (2,)])], ids=["hard", "soft"]
+)
+def test_logprobs_have_the_shape_of_their_targets(
+    widths: list[int] | None, shapes: list[tuple[int, ...]]
+) -> None:
+    """A trainer's bytes become [T], or [T, K] where a sequence had K targets a token."""
+    result = TrainResult(
+        operation_id="run_a-1",
+        run_id="run_a",
+        seq=1,
+        step=0,
+        logprobs=[bytes(24), bytes(8)],
+        targets_per_token=widths,
+    )
+    assert [tensor.shape for tensor in to_wire(result).logprobs or []] == shapes

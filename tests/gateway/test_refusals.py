@@ -24,7 +24,9 @@ def wrong_operations() -> list[Any]:
         pytest.param({"seq": 1}, "operation", id="missing"),
         pytest.param({"seq": 1, "operation": forward | {"loss_fn": "no"}}, "loss_fn", id="loss"),
         pytest.param(
-            {"seq": 1, "operation": forward | {"loss_fn": "dro"}}, "loss_fn", id="not offered"
+            {"seq": 1, "operation": forward | {"loss_fn": "dro"}},
+            "data[0].old_logprobs",
+            id="what the loss needs",
         ),
         pytest.param(
             {"seq": 1, "operation": forward | {"loss_config": {"x": 1}}},

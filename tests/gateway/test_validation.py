@@ -61,10 +61,16 @@ def wrong() -> list[Any]:
         ({"weights": [1.0, NAN, 1.0]}, "weights[1]", "NaN"),
         ({"target_tokens": [1, 2]}, "target_tokens", "2 values for 3"),
         ({"target_tokens": [1, 600, 2]}, "target_tokens[1]", "600 is outside"),
-        ({"target_tokens": [[1, 2]] * 3}, "target_tokens", "soft targets are not supported yet"),
+        (
+            {"target_tokens": [[1, 2]] * 3, "weights": [[0.5, 0.5]] * 3},
+            "target_tokens",
+            "the loss importance_sampling takes one target a token, [T]",
+        ),
         ({"target_tokens": [[1, 2], [1, 2], [1]]}, "target_tokens[2]", "a row of 1"),
         ({"target_tokens": [[1, 2], [1, 777], [1, 3]]}, "target_tokens[1][1]", "777 is outside"),
         ({"weights": [[1.0, 0.0]] * 3}, "weights", "must be [3]"),
+        ({"echo_weights": [1.0]}, "echo_weights", "1 values for 3 input_ids"),
+        ({"echo_weights": [0.0, 0.0, NAN]}, "echo_weights[2]", "NaN is not a number"),
         ({"attention_mask": [1, 1]}, "attention_mask", "2 values for 3"),
         ({"attention_mask": [1, 2, 0]}, "attention_mask[1]", "2, must be 0 or 1"),
         ({"attention_mask": [0, 1, 1]}, "attention_mask[0]", "zeros may only form a tail"),
@@ -82,6 +88,83 @@ def test_wrong_data(change: dict[str, Any], field: str, words: str) -> None:
     assert refused.value.param == f"data[1].{field}"
     assert refused.value.message.startswith(f"data[1].{field}: ")
     assert words in refused.value.message
+
+
+SOFT: dict[str, Any] = {
+    "input_ids": [1, 2, 3],
+    "target_tokens": [[2, 7], [3, 8], [-1, 999]],
+    "weights": [[0.75, 0.25], [1.0, 0.0], [0.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"target_tokens": [[2, 7], [3, 512], [0, 0]]}, "target_tokens[1][1]", "512 is outside"),
+        ({"target_tokens": [[2, 7]] * 2}, "target_tokens", "shape [2, 2], must be [3, 2]"),
+        ({"target_tokens": [[1] * 257] * 3}, "target_tokens", "257 targets a token, must be 1 to"),
+        ({"target_tokens": packed([], "int32", (3, 0))}, "target_tokens", "0 targets a token"),
+        ({"weights": None}, "weights", "missing, soft targets [T, K] need them"),
+        ({"weights": [0.5, 0.5, 0.0]}, "weights", "shape [3], must be [3, 2]"),
+        ({"weights": [[0.5, 0.5, 0.0]] * 3}, "weights", "shape [3, 3], must be [3, 2]"),
+        ({"weights": [[0.5, NAN], [1, 0], [0, 0]]}, "weights[0][1]", "NaN is not a number"),
+    ],
+)
+def test_wrong_soft_targets(change: dict[str, Any], field: str, words: str) -> None:
+    """Targets [T, K] want weights of the same shape, and the error names row and column."""
+    data = [wire.Datum(**SOFT), wire.Datum(**SOFT | change)]
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.sequences(data, "cross_entropy", LIMITS)
+    assert refused.value.param == f"data[1].{field}"
+    assert words in refused.value.message
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["lists", "tensors"])
+def test_right_soft_targets(pack: bool) -> None:
+    """Rows come out one behind the other, with their number beside them; padding is cut, filler is zero."""
+    values: dict[str, Any] = SOFT | {"echo_weights": [0.5, 0.0, 0.0]}
+    if pack:
+        dtypes = {"input_ids": "int64", "target_tokens": "int32"}
+        values = {
+            name: packed(value, dtypes.get(name, "float32")) for name, value in values.items()
+        }
+    values["attention_mask"] = [1, 1, 0]
+    (sequence,) = validation.sequences([wire.Datum(**values)], "cross_entropy", LIMITS)
+    assert sequence.targets_per_token == 2
+    assert np.frombuffer(sequence.target_tokens or b"", "<i4").tolist() == [2, 7, 0, 0]
+    assert np.frombuffer(sequence.weights or b"", "<f4").tolist() == [0.75, 0.25, 1.0, 0.0]
+    assert np.frombuffer(sequence.echo_weights or b"", "<f4").tolist() == [0.5, 0.0]
+
+
+def test_half_a_pair() -> None:
+    """A preference needs a chosen and a rejected sequence."""
+    datum = wire.Datum(input_ids=[1, 2], old_logprobs=[-1.0, 0.0])
+    assert len(validation.sequences([datum] * 4, "dpo", LIMITS)) == 4
+    with pytest.raises(InvalidFieldError, match="data: 3 sequences, the loss dpo takes a mult"):
+        validation.sequences([datum] * 3, "dpo", LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "config", "param"),
+    [
+        ("nonsense", {}, "loss_fn"),
+        ("ppo", {"clip": 0.2}, "loss_config.clip"),
+        ("ppo", {"clip_low": 0.8, "clip_high": 0.2}, "loss_config.clip_high"),
+        ("dpo", {"beta": NAN}, "loss_config.beta"),
+    ],
+)
+def test_wrong_loss_settings(loss_fn: str, config: dict[str, float], param: str) -> None:
+    """The error names the setting."""
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.loss_config(loss_fn, config)
+    assert refused.value.param == param
+    assert refused.value.message.startswith(f"{param}: ")
+
+
+def test_right_loss_settings() -> None:
+    """The trainer is told every setting, so that a journal means the same when defaults change."""
+    assert validation.loss_config("cross_entropy", {}) == {}
+    assert validation.loss_config("ppo", {"clip_high": 1.5}) == {"clip_low": 0.8, "clip_high": 1.5}
 
 
 def test_empty_data() -> None:

@@ -196,6 +196,93 @@ def test_logprobs_equal_log_softmax(chunk_tokens: int) -> None:
     check_gradients(pairs, pairs64)
 
 
+def grads_of(pairs: list[LoraPair | None]) -> list[torch.Tensor]:
+    grads = [grad for pair in pairs if pair is not None for grad in (pair.a_grad, pair.b_grad)]
+    return [grad for grad in grads if grad is not None]
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 1024], ids=["recomputed", "kept"])
+def test_soft_targets_equal_log_softmax(chunk_tokens: int) -> None:
+    """K targets at a position, the same one twice among them, give [T, K] and the gradients of a full log-softmax."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(TOKENS, 24, generator=generator).requires_grad_()
+    weight = torch.randn(50, 24, generator=generator)
+    targets = torch.randint(50, (TOKENS, 3), generator=generator)
+    targets[::4, 2] = targets[::4, 0]
+    pairs = make_pairs(generator, inputs=24, outputs=50)
+    upstream = torch.randn(TOKENS, 3, generator=generator)
+    logprobs, entropy = lora_logprobs(
+        hidden, weight, targets, SEGMENTS, pairs, chunk_tokens=chunk_tokens
+    )
+    logprobs.backward(upstream)
+
+    hidden64, pairs64 = hidden.detach().double().requires_grad_(), in_double(pairs)
+    full = naive_linear(hidden64, weight.double(), SEGMENTS, pairs64).log_softmax(1)
+    expected = full.gather(1, targets)
+    expected.backward(upstream.double())
+    assert logprobs.shape == (TOKENS, 3)
+    assert relative_error(logprobs, expected) < TOLERANCE
+    assert relative_error(entropy, -(full.exp() * full).sum(1)) < TOLERANCE
+    assert relative_error(hidden.grad, hidden64.grad) < TOLERANCE
+    check_gradients(pairs, pairs64)
+
+
+def test_logprobs_have_the_same_bits_however_they_are_computed() -> None:
+    """Neither other targets without a gradient nor keeping the softmax for backward changes a bit."""
+    generator = torch.Generator().manual_seed(7)
+    start = torch.randn(TOKENS, 24, generator=generator)
+    weight = torch.randn(50, 24, generator=generator)
+    targets = torch.randint(50, (TOKENS, 2), generator=generator)
+    upstream = torch.randn(TOKENS, 2, generator=generator)
+    padded = [torch.cat([values, values.new_zeros(TOKENS, 5)], 1) for values in (targets, upstream)]
+    pairs = make_pairs(generator, inputs=24, outputs=50)
+
+    def computed(
+        targets_TK: torch.Tensor,  # noqa: N803  # the shape, in capitals
+        upstream_TK: torch.Tensor,  # noqa: N803
+        chunk_tokens: int,
+    ) -> list[torch.Tensor]:
+        hidden = start.clone().requires_grad_()
+        for grad in grads_of(pairs):
+            grad.zero_()
+        logprobs, entropy = lora_logprobs(
+            hidden, weight, targets_TK, SEGMENTS, pairs, chunk_tokens=chunk_tokens
+        )
+        logprobs.backward(upstream_TK)
+        assert hidden.grad is not None
+        grads = [grad.clone() for grad in grads_of(pairs)]
+        return [logprobs[:, :2].detach(), entropy, hidden.grad, *grads]
+
+    plain = computed(targets, upstream, chunk_tokens=TOKENS)
+    widest = max(segment.end - segment.start for segment in SEGMENTS)
+    wider = computed(padded[0], padded[1], TOKENS)
+    for other in (wider, computed(targets, upstream, widest)):
+        for one, same in zip(plain, other, strict=True):
+            assert torch.equal(one, same)
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
+    """A pair without buffers takes part in forward and backward all the same."""
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(4, 24, generator=generator).requires_grad_()
+    weight = torch.randn(50, 24, generator=generator)
+    a, b = torch.randn(2, 24, generator=generator), torch.randn(50, 2, generator=generator)
+    segments = (Segment(0, 0, 4),)
+    targets = torch.tensor([1, 2, 3, 4])
+    found: list[torch.Tensor] = []
+    for pair in (
+        LoraPair(a, b, 0.5),
+        LoraPair(a, b, 0.5, torch.zeros_like(a), torch.zeros_like(b)),
+    ):
+        hidden.grad = None
+        logprobs, _ = lora_logprobs(hidden, weight, targets, segments, [pair])
+        logprobs.sum().backward()
+        assert hidden.grad is not None
+        found.append(hidden.grad)
+    assert torch.equal(*found)
+    assert found[0].any()
+
+
 def test_packed_attention_equals_each_sequence_alone() -> None:
     """No sequence sees another, whatever lengths are packed together; gradients too."""
     generator = torch.Generator().manual_seed(4)

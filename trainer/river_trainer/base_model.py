@@ -189,7 +189,7 @@ class BaseModel:
     def token_logprobs(
         self, batch: PackedBatch, slots: Sequence[SlotPairs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of every position's target, and the entropy there; two [T].
+        """Log-probabilities of the targets, in their shape, [T] or [T, K], and the entropy [T].
 
         `batch.segments` name `slots` by index. Backward adds to the gradients of their pairs, unless grad mode is off.
         """

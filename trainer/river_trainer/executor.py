@@ -404,8 +404,10 @@ def _compute_result(computed: _Computed, metrics: Mapping[str, float] | None = N
         "tokens": float(job.tokens),
         "milliseconds": computed.milliseconds,
     }
+    widths = [sequence.targets_per_token for sequence in job.sequences]
     return msgspec.structs.replace(
         _result(computed.work.message, computed.run, metrics=of_job | dict(metrics or {})),
         logprobs=[logprobs.numpy().astype("<f4").tobytes() for logprobs in output.logprobs],
+        targets_per_token=widths if max(widths) > 1 else None,
         training_tokens=job.tokens,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from river_trainer.adapter import Adapter
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import InvalidTaskError
-from river_trainer.losses import check_fields, find_loss
+from river_trainer.losses import check_data, find_loss
 from river_trainer.packing import decode_sequence
 from river_trainer.passes import Job
 from river_trainer.protocol import Forward, ForwardBackward, TrainStep
@@ -32,8 +32,8 @@ def make_job(task: ComputeTask, adapter: Adapter, base: BaseModel, *, context_le
         )
         for index, sequence in enumerate(task.data)
     ]
+    check_data(loss, sequences)
     for index, sequence in enumerate(sequences):
-        check_fields(loss, sequence, index)
         if task.force_routing_replay and sequence.expert_routing is None:
             raise InvalidTaskError(
                 "force_routing_replay needs it", param=f"data[{index}].expert_routing"

@@ -1,126 +1,338 @@
-"""The losses, all summed over tokens, as functions of the log-probabilities of one job's positions.
+"""The losses, all summed over tokens (dpo: over pairs), as functions of the log-probabilities of one job's positions.
 
-A loss returns its sum, to be differentiated, and the sums that its metrics are made of, so that a job may be computed
-in pieces. Positions that count: for cross_entropy those with a weight, for importance_sampling those whose weighted
-advantage is not zero (a prompt's `old_logprobs` are filler and would only blur the ratios).
+A loss is a function of `LossInput`, registered under the name of its spec (`loss_specs.py`). It returns its sum, to be
+differentiated, and the sums that its metrics are made of, in float64, so that a job may be computed in pieces of whole
+groups. With lp the log-probability, q the old one, A the advantage, w the weight and r = exp(lp - q):
 
-* `cross_entropy`: -sum w lp
-* `importance_sampling`: -sum w r A, r = exp(lp - old); `kl` is the k3 estimate of KL(old || new), mean(r - 1 - log r),
-  which is never negative; `kl_k1` is the plain one, mean(old - lp).
+* `cross_entropy`: -sum w lp, over all K targets of a position if they are soft
+* `importance_sampling`: -sum w A r
+* `ppo`: -sum min(w A r, w A clip(r, clip_low, clip_high)); Schulman et al. 2017
+* `cispo`: -sum w A sg(min(r, eps_max)) lp, sg meaning that no gradient flows; Chen et al. 2025
+* `echo_cispo`: cispo - echo_coef sum e lp, e the echo weight: cross-entropy on what the policy did not write
+* `dro`: -sum w (A lp - beta/2 (lp - q)^2); Richemond et al. 2024
+* `gspo`: ppo with the ratio of a whole sequence, exp(mean log r), whose gradient each token takes as its own, so that
+  advantages may differ between tokens (GSPO-token); Zheng et al. 2025
+* `dpo`: -sum log sigmoid(beta (sum w log r of the chosen - sum w log r of the rejected)); Rafailov et al. 2023
+
+Positions that count: for cross_entropy and dpo those with a weight, for the others those whose weighted advantage is
+not zero, since a prompt's `old_logprobs` are filler. Only these enter an exponential: a filler's ratio may overflow,
+and infinity times zero is not a number.
+
+`kl` is the k3 estimate of KL(old || new), mean(r - 1 - log r), which is never negative; `kl_k1` is the plain one,
+mean(q - lp). `clip_frac` is the share of counting tokens without a gradient because of a bound, in cispo (there also
+called `truncation_frac`) the share whose ratio is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 from river_trainer.errors import InvalidTaskError
-from river_trainer.packing import TrainingSequence
+from river_trainer.loss_specs import SPECS, LossSpec, LossSpecError, find_spec
+from river_trainer.packing import TrainingSequence, join_targets, own_targets
+
+Sums = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class LossInput:
-    """Aligned tensors [N]; `logprobs` carries gradients, `weights` are zero where nothing counts."""
+    """Whole groups of one operation, one sequence of `lengths` behind the other, N positions in all.
+
+    Tensors are [N]; with soft targets `logprobs` and `weights` are [N, K]. `logprobs` carries gradients; `weights` and
+    `echo_weights` are zero where nothing counts. `config` has a value for each parameter of the loss.
+    """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
+    echo_weights: torch.Tensor
+    lengths: tuple[int, ...]
+    config: Mapping[str, float]
 
 
-Sums = dict[str, torch.Tensor]
 LossFunction = Callable[[LossInput], tuple[torch.Tensor, Sums]]
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss, the optional fields of a sequence that it cannot do without, and the sum that `loss_mean` divides by."""
+    """A loss with the settings that it is to be computed with."""
 
-    name: str
+    spec: LossSpec
     function: LossFunction
-    needs: tuple[str, ...]
-    mean_over: str
+    config: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def sequences_per_group(self) -> int:
+        return self.spec.sequences_per_group
 
 
+LOSSES: dict[str, Loss] = {}
+"""Every loss, with its defaults."""
+
+
+def loss(name: str) -> Callable[[LossFunction], LossFunction]:
+    """Registers the function of the loss that has the spec `name`."""
+
+    def register(function: LossFunction) -> LossFunction:
+        assert name not in LOSSES
+        LOSSES[name] = Loss(SPECS[name], function, SPECS[name].checked_config({}))
+        return function
+
+    return register
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+
+
+@loss("cross_entropy")
 def cross_entropy(data: LossInput) -> tuple[torch.Tensor, Sums]:
-    loss = -(data.weights * data.logprobs).sum()
-    counted = data.weights != 0
-    return loss, {
-        "loss_sum": loss.detach(),
+    terms = -data.weights * data.logprobs
+    counted = data.weights != 0 if data.weights.ndim == 1 else (data.weights != 0).any(dim=1)
+    return terms.sum(), {
+        "loss_sum": _total(terms),
         "num_tokens": counted.sum(),
-        "weight_sum": data.weights.sum(),
-        "entropy": data.entropy[counted].sum(),
+        "weight_sum": _total(data.weights),
+        "entropy": _total(data.entropy[counted]),
     }
 
 
+@loss("importance_sampling")
 def importance_sampling(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    tokens = _policy_tokens(data)
+    terms = -tokens.gain * tokens.log_ratio.exp()
+    return terms.sum(), tokens.sums(terms)
+
+
+@loss("ppo")
+def ppo(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    tokens = _policy_tokens(data)
+    ratio, clipped = _pessimistic_ratio(tokens.log_ratio, tokens.gain, data.config)
+    terms = -tokens.gain * ratio
+    return terms.sum(), tokens.sums(terms, clip_frac=clipped)
+
+
+@loss("cispo")
+def cispo(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    tokens = _policy_tokens(data)
+    ratio = tokens.log_ratio.detach().exp()
+    terms = -tokens.gain * ratio.clamp(max=data.config["eps_max"]) * tokens.logprobs
+    cut = ratio > data.config["eps_max"]
+    return terms.sum(), tokens.sums(terms, clip_frac=cut, truncation_frac=cut)
+
+
+@loss("echo_cispo")
+def echo_cispo(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    policy_loss, sums = cispo(data)
+    echoes = -data.echo_weights * data.logprobs
+    echo_sum = _total(echoes)
+    sums["loss_sum"] = sums["loss_sum"] + data.config["echo_coef"] * echo_sum
+    sums |= {"echo_loss_sum": echo_sum, "echo_num_tokens": (data.echo_weights != 0).sum()}
+    return policy_loss + data.config["echo_coef"] * echoes.sum(), sums
+
+
+@loss("dro")
+def dro(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    tokens = _policy_tokens(data)
+    penalty = 0.5 * data.config["beta"] * tokens.log_ratio.square()
+    terms = tokens.weights * penalty - tokens.gain * tokens.logprobs
+    return terms.sum(), tokens.sums(terms)
+
+
+@loss("gspo")
+def gspo(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    tokens = _policy_tokens(data)
+    # The value is the sequence's mean, the gradient that of the token's own log-probability.
+    sequence_log_ratio = tokens.mean_by_sequence(tokens.log_ratio.detach(), data.lengths)
+    log_ratio = sequence_log_ratio + tokens.logprobs - tokens.logprobs.detach()
+    ratio, clipped = _pessimistic_ratio(log_ratio, tokens.gain, data.config)
+    terms = -tokens.gain * ratio
+    sums = tokens.sums(terms, clip_frac=clipped)
+    return terms.sum(), sums | {"mean_ratio": _total(sequence_log_ratio.double().exp())}
+
+
+@loss("dpo")
+def dpo(data: LossInput) -> tuple[torch.Tensor, Sums]:
+    counted = data.weights != 0
+    log_ratio = torch.where(counted, data.logprobs - data.old_logprobs, 0.0) * data.weights
+    by_sequence = torch.stack([piece.sum() for piece in log_ratio.split(data.lengths)])
+    chosen, rejected = (data.config["beta"] * by_sequence).view(-1, 2).unbind(dim=1)
+    terms = -functional.logsigmoid(chosen - rejected)
+    return terms.sum(), {
+        "loss_sum": _total(terms),
+        "num_tokens": counted.sum(),
+        "num_pairs": torch.tensor(len(terms)),
+        "accuracy": (chosen > rejected).sum(),
+        "margin": _total(chosen - rejected),
+        "chosen_reward": _total(chosen),
+        "rejected_reward": _total(rejected),
+        "entropy": _total(data.entropy[counted]),
+    }
+
+
+# ---- What they share -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _PolicyTokens:
+    """The counting tokens [C] of a policy loss; `gain` is the weighted advantage, `counted` the mask [N] of them."""
+
+    logprobs: torch.Tensor
+    log_ratio: torch.Tensor
+    weights: torch.Tensor
+    gain: torch.Tensor
+    entropy: torch.Tensor
+    counted: torch.Tensor
+
+    def mean_by_sequence(self, values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        """[C], at each token the mean of `values` over its sequence."""
+        counts = [int(mask.sum()) for mask in self.counted.split(lengths)]
+        # One by one and not scattered: a sequence's sum has the same bits whoever is beside it.
+        return torch.cat(
+            [
+                piece.mean().expand_as(piece) if len(piece) else piece
+                for piece in values.split(counts)
+            ]
+        )
+
+    def sums(self, terms: torch.Tensor, **shares: torch.Tensor) -> Sums:
+        """The sums of all policy losses; `shares` are masks [C] whose share of the tokens is a metric."""
+        log_ratio = self.log_ratio.detach().double()
+        ratio = log_ratio.exp()
+        return {
+            "loss_sum": _total(terms),
+            "num_tokens": torch.tensor(len(terms)),
+            "mean_ratio": ratio.sum(),
+            "kl": (ratio - 1 - log_ratio).sum(),
+            "kl_k1": -log_ratio.sum(),
+            "entropy": _total(self.entropy),
+        } | {name: mask.sum() for name, mask in shares.items()}
+
+
+def _policy_tokens(data: LossInput) -> _PolicyTokens:
     gain = data.weights * data.advantages
     counted = gain != 0
-    # Only where it counts: a filler's ratio may overflow, and infinity times zero is not a number.
-    log_ratio = data.logprobs[counted] - data.old_logprobs[counted]
-    ratio = log_ratio.exp()
-    loss = -(ratio * gain[counted]).sum()
-    ratio, log_ratio = ratio.detach(), log_ratio.detach()
-    return loss, {
-        "loss_sum": loss.detach(),
-        "num_tokens": counted.sum(),
-        "mean_ratio": ratio.sum(),
-        "kl": (ratio - 1 - log_ratio).sum(),
-        "kl_k1": -log_ratio.sum(),
-        "entropy": data.entropy[counted].sum(),
-    }
+    logprobs = data.logprobs[counted]
+    return _PolicyTokens(
+        logprobs,
+        logprobs - data.old_logprobs[counted],
+        data.weights[counted],
+        gain[counted],
+        data.entropy[counted],
+        counted,
+    )
 
 
-LOSSES: Mapping[str, Loss] = {
-    "cross_entropy": Loss("cross_entropy", cross_entropy, (), "weight_sum"),
-    "importance_sampling": Loss(
-        "importance_sampling", importance_sampling, ("old_logprobs", "advantages"), "num_tokens"
-    ),
-}
+def _pessimistic_ratio(
+    log_ratio: torch.Tensor, gain: torch.Tensor, config: Mapping[str, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ratio or its bound, whichever gains less, and where it is the bound, which has no gradient; two [C]."""
+    low, high = config["clip_low"], config["clip_high"]
+    plain = log_ratio.detach().exp()
+    clipped = torch.where(gain > 0, plain > high, plain < low)
+    # The exponential of what is clipped away may be infinite, and would spoil the gradient even unused.
+    ratio = log_ratio.masked_fill(clipped, 0.0).exp()
+    return torch.where(clipped, plain.clamp(low, high), ratio), clipped
 
-TOTALS = frozenset({"loss_sum", "num_tokens", "weight_sum"})
-"""Reported as they are; every other sum is reported as a mean over `num_tokens`."""
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().sum(dtype=torch.float64)
+
+
+# ---- By name, with data, and as metrics ------------------------------------------------------------------------------
+
+TOTALS = frozenset(
+    {"loss_sum", "num_tokens", "weight_sum", "num_pairs", "echo_loss_sum", "echo_num_tokens"}
+)
+"""Reported as they are."""
+OF_PAIRS = frozenset({"accuracy", "margin", "chosen_reward", "rejected_reward"})
+"""Reported as a mean over `num_pairs`; every other sum is reported as a mean over `num_tokens`."""
 
 
 def find_loss(name: str, config: Mapping[str, float]) -> Loss:
-    """The loss called `name`.
+    """The loss called `name`, with the settings in `config` and its defaults for the others.
 
     Raises:
-        InvalidTaskError: there is none, or it has no such parameter.
+        InvalidTaskError: there is none, or `config` does not fit it.
     """
-    loss = LOSSES.get(name)
-    if loss is None:
-        known = ", ".join(sorted(LOSSES))
-        raise InvalidTaskError(f"no loss {name!r}; there are {known}", param="loss_fn")
-    for parameter in config:
-        raise InvalidTaskError(
-            f"{name} has no parameter {parameter!r}", param=f"loss_config.{parameter}"
+    try:
+        spec = find_spec(name)
+        return Loss(spec, LOSSES[name].function, spec.checked_config(config))
+    except LossSpecError as error:
+        raise InvalidTaskError(str(error), param=error.param) from None
+
+
+def check_data(loss: Loss, sequences: Sequence[TrainingSequence]) -> None:
+    """Refuses data that the loss cannot be computed from.
+
+    Raises:
+        InvalidTaskError: a field is missing, a group is not whole, or targets are soft and may not be.
+    """
+    try:
+        loss.spec.check_data(sequences)
+    except LossSpecError as error:
+        raise InvalidTaskError(str(error), param=error.param) from None
+    for index, sequence in enumerate(sequences):
+        if sequence.targets_per_token > 1 and not loss.spec.soft_targets:
+            where = f"data[{index}].target_tokens"
+            raise InvalidTaskError(
+                f"{where}: the loss {loss.name} takes one per token", param=where
+            )
+
+
+def make_input(
+    loss: Loss,
+    sequences: Sequence[TrainingSequence],
+    logprobs: torch.Tensor,
+    entropy_N: torch.Tensor,  # noqa: N803  # the shape, in capitals
+) -> LossInput:
+    """What a loss is computed from, of whole groups of `sequences`.
+
+    `logprobs` are the sequences' rows [N] or [N, K] of a batch, whose K may be larger than theirs.
+    """
+
+    def joined(name: str) -> torch.Tensor:
+        fields = [getattr(sequence, name) for sequence in sequences]
+        return torch.cat(
+            [
+                torch.zeros(sequence.tokens) if values is None else values
+                for values, sequence in zip(fields, sequences, strict=True)
+            ]
         )
-    return loss
 
-
-def check_fields(loss: Loss, sequence: TrainingSequence, index: int) -> None:
-    """Refuses a sequence that lacks what the loss needs.
-
-    Raises:
-        InvalidTaskError: it does.
-    """
-    for field in loss.needs:
-        if getattr(sequence, field) is None:
-            raise InvalidTaskError("the loss needs it", param=f"data[{index}].{field}")
+    return LossInput(
+        logprobs=own_targets(logprobs, max(sequence.targets_per_token for sequence in sequences)),
+        entropy=entropy_N,
+        weights=join_targets([sequence.weights for sequence in sequences]),
+        old_logprobs=joined("old_logprobs"),
+        advantages=joined("advantages"),
+        echo_weights=joined("echo_weights"),
+        lengths=tuple(sequence.tokens for sequence in sequences),
+        config=loss.config,
+    )
 
 
 def metrics_of(loss: Loss, sums: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a whole job from its sums."""
-    tokens = sums["num_tokens"]
+
+    def mean(total: float, over: str) -> float:
+        return total / sums[over] if sums[over] else 0.0
+
     metrics = {
-        name: value if name in TOTALS else (value / tokens if tokens else 0.0)
+        name: value
+        if name in TOTALS
+        else mean(value, "num_pairs" if name in OF_PAIRS else "num_tokens")
         for name, value in sums.items()
     }
-    denominator = sums[loss.mean_over]
-    metrics["loss_mean"] = sums["loss_sum"] / denominator if denominator else 0.0
+    metrics["loss_mean"] = mean(sums["loss_sum"], loss.spec.mean_over)
     metrics["loss"] = sums["loss_sum"]
     return metrics

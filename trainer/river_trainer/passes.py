@@ -13,10 +13,11 @@ strands into one pass. Within a pass every piece is a segment, and segments are 
 """
 
 # Tensors carry their shape in capitals.
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +27,8 @@ from river_trainer.adapter import Adapter, FlatTensors
 from river_trainer.base_model import BaseModel
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
-from river_trainer.losses import Loss, LossInput, metrics_of
-from river_trainer.packing import TrainingSequence, pack
+from river_trainer.losses import Loss, make_input, metrics_of
+from river_trainer.packing import TrainingSequence, pack, split_logprobs
 from river_trainer.routing import Flips
 
 
@@ -48,9 +49,9 @@ class Job:
 
 @dataclass(slots=True)
 class JobOutput:
-    """`logprobs` has one [T] per sequence with a zero at the ignored index; `gradient` is None after a forward.
+    """`logprobs` has one [T] or [T, K] per sequence, zero at the ignored index; `gradient` is None after a forward.
 
-    `finite` is false if a loss or a gradient is not; the rest then means nothing.
+    `finite` is false if a sum or a gradient is not; the rest then means nothing.
     """
 
     logprobs: list[torch.Tensor] = field(default_factory=list)
@@ -145,17 +146,18 @@ class Passes:
                 strand.gradient = self._pool.take(strand.job.adapter.layout)
         slots = [strand.job.adapter.pairs(strand.gradient) for strand, _ in parts]
         with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
-            logprobs_T, entropy_T = self._base.token_logprobs(batch, slots)
+            logprobs, entropy_T = self._base.token_logprobs(batch, slots)
             losses: list[torch.Tensor] = []
             for index, (strand, piece) in enumerate(parts):
                 segment = batch.segments[index]
                 rows = slice(segment.start, segment.end)
                 if batch.routing is not None:
                     piece.flips = batch.routing.flips(index)
-                data = _loss_input(piece.sequences, logprobs_T[rows], entropy_T[rows])
-                loss, sums = strand.job.loss.function(data)
+                chosen = strand.job.loss
+                data = make_input(chosen, piece.sequences, logprobs[rows], entropy_T[rows])
+                loss, sums = chosen.function(data)
                 piece.sums = {name: float(value) for name, value in sums.items()}
-                piece.logprobs = _split(logprobs_T[rows].detach(), piece.sequences)
+                piece.logprobs = split_logprobs(logprobs[rows].detach(), piece.sequences)
                 if strand.job.backward:
                     losses.append(loss)
         if losses:
@@ -176,8 +178,7 @@ class Passes:
             else:
                 output.gradient.flat.add_(strand.gradient.flat)
                 self._pool.give(strand.gradient)
-        loss_sum = torch.tensor(output.sums["loss_sum"])
-        output.finite = bool(loss_sum.isfinite()) and (
+        output.finite = all(math.isfinite(value) for value in output.sums.values()) and (
             output.gradient is None or is_finite(output.gradient.flat)
         )
         return output
@@ -189,14 +190,15 @@ def is_finite(flat: torch.Tensor) -> bool:
 
 
 def _pieces(job: Job, tokens_max: int) -> Iterator[_Piece]:
+    """Whole groups of sequences that belong together, as many as fit."""
     piece = _Piece([])
-    tokens = 0
-    for sequence in job.sequences:
-        if piece.sequences and tokens + sequence.tokens > tokens_max:
+    size = job.loss.sequences_per_group
+    for start in range(0, len(job.sequences), size):
+        group = _Piece(list(job.sequences[start : start + size]))
+        if piece.sequences and piece.tokens + group.tokens > tokens_max:
             yield piece
-            piece, tokens = _Piece([]), 0
-        piece.sequences.append(sequence)
-        tokens += sequence.tokens
+            piece = _Piece([])
+        piece.sequences += group.sequences
     assert piece.sequences, "a job has data"
     yield piece
 
@@ -226,31 +228,3 @@ def _deal(strands: Sequence[_Strand], count: int) -> list[list[_Strand]]:
     for index, strand in enumerate(strands):
         lanes[lane_of[index]].append(strand)
     return [lane for lane in lanes if lane]
-
-
-def _loss_input(
-    sequences: Sequence[TrainingSequence], logprobs_T: torch.Tensor, entropy_T: torch.Tensor
-) -> LossInput:
-    def joined(name: str) -> torch.Tensor:
-        fields = [getattr(sequence, name) for sequence in sequences]
-        return torch.cat(
-            [
-                torch.zeros(sequence.tokens) if values is None else values
-                for values, sequence in zip(fields, sequences, strict=True)
-            ]
-        )
-
-    return LossInput(
-        logprobs=logprobs_T,
-        entropy=entropy_T,
-        weights=joined("weights"),
-        old_logprobs=joined("old_logprobs"),
-        advantages=joined("advantages"),
-    )
-
-
-def _split(logprobs_T: torch.Tensor, sequences: Sequence[TrainingSequence]) -> list[torch.Tensor]:
-    pieces = [piece.clone() for piece in logprobs_T.split([item.tokens for item in sequences])]
-    for piece in pieces:
-        piece[-1] = 0.0
-    return pieces

@@ -78,8 +78,9 @@ class Sequence(Struct, frozen=True, kw_only=True):
     """One validated training sequence of T tokens, as little-endian bytes.
 
     `input_ids`, `target_tokens` int32 [T] (or [T, K] targets with `weights` [T, K], K = `targets_per_token`);
-    `weights`, `old_logprobs`, `advantages` float32 [T]. Index i describes the prediction from position i; the last
-    index is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one everywhere.
+    `weights`, `old_logprobs`, `advantages`, `echo_weights` float32 [T]. Index i describes the prediction from position
+    i; the last index is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one
+    everywhere.
     `expert_routing` holds the experts a sampler chose, [T, MoE layers, experts per token] of `routing_dtype`.
     """
 
@@ -88,6 +89,7 @@ class Sequence(Struct, frozen=True, kw_only=True):
     weights: bytes | None = None
     old_logprobs: bytes | None = None
     advantages: bytes | None = None
+    echo_weights: bytes | None = None
     expert_routing: bytes | None = None
     targets_per_token: int = 1
 
@@ -188,7 +190,10 @@ class TaskError(Struct, frozen=True, kw_only=True):
 
 
 class TrainResult(Struct, frozen=True, kw_only=True):
-    """`step` is the run's step after the operation; `logprobs` one float32 [T] little-endian array per sequence."""
+    """`step` is the run's step after the operation; `logprobs` one float32 [T] little-endian array per sequence.
+
+    With soft targets they are [T, K], and `targets_per_token` has the K of each sequence.
+    """
 
     operation_id: str
     run_id: str
@@ -196,6 +201,7 @@ class TrainResult(Struct, frozen=True, kw_only=True):
     step: int
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     logprobs: list[bytes] | None = None
+    targets_per_token: list[int] | None = None
     training_tokens: int = 0
     checkpoint: CheckpointSaved | None = None
     error: TaskError | None = None

@@ -47,6 +47,10 @@ from river_engine.settings import EngineSettings, read_engine_settings
 _log = logging.getLogger("river.engine")
 
 
+class NoRoutingError(RuntimeError):
+    """vLLM cannot record expert routing here; the message is its reason."""
+
+
 def main() -> None:
     """Serves until SIGTERM or SIGINT (exit 0), the death of vLLM's core, or a failed self-test."""
     try:
@@ -60,7 +64,11 @@ def main() -> None:
     started = time.monotonic()
     arguments = vllm_arguments(settings)
     with _listener(settings) as listener:
-        engine = start_engine(arguments, settings)
+        try:
+            engine = start_engine(arguments, settings)
+        except NoRoutingError as error:
+            _log.critical("RIVER_EXPERT_ROUTING is not possible here: %s", error)
+            sys.exit(EXIT_UNFIT)
         try:
             code = uvloop.run(_serve(settings, arguments, engine, listener, started))
         except SelfTestError as error:
@@ -118,9 +126,19 @@ def start_engine(arguments: Namespace, settings: EngineSettings) -> AsyncLLM:
     """The engine of vLLM with its core process running and the model loaded.
 
     Before there is an event loop, so that a signal meanwhile just ends this process.
+
+    Raises:
+        NoRoutingError: vLLM was told to record expert routing and cannot with this model or machine.
     """
     context = UsageContext.OPENAI_API_SERVER
-    config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(usage_context=context)
+    try:
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(
+            usage_context=context
+        )
+    except ValueError as error:
+        if "AuxOutput" in str(error) or "routed-experts" in str(error):
+            raise NoRoutingError(str(error)) from error
+        raise
     if settings.on_cpu:
         # vLLM spawns here, which imports everything a second time. Nothing has run in parallel in this process yet, so
         # forking is safe, and halves both the time to start and the memory.

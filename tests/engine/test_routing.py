@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from river_engine.main import EXIT_UNFIT
 from river_engine.protocol import AdapterRef, EngineSampleGroup, EngineSequence
 
-from .conftest import RunningEngine, running_engine
+from .conftest import BASE_MODEL, TOKEN, RunningEngine, running_engine
 from .reference import chosen_experts
 
 MakeAdapter = Callable[..., AdapterRef]
@@ -141,6 +145,28 @@ def test_mixed_batches_do_not_mix_up_their_routing(
     # Two experts may be nearer to each other than float32 tells apart; mixed up rows would differ nearly everywhere.
     assert flips <= total * 1e-4, f"{flips} of {total}"
     assert (asked.preemptions() > 0) == (cache == "small")
+
+
+def test_an_engine_that_cannot_record_does_not_start(tiny_moe: Path, tmp_path: Path) -> None:
+    """Told to record as on a GPU where there is no second model runner, it gives vLLM's reason and is not restarted."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "RIVER_BASE_MODEL": BASE_MODEL,
+        "RIVER_MODEL_PATH": str(tiny_moe),
+        "RIVER_ENGINE_TOKEN": TOKEN,
+        "RIVER_DATA_DIR": str(tmp_path),
+        "RIVER_PORT": "0",
+        "RIVER_DEVICE": "gpu",
+        "RIVER_EXPERT_ROUTING": "1",
+    }
+    command = [sys.executable, "-m", "river_engine.main"]
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == EXIT_UNFIT
+    assert "RIVER_EXPERT_ROUTING is not possible here" in ended.stderr
+    assert "requires Model Runner V2" in ended.stderr
 
 
 def test_a_stop_string_ends_routing_with_the_text(engine: RunningEngine, tiny_moe: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from support.s3 import S3, running_s3
 
 from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
@@ -59,6 +60,13 @@ def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url()
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A running S3 server; tests use buckets of their own in it."""
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from river_engine.errors import AdapterNotFound, InvalidAdapter
 from river_engine.limits import ADAPTER_CONFIG_MAX_BYTES
+from river_engine.stores import open_store
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -105,7 +106,7 @@ async def fetch_adapter(location: str, directory: Path) -> None:
             await asyncio.to_thread(_link_or_copy, source / name, directory / name)
         return
     try:
-        store = obstore.store.from_url(location)
+        store = open_store(location)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             answer = await obstore.get_async(store, name)
             with (directory / name).open("wb") as file:

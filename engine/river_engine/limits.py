@@ -35,3 +35,7 @@ RESTART_DELAY_FIRST_S = 0.5
 RESTART_DELAY_MAX_S = 15.0
 HEALTHY_AFTER_S = 60.0
 START_FAILURES_MAX = 8
+
+STORE_RETRIES_MAX = 4
+STORE_RETRY_TIMEOUT_S = 20.0
+"""An object store that is away is told after this long; whoever asked decides whether to go on."""

@@ -11,7 +11,7 @@
         ├── GapError               an earlier operation of the run never came
         └── StoreError             the checkpoint store did not take or give the files
             ├── MissingError       the checkpoint is not there
-            └── CorruptError       what the store gives is not what was written
+            └── CorruptError       it is there, but not as it was written
 
 Whatever fails leaves its run as it was before.
 """
@@ -91,6 +91,6 @@ class MissingError(StoreError):
 
 
 class CorruptError(StoreError):
-    """The store gives something else than what was written."""
+    """The store answers, and what it has is not what was written; the message says which file."""
 
     type = "checkpoint_corrupt"

@@ -63,3 +63,9 @@ LEASE_RENEWAL_INTERVAL_S = 1.0
 LEASE_POLL_INTERVAL_S = 0.25
 LEASE_REQUEST_TIMEOUT_S = 2.0
 DEDUPLICATION_WINDOW_S = 300.0
+
+STORE_READ_ATTEMPTS_MAX = 3
+"""How often a set is read anew because it was replaced in the meantime."""
+STORE_CHUNK_BYTES = 4 * 1024 * 1024
+STORE_UNFINISHED_MAX_AGE_S = 24 * 3600.0
+"""What a killed process left half-written is cleared away after this long, when a store is opened."""

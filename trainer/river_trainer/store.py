@@ -1,85 +1,133 @@
 """Sets of files in the checkpoint store: a directory, S3, GCS or Azure, through obstore.
 
-A set is a folder whose manifest is written last: a folder without one does not exist. Storing a set again under the
-same name takes the manifest away first.
+A set is a folder with a manifest, which is written last and holds the SHA-256 of every file: a folder without one does
+not exist. Every read is checked against it. Three ways of not getting a set are told apart:
+
+* it is not there: None;
+* it is there but not as it was written: `CorruptError`, which no waiting will mend;
+* the store does not say: any other `StoreError`, which is worth asking again.
+
+In a directory a set appears, is replaced and goes away whole, by renaming. In an object store, which cannot rename, the
+manifest goes first and comes last; a set that is replaced by another one is away in between. Storing the same files
+again changes nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-import obstore
-from obstore.exceptions import BaseError, NotFoundError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.exceptions import BaseError
 
-from river_trainer.errors import StoreError
+from river_engine.stores import open_store
+from river_trainer import limits
+from river_trainer.errors import CorruptError, StoreError
+from river_trainer.store_backends import (
+    MANIFEST_FILE,
+    Backend,
+    Directory,
+    FileData,
+    Objects,
+)
 
-MANIFEST_FILE = "manifest.json"
+Facts = Mapping[str, int | float | str | bool | None]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file must be."""
+
+    size_bytes: int
+    sha256: str
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a set of files holds: the size of each in bytes, and facts of whoever wrote it."""
+    """What a set of files holds, and facts of whoever wrote it."""
 
-    files: dict[str, int]
+    files: dict[str, FileEntry]
     facts: dict[str, int | float | str | bool | None]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(entry.size_bytes for entry in self.files.values())
 
 
 class FileSets:
-    """The sets below one URL. Blocking; for worker threads."""
+    """The sets below one URL. Blocking, and usable from several threads at once: it keeps no state of its own."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, create: bool = True) -> None:
+        """Opens the store; `create` makes the directory of a `file://` URL, which has to be there from then on.
+
+        Raises:
+            StoreError: the URL means no store, or the directory cannot be made.
+        """
         self.url = url.rstrip("/")
-        self._store = _open(url)
+        self._backend = _open(self.url, create=create)
 
     def location(self, folder: str) -> str:
         """The URL of a set."""
         return f"{self.url}/{folder}"
 
-    def write(
-        self,
-        folder: str,
-        files: Mapping[str, bytes],
-        facts: Mapping[str, int | float | str | bool | None],
-    ) -> int:
-        """Stores a set; returns its size in bytes. Until the end nobody sees any of it.
+    def write(self, folder: str, files: Mapping[str, FileData], facts: Facts) -> int:
+        """Stores a set; returns its size in bytes. It can be read when this returns and, if new, not a moment before.
+
+        The files are streamed from where they are: buffers are not copied, paths are not read into memory.
 
         Raises:
-            StoreError: the store did not take it; nothing can be seen.
+            StoreError: the store did not take it; nothing half-written can be read.
         """
         assert MANIFEST_FILE not in files
-        manifest = Manifest(
-            files={name: len(data) for name, data in files.items()}, facts=dict(facts)
-        )
-        try:
-            self._delete(f"{folder}/{MANIFEST_FILE}")
-            for name, data in files.items():
-                obstore.put(self._store, f"{folder}/{name}", data)
-            obstore.put(self._store, f"{folder}/{MANIFEST_FILE}", msgspec.json.encode(manifest))
-        except (BaseError, OSError) as error:
-            raise StoreError(f"cannot store {folder}: {error}") from error
-        return sum(manifest.files.values())
+        assert not any("/" in name for name in files), "a set is one folder"
+        with _telling(f"cannot store {folder}"):
+            entries = {name: _entry(data) for name, data in files.items()}
+            manifest = Manifest(files=entries, facts=dict(facts))
+            if not self._holds(folder, manifest):
+                self._backend.write(folder, files, msgspec.json.encode(manifest))
+        return manifest.size_bytes
 
     def read(self, folder: str) -> tuple[Manifest, dict[str, bytes]] | None:
         """The set in `folder`, None if there is none.
 
         Raises:
-            StoreError: the store does not give it, or what it gives is not what was written.
+            CorruptError: a file is not what was written.
+            StoreError: the store does not give it.
         """
-        try:
-            manifest = msgspec.json.decode(self._get(f"{folder}/{MANIFEST_FILE}"), type=Manifest)
-            files = {name: self._get(f"{folder}/{name}") for name in manifest.files}
-        except (NotFoundError, FileNotFoundError):
-            return None
-        except (BaseError, OSError, msgspec.DecodeError) as error:
-            raise StoreError(f"cannot read {folder}: {error}") from error
-        for name, size in manifest.files.items():
-            if len(files[name]) != size:
-                raise StoreError(f"{folder}/{name} has {len(files[name])} bytes instead of {size}")
-        return manifest, files
+        with _telling(f"cannot read {folder}"):
+            for _ in range(limits.STORE_READ_ATTEMPTS_MAX):
+                encoded = self._backend.get(folder, MANIFEST_FILE)
+                if encoded is None:
+                    return None
+                manifest = _decode(folder, encoded)
+                files: dict[str, bytes] = {}
+                wrong = None
+                for name in manifest.files:
+                    data = self._backend.get(folder, name)
+                    wrong = _difference(data, manifest.files[name])
+                    if wrong is not None or data is None:
+                        wrong = f"{folder}/{name} {wrong}"
+                        break
+                    files[name] = data
+                if wrong is None:
+                    return manifest, files
+                # Somebody may have removed or replaced the set while it was being read.
+                if self._backend.get(folder, MANIFEST_FILE) == encoded:
+                    raise CorruptError(wrong)
+        raise StoreError(f"cannot read {folder}: it changes all the time")
+
+    def manifest(self, folder: str) -> Manifest | None:
+        """What the set in `folder` says that it holds, None if there is none.
+
+        Raises:
+            CorruptError: it says nothing that can be read.
+            StoreError: the store does not give it.
+        """
+        with _telling(f"cannot read {folder}"):
+            encoded = self._backend.get(folder, MANIFEST_FILE)
+            return None if encoded is None else _decode(folder, encoded)
 
     def exists(self, folder: str) -> bool:
         """Whether there is a complete set in `folder`.
@@ -87,62 +135,93 @@ class FileSets:
         Raises:
             StoreError: the store does not say.
         """
-        try:
-            obstore.head(self._store, f"{folder}/{MANIFEST_FILE}")
-        except (NotFoundError, FileNotFoundError):
-            return False
-        except (BaseError, OSError) as error:
-            raise StoreError(f"cannot look for {folder}: {error}") from error
-        return True
+        with _telling(f"cannot look for {folder}"):
+            return self._backend.exists(folder)
 
     def folders(self, prefix: str) -> list[str]:
-        """The folders directly under `prefix`, complete or not."""
-        try:
-            found = obstore.list_with_delimiter(self._store, prefix)
-        except (NotFoundError, FileNotFoundError):
-            return []
-        except (BaseError, OSError) as error:
-            raise StoreError(f"cannot list {prefix}: {error}") from error
-        return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
+        """The folders directly under `prefix`, complete or not.
+
+        Raises:
+            StoreError: the store does not say.
+        """
+        with _telling(f"cannot list {prefix}"):
+            return self._backend.folders(prefix)
 
     def remove(self, folder: str) -> None:
-        """Removes a set, its manifest first; one that is not there is fine.
+        """Removes a set, which from the first moment on cannot be read; one that is not there is fine.
 
         Raises:
             StoreError: the store refuses.
         """
-        try:
-            self._delete(f"{folder}/{MANIFEST_FILE}")
-            for page in obstore.list(self._store, folder):
-                for item in page:
-                    self._delete(item["path"])
-        except (BaseError, OSError) as error:
-            raise StoreError(f"cannot remove {folder}: {error}") from error
+        with _telling(f"cannot remove {folder}"):
+            self._backend.remove(folder)
 
-    def _get(self, path: str) -> bytes:
-        return bytes(obstore.get(self._store, path).bytes())
-
-    def _delete(self, path: str) -> None:
-        with contextlib.suppress(NotFoundError, FileNotFoundError):
-            obstore.delete(self._store, path)
+    def _holds(self, folder: str, manifest: Manifest) -> bool:
+        """Whether exactly this set is stored already, every byte of it."""
+        encoded = self._backend.get(folder, MANIFEST_FILE)
+        if encoded is None or encoded != msgspec.json.encode(manifest):
+            return False
+        return all(
+            _difference(self._backend.get(folder, name), entry) is None
+            for name, entry in manifest.files.items()
+        )
 
 
 def read_location(location: str) -> tuple[Manifest, dict[str, bytes]] | None:
     """The set at a whole URL, None if there is none.
 
     Raises:
+        CorruptError: a file is not what was written.
         StoreError: the store does not give it.
     """
     parent, _, folder = location.rstrip("/").rpartition("/")
-    return FileSets(parent).read(folder)
+    return FileSets(parent, create=False).read(folder)
 
 
-def _open(url: str) -> ObjectStore:
+def _open(url: str, *, create: bool) -> Backend:
     parts = urlsplit(url)
-    try:
+    with _telling(f"cannot open the store {url}"):
         if parts.scheme == "file":
-            # Where nothing is stored yet there is no directory, and reading from it finds nothing.
-            return LocalStore(Path(unquote(parts.path)), mkdir=True)
-        return from_url(url)
-    except (BaseError, OSError, ValueError) as error:
-        raise StoreError(f"cannot open the store {url}: {error}") from error
+            return Directory(Path(unquote(parts.path)), create=create)
+        try:
+            return Objects(open_store(url))
+        except ValueError as error:
+            raise StoreError(f"cannot open the store {url}: {error}") from error
+
+
+@contextmanager
+def _telling(what_failed: str) -> Generator[None]:
+    """Turns what a store raises into a `StoreError` of one line."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        # The first line says it; a server's whole answer may follow.
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        raise StoreError(f"{what_failed}: {reason}") from error
+
+
+def _entry(data: FileData) -> FileEntry:
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(size_bytes=data.stat().st_size, sha256=digest.hexdigest())
+    view = memoryview(data)
+    return FileEntry(size_bytes=view.nbytes, sha256=hashlib.sha256(view).hexdigest())
+
+
+def _difference(data: bytes | None, entry: FileEntry) -> str | None:
+    """What is wrong with a file, None if nothing."""
+    if data is None:
+        return "is missing from its set"
+    if len(data) != entry.size_bytes:
+        return f"has {len(data)} bytes instead of {entry.size_bytes}"
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        return "has other bytes than were written"
+    return None
+
+
+def _decode(folder: str, encoded: bytes) -> Manifest:
+    try:
+        return msgspec.json.decode(encoded, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{folder}/{MANIFEST_FILE} cannot be read: {error}") from error

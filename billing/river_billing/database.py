@@ -37,6 +37,10 @@ class Connection(Protocol):
         """All rows."""
         ...
 
+    async def fetchrow(self, query: str, *args: Any) -> Mapping[str, Any] | None:
+        """The first row."""
+        ...
+
     async def fetchval(self, query: str, *args: Any) -> Any:
         """The first column of the first row, or None."""
         ...

@@ -18,6 +18,7 @@ from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import EXCEPTION_HANDLERS
+from river_gateway.import_api import IMPORT_HANDLERS
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.openai_api import openai_router
 from river_gateway.services import Services, services_of
@@ -57,7 +58,7 @@ def create_litestar(services: Services) -> Litestar:
     """The routes, without the envelope."""
     river_router = Router(
         API_PREFIX,
-        route_handlers=[*TRAINING_HANDLERS, *CATALOG_HANDLERS, *ADMIN_HANDLERS],
+        route_handlers=[*TRAINING_HANDLERS, *CATALOG_HANDLERS, *IMPORT_HANDLERS, *ADMIN_HANDLERS],
         tags=["River"],
     )
     return Litestar(

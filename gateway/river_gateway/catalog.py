@@ -106,16 +106,19 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 
 _RUN_COLUMNS = """
 select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq,
-       r.step, r.metrics, s.tags
+       r.step, r.metrics, r.imported, s.tags
 from run r join session s using (session_id)
 """
 _INSERT_RUN = """
-insert into run (run_id, tenant_id, session_id, base_model, lora, context_length)
-values ($1, $2, $3, $4, $5::jsonb, $6) on conflict (run_id) do nothing returning run_id
+insert into run (run_id, tenant_id, session_id, base_model, lora, context_length, imported)
+values ($1, $2, $3, $4, $5::jsonb, $6, $7) on conflict (run_id) do nothing returning run_id
 """
 _DELETE_UNSTARTED_RUN = "delete from run where run_id = $1 and last_seq < 0"
 _FIND_RUN = _RUN_COLUMNS + "where r.run_id = $1 and r.tenant_id = $2"
-_LIST_RUNS = _RUN_COLUMNS + "where r.tenant_id = $1 order by r.created_at desc, r.run_id limit $2"
+_LIST_RUNS = (
+    _RUN_COLUMNS
+    + "where r.tenant_id = $1 and not r.imported order by r.created_at desc, r.run_id limit $2"
+)
 _INSERT_METRICS = """
 insert into run_metric (run_id, step, metrics)
 select run_id, coalesce($3::bigint, step), $4::jsonb from run where run_id = $1 and tenant_id = $2
@@ -126,7 +129,8 @@ returning run_id
 class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     """A run as stored; `context_length` is the price tier and the limit of its sequences.
 
-    `last_seq` is the newest operation whose result is written down, which lags a little behind; -1 is none yet.
+    `last_seq` is the newest operation whose result is written down, which lags a little behind; -1 is none yet. One
+    that was `imported` is an adapter made elsewhere: it has a checkpoint and takes no operations.
     """
 
     run_id: str
@@ -138,6 +142,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     last_seq: int
     step: int
     metrics: dict[str, float]
+    imported: bool
     tags: dict[str, str]
 
     def to_wire(self) -> wire.Run:
@@ -163,10 +168,18 @@ async def insert_run(
     base_model: str,
     lora: wire.LoraConfig,
     context_length: int,
+    imported: bool = False,
 ) -> bool:
     """Writes a new run down; False when it is there already."""
     inserted = await database.fetchval(
-        _INSERT_RUN, run_id, tenant_id, session_id, base_model, _json(lora), context_length
+        _INSERT_RUN,
+        run_id,
+        tenant_id,
+        session_id,
+        base_model,
+        _json(lora),
+        context_length,
+        imported,
     )
     return inserted is not None
 
@@ -212,9 +225,25 @@ _LIST_CHECKPOINTS = f"""
 select * from checkpoint where tenant_id = $1 and {_LIVE}
 order by created_at desc, checkpoint_id limit $2
 """  # noqa: S608 - built from constants
-_DELETE_CHECKPOINT = (
-    "update checkpoint set deleted_at = now() where checkpoint_id = $1 and tenant_id = $2"
+# The newest of a path, live or not.
+_DELETE_CHECKPOINT = """
+update checkpoint set deleted_at = coalesce(deleted_at, now())
+where checkpoint_id = (
+  select checkpoint_id from checkpoint
+  where run_id = $1 and mode = $2 and name = $3 and tenant_id = $4
+  order by deleted_at is null desc, created_at desc limit 1
 )
+returning checkpoint_id, location, files_removed_at
+"""
+_ENDED_CHECKPOINTS = """
+select checkpoint_id, location from checkpoint
+where files_removed_at is null and least(deleted_at, expires_at) <= now() - make_interval(secs => $2)
+  and starts_with(location, $1)
+order by least(deleted_at, expires_at) limit $3
+"""
+_MARK_FILES_REMOVED = """
+update checkpoint set files_removed_at = now() where checkpoint_id = $1 and files_removed_at is null
+"""
 
 
 class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,9 +296,38 @@ async def list_checkpoints(database: Database, tenant_id: str) -> list[Checkpoin
     return [_checkpoint(row) for row in rows]
 
 
-async def delete_checkpoint(database: Database, *, checkpoint_id: str, tenant_id: str) -> None:
-    """Takes a checkpoint out of the catalog."""
-    await database.execute(_DELETE_CHECKPOINT, checkpoint_id, tenant_id)
+async def delete_checkpoint(
+    database: Database, *, path: str, tenant_id: str
+) -> tuple[str, str] | None:
+    """Takes a checkpoint out of the catalog; again is a no-op.
+
+    Returns its id and the location of its files, None when those are gone already.
+
+    Raises:
+        NotFoundError: there never was one.
+    """
+    parsed = parse_path(path)
+    row = None
+    if parsed is not None and parsed.name is not None:
+        row = await database.fetchrow(
+            _DELETE_CHECKPOINT, parsed.run_id, parsed.mode, parsed.name, tenant_id
+        )
+    if row is None:
+        raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
+    return None if row["files_removed_at"] else (row["checkpoint_id"], row["location"])
+
+
+async def ended_checkpoints(
+    database: Database, *, root: str, grace_s: float, limit: int
+) -> list[tuple[str, str]]:
+    """Ids and locations of checkpoints below `root` that ended `grace_s` ago and may have files still, oldest first."""
+    rows = await database.fetch(_ENDED_CHECKPOINTS, root, grace_s, limit)
+    return [(row["checkpoint_id"], row["location"]) for row in rows]
+
+
+async def mark_files_removed(database: Database, checkpoint_id: str) -> None:
+    """Notes that there is nothing left to remove."""
+    await database.execute(_MARK_FILES_REMOVED, checkpoint_id)
 
 
 # ---- Aliases ---------------------------------------------------------------------------------------------------------
@@ -330,6 +388,7 @@ def _run(row: Row) -> RunRow:
         last_seq=row["last_seq"],
         step=row["step"],
         metrics=msgspec.json.decode(row["metrics"], type=dict[str, float]),
+        imported=row["imported"],
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),
     )
 

@@ -19,18 +19,19 @@ from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
 from river_gateway.errors import (
     ConflictError,
+    GatewayError,
     InvalidFieldError,
     NotFoundError,
     PermissionDeniedError,
-    UnavailableError,
 )
 from river_gateway.files import (
     ByteRange,
-    delete_files,
     find_file,
+    is_below,
     list_files,
     parse_range,
     read_file,
+    remove_files,
 )
 from river_gateway.services import Services, services_of
 
@@ -55,27 +56,22 @@ async def get_checkpoints(request: WireRequest, path: str | None = None) -> Resp
 
 @delete("/checkpoints", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
 async def delete_checkpoint(request: WireRequest, path: str) -> None:
-    """Deletes a checkpoint and its files."""
+    """Deletes a checkpoint and its files; again is a no-op. An engine that holds it may go on until it lets go."""
     services, tenant_id = services_of(request), principal_of(request).tenant_id
-    row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
-    await catalog.delete_checkpoint(
-        services.pool, checkpoint_id=row.checkpoint.checkpoint_id, tenant_id=tenant_id
-    )
-    root = services.settings.store_url
-    # Only what lies under the configured store is ours to delete.
-    if root is None or not row.location.startswith(root.rstrip("/") + "/"):
-        logger.info(
-            "files of a deleted checkpoint are left", extra=context_of(request.scope).log_ids()
-        )
+    deleted = await catalog.delete_checkpoint(services.pool, path=path, tenant_id=tenant_id)
+    if deleted is None:
+        return
+    checkpoint_id, location = deleted
+    log_ids = context_of(request.scope).log_ids()
+    if not is_below(location, services.settings.store_url):
+        logger.info("files of a deleted checkpoint are left", extra=log_ids)
         return
     try:
-        await delete_files(row.location)
-    except UnavailableError as error:
-        logger.warning(
-            "files of a deleted checkpoint are left: %s",
-            error.message,
-            extra=context_of(request.scope).log_ids(),
-        )
+        await remove_files(location)
+    except GatewayError as error:  # The sweeper tries again.
+        logger.warning("files of a deleted checkpoint are left: %s", error.message, extra=log_ids)
+        return
+    await catalog.mark_files_removed(services.pool, checkpoint_id)
 
 
 @get("/checkpoints/files", guards=_EITHER)

@@ -1,22 +1,30 @@
-"""The files of a checkpoint, wherever its location URL points: listed, read in ranges, deleted."""
+"""The files of a checkpoint, wherever its location URL points: listed by its manifest, read in ranges, removed."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from obstore.exceptions import BaseError
-from obstore.store import from_url
 
 from river_client.wire import CheckpointFile
-from river_gateway.errors import InvalidFieldError, NotFoundError, UnavailableError
+from river_engine.stores import open_store
+from river_gateway.errors import (
+    GatewayError,
+    InvalidFieldError,
+    NotFoundError,
+    StorageFullError,
+    UnavailableError,
+)
 from river_gateway.limits import FILE_CHUNK_BYTES
+from river_trainer.errors import CorruptError, FullError, StoreError
+from river_trainer.store import FileSets
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from obstore.store import ObjectStore
+    from collections.abc import AsyncGenerator, Generator
 
 _RANGE = re.compile(r"bytes=(?P<first>\d*)-(?P<last>\d*)")
 
@@ -55,18 +63,25 @@ def parse_range(header: str, size_bytes: int) -> ByteRange:
 
 
 async def list_files(location: str) -> list[CheckpointFile]:
-    """The files under a location, by name.
+    """The files of a checkpoint as they were written, by name.
 
     Raises:
+        NotFoundError: they are gone.
         UnavailableError: the store cannot be read.
     """
-    files: list[CheckpointFile] = []
-    try:
-        async for batch in _store(location).list():  # pyright: ignore[reportUnknownMemberType] - its Arrow variant
-            files += [CheckpointFile(name=item["path"], size_bytes=item["size"]) for item in batch]
-    except (BaseError, OSError) as error:
-        raise UnavailableError("the checkpoint store cannot be read; try again") from error
-    return sorted(files, key=lambda file: file.name)
+    root, folder = _split(location)
+
+    def read() -> list[CheckpointFile]:
+        manifest = FileSets(root, create=False).manifest(folder)
+        if manifest is None:
+            raise NotFoundError("the checkpoint's files are gone", param="path")
+        return [
+            CheckpointFile(name=name, size_bytes=entry.size_bytes, sha256=entry.sha256)
+            for name, entry in sorted(manifest.files.items())
+        ]
+
+    with store_errors():
+        return await asyncio.to_thread(read)
 
 
 async def find_file(location: str, name: str) -> CheckpointFile:
@@ -81,31 +96,58 @@ async def find_file(location: str, name: str) -> CheckpointFile:
     raise NotFoundError(f"the checkpoint has no file {name!r}", param="name")
 
 
-async def read_file(location: str, name: str, part: ByteRange) -> AsyncIterator[bytes]:
-    """The bytes of a part of a file, in chunks."""
+async def read_file(location: str, name: str, part: ByteRange) -> AsyncGenerator[bytes]:
+    """The bytes of a part of a file, in chunks.
+
+    Raises:
+        UnavailableError: the store cannot be read, or the file ends early.
+    """
     if part.start == part.end:
         return
-    result = await _store(location).get_async(name, options={"range": (part.start, part.end)})
-    async for chunk in result.stream(min_chunk_size=FILE_CHUNK_BYTES):
-        yield bytes(chunk)
+    missing = part.end - part.start
+    try:
+        options = {"range": (part.start, part.end)}
+        result = await open_store(location).get_async(name, options=options)  # pyright: ignore[reportArgumentType]
+        async for chunk in result.stream(min_chunk_size=FILE_CHUNK_BYTES):
+            missing -= len(chunk)
+            yield bytes(chunk)
+    except (BaseError, OSError, ValueError) as error:
+        raise UnavailableError("the checkpoint store cannot be read; try again") from error
+    if missing:
+        raise UnavailableError("the checkpoint store cannot be read; try again")
 
 
-async def delete_files(location: str) -> None:
-    """Deletes everything under a location.
+async def remove_files(location: str) -> None:
+    """Removes the files of a checkpoint; again is a no-op.
 
     Raises:
         UnavailableError: the store refused.
     """
-    store = _store(location)
-    names = [file.name for file in await list_files(location)]
-    try:
-        await store.delete_async(names)
-    except (BaseError, OSError) as error:
-        raise UnavailableError("the checkpoint store refused; try again") from error
+    root, folder = _split(location)
+    with store_errors():
+        await asyncio.to_thread(lambda: FileSets(root, create=False).remove(folder))
 
 
-def _store(location: str) -> ObjectStore:
+def is_below(location: str, store_url: str | None) -> bool:
+    """Whether files are in the configured store: only those are ours to remove."""
+    return store_url is not None and location.startswith(store_url.rstrip("/") + "/")
+
+
+@contextmanager
+def store_errors() -> Generator[None]:
+    """Turns what the store raises into what a client is told. Where things lie is for the log."""
     try:
-        return from_url(location)
-    except (BaseError, OSError, ValueError) as error:
+        yield
+    except FullError as error:
+        raise StorageFullError(
+            "the checkpoint store is full; try again when space has been made"
+        ) from error
+    except CorruptError as error:
+        raise GatewayError("the checkpoint's files are damaged") from error
+    except StoreError as error:
         raise UnavailableError("the checkpoint store cannot be read; try again") from error
+
+
+def _split(location: str) -> tuple[str, str]:
+    root, _, folder = location.rstrip("/").rpartition("/")
+    return root, folder

@@ -83,6 +83,23 @@ TEMPERATURE_MAX = 100.0
 PAGE_ROWS_MAX = 1000
 FILE_CHUNK_BYTES = 1024 * 1024
 
+# ---- Imported adapters -----------------------------------------------------------------------------------------------
+
+IMPORT_MAX_BYTES = 8 * 1024**3
+IMPORT_CONFIG_MAX_BYTES = 1024 * 1024
+IMPORT_HEADER_MAX_BYTES = 64 * 1024 * 1024
+IMPORT_TENSORS_MAX = 500_000
+IMPORT_NAME_MAX_CHARS = 512
+IMPORTS_CONCURRENT_MAX = 2
+"""How many uploads are brought into our form at once: it takes a processor each."""
+
+# ---- Files of checkpoints that are gone ------------------------------------------------------------------------------
+
+SWEEP_INTERVAL_S = 15.0
+SWEEP_GRACE_S = 300.0
+"""How long the files of an expired or replaced checkpoint stay for operations accepted before."""
+SWEEP_BATCH = 100
+
 # ---- Stopping --------------------------------------------------------------------------------------------------------
 
 STOP_GRACE_S = 6

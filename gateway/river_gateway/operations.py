@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -48,10 +49,14 @@ async def make_task(
 
     Raises:
         InvalidFieldError: a field is wrong.
-        ConflictError: `seq` is too far ahead.
+        ConflictError: `seq` is too far ahead, or the run is an imported adapter.
         NotFoundError: a checkpoint is unknown.
         UnavailableError: no trainer of the base model was ever heard of.
     """
+    if run.imported:
+        raise ConflictError(
+            f"{run.run_id} is an imported adapter; start a run from its checkpoint", param="run_id"
+        )
     validation.in_range(submitted.seq, "seq", 1, SEQ_MAX)
     # What lies behind a gap waits in the journal that all tenants share, maybe for ever.
     if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
@@ -71,16 +76,15 @@ async def make_task(
                 ttl_s=validation.ttl_s(save.ttl_s),
             )
         case wire.LoadWeights() as load:
-            location = await loadable_checkpoint(
-                services,
-                load.path,
-                tenant_id,
+            source = await find_source(services, load.path, tenant_id)
+            check_source(
+                source,
                 field="path",
                 base_model=run.base_model,
                 lora=run.lora,
                 with_optimizer=load.optimizer,
             )
-            return protocol.LoadWeights(location=location, optimizer=load.optimizer)
+            return protocol.LoadWeights(location=source.location, optimizer=load.optimizer)
         case _:
             limits = _limits(services, run)
             # Checking millions of numbers must not hold up everybody else's requests.
@@ -140,45 +144,61 @@ def _limits(services: Services, run: RunRow) -> validation.Limits:
     )
 
 
-async def loadable_checkpoint(
-    services: Services,
-    path: str,
-    tenant_id: str,
-    *,
-    field: str,
-    base_model: str,
-    lora: wire.LoraConfig,
-    with_optimizer: bool,
-) -> str:
-    """The location of a checkpoint that fits a run.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that a run may start from or load: where it is, and what it is of."""
+
+    path: str
+    location: str
+    base_model: str
+    lora: wire.LoraConfig
+    has_optimizer: bool
+
+
+async def find_source(services: Services, path: str, tenant_id: str) -> Source:
+    """The checkpoint of a path.
 
     Raises:
-        NotFoundError: it is unknown.
-        InvalidFieldError: it is of another base model or shape, or holds no optimizer though one is wanted.
+        NotFoundError: there is none.
     """
     row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
-    checkpoint = row.checkpoint
-    if with_optimizer and checkpoint.mode != "training":
+    run_id = row.checkpoint.run_id
+    run = await catalog.find_run(services.pool, run_id=run_id, tenant_id=tenant_id)
+    has_optimizer = row.checkpoint.mode == "training"
+    return Source(path, row.location, run.base_model, run.lora, has_optimizer)
+
+
+def check_source(
+    source: Source, *, field: str, base_model: str, lora: wire.LoraConfig, with_optimizer: bool
+) -> None:
+    """Makes sure that a checkpoint fits a run.
+
+    Raises:
+        InvalidFieldError: it is of another base model or shape, or holds no optimizer though one is wanted.
+    """
+    if with_optimizer and not source.has_optimizer:
         raise InvalidFieldError(
-            f"{field}: {path} holds no optimizer state, only checkpoints under weights/ do",
+            f"{field}: {source.path} holds no optimizer state, only checkpoints under weights/ do; "
+            "optimizer=False starts without",
             param=field,
         )
-    source = await catalog.find_run(services.pool, run_id=checkpoint.run_id, tenant_id=tenant_id)
-    for what, have, want in (
-        ("base model", source.base_model, base_model),
-        ("LoRA shape", _shape(source.lora), _shape(lora)),
-    ):
-        if have != want:
-            raise InvalidFieldError(
-                f"{field}: {path} has another {what}: {have}, not {want}", param=field
-            )
-    return row.location
+    have, want = _facts(source.base_model, source.lora), _facts(base_model, lora)
+    different = [
+        f"{name} {have[name]} instead of {want[name]}" for name in have if have[name] != want[name]
+    ]
+    if different:
+        raise InvalidFieldError(
+            f"{field}: {source.path} has {' and '.join(different)}", param=field
+        )
 
 
-def _shape(lora: wire.LoraConfig) -> str:
-    parts = {"attn": lora.train_attn, "mlp": lora.train_mlp, "unembed": lora.train_unembed}
-    trained = "+".join(part for part, is_trained in parts.items() if is_trained)
-    return f"rank {lora.rank}, alpha {lora.alpha}, {trained}"
+def _facts(base_model: str, lora: wire.LoraConfig) -> dict[str, str]:
+    """What has to be equal, as it is told; the seed need not be."""
+    facts = {"base model": base_model}
+    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
+        value = getattr(lora, name)
+        facts[name] = f"{value:g}" if isinstance(value, float) else str(value)
+    return facts
 
 
 # ---- In --------------------------------------------------------------------------------------------------------------

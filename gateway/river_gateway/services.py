@@ -12,11 +12,12 @@ from river_billing.streams import ensure_streams
 from river_gateway.auth import KeyCache
 from river_gateway.bus import Bus, BusError
 from river_gateway.database import open_pool
-from river_gateway.limits import USAGE_RETRY_S
+from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.metering import Meter
 from river_gateway.registry import Engines, Trainers
 from river_gateway.results import Results
 from river_gateway.runs import RunCache
+from river_gateway.sweeper import sweep_forever
 from river_gateway.telemetry import Telemetry
 from river_gateway.upstream import Upstream
 
@@ -33,7 +34,10 @@ logger = logging.getLogger("river.gateway")
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`stopping` is set when the process has been asked to end: long polls answer at once."""
+    """`stopping` is set when the process has been asked to end: long polls answer at once.
+
+    `imports` bounds how many uploaded adapters are worked on at once.
+    """
 
     settings: Settings
     pool: Pool
@@ -47,6 +51,9 @@ class Services:
     meter: Meter
     telemetry: Telemetry
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    imports: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(IMPORTS_CONCURRENT_MAX)
+    )
 
     @property
     def registered(self) -> bool:
@@ -103,6 +110,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.drain(), name="usage"),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
+                tasks.create_task(_sweep(services), name="sweeper"),
             ]
             try:
                 yield services
@@ -127,3 +135,15 @@ async def _make_event_stream(bus: Bus) -> None:
             await asyncio.sleep(USAGE_RETRY_S)
         else:
             return
+
+
+async def _sweep(services: Services) -> None:
+    """Without a store of its own a gateway has nothing to clear."""
+    settings = services.settings
+    if settings.store_url is not None:
+        await sweep_forever(
+            services.pool,
+            settings.store_url,
+            interval_s=settings.sweep_interval_s,
+            grace_s=settings.sweep_grace_s,
+        )

@@ -104,20 +104,21 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
     if trainer is None:
         raise _no_trainer(services, data.base_model)
     run_id = idempotent_id("run", principal.tenant_id, idempotency_key(request))
-    shape = validation.adapter_shape(
-        data.lora, _rank_max(services, trainer), default_seed=seed_of(run_id)
-    )
-    lora = msgspec.structs.replace(data.lora, alpha=shape.alpha, seed=shape.seed)
-    location = None
+    source = None
     if data.checkpoint is not None:
-        location = await operations.loadable_checkpoint(
-            services,
-            data.checkpoint,
-            principal.tenant_id,
+        source = await operations.find_source(services, data.checkpoint, principal.tenant_id)
+    asked = data.lora or (source.lora if source else wire.LoraConfig())
+    shape = validation.adapter_shape(
+        asked, rank_max(services, data.base_model), default_seed=seed_of(run_id)
+    )
+    lora = msgspec.structs.replace(asked, alpha=shape.alpha, seed=shape.seed)
+    if source is not None:
+        operations.check_source(
+            source,
             field="checkpoint",
             base_model=data.base_model,
             lora=lora,
-            with_optimizer=True,
+            with_optimizer=data.optimizer,
         )
     is_new = await catalog.insert_run(
         services.pool,
@@ -134,7 +135,11 @@ async def create_run(request: WireRequest, data: wire.CreateRun) -> Response[wir
             f"{IDEMPOTENCY_HEADER}: another run was made under this key", param=IDEMPOTENCY_HEADER
         )
     try:
-        task = protocol.CreateRun(shape=shape, checkpoint=location)
+        task = protocol.CreateRun(
+            shape=shape,
+            checkpoint=source.location if source else None,
+            optimizer=data.optimizer,
+        )
         await operations.publish_task(services, run, principal, 0, task)
     except (BusError, UnavailableError):
         if is_new:
@@ -153,10 +158,10 @@ def _no_trainer(services: Services, base_model: str) -> GatewayError:
     return NotFoundError(f"there is no base model {base_model!r}", param="base_model")
 
 
-def _rank_max(services: Services, trainer: protocol.TrainerRecord) -> int:
-    """What both the trainer and the engines of a base can hold."""
-    engine = services.engines.last_of(trainer.base_model)
-    return min(trainer.max_lora_rank, engine.max_lora_rank if engine else trainer.max_lora_rank)
+def rank_max(services: Services, base_model: str) -> int:
+    """What the trainers and the engines of a base can all hold."""
+    known = services.trainers.last_of(base_model), services.engines.last_of(base_model)
+    return min(record.max_lora_rank for record in known if record is not None)
 
 
 @get("/runs", guards=[requires("train", "infer")])

@@ -101,12 +101,16 @@ class Session(Wire, frozen=True):
 
 
 class CreateRun(Wire, frozen=True):
-    """`checkpoint` is a `river://<run>/weights/<name>` path to start from; its LoRA shape must equal `lora`."""
+    """`checkpoint` is the path of one to start from, with its optimizer unless `optimizer` is false.
+
+    Its LoRA shape must equal `lora`; absent, `lora` is the checkpoint's, or without a checkpoint the default.
+    """
 
     session_id: str
     base_model: str
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig | None = None
     checkpoint: str | None = None
+    optimizer: bool = True
 
 
 class Run(Wire, frozen=True):
@@ -326,8 +330,11 @@ class Checkpoint(Wire, frozen=True):
 
 
 class CheckpointFile(Wire, frozen=True):
+    """`sha256` is of the whole file, in hexadecimal."""
+
     name: str
     size_bytes: int
+    sha256: str | None = None
 
 
 class PutAlias(Wire, frozen=True):

@@ -116,6 +116,7 @@ NOTHING_TO_GUESS = {
     ("GET", "/v1/models"),
     ("POST", "/v1/embeddings"),
     ("POST", f"{River}/sessions"),
+    ("POST", f"{River}/checkpoints/import"),
     ("GET", f"{River}/runs"),
     ("GET", f"{River}/aliases"),
     ("GET", f"{River}/models"),

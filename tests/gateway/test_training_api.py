@@ -184,7 +184,7 @@ async def test_a_checkpoint_s_life(rig: Rig) -> None:
     deleted = await rig.tenant.http.delete("/river/v1/checkpoints", params={"path": saved.path})
     assert deleted.status_code == 204
     assert (await rig.tenant.get("/checkpoints", path=saved.path)).status_code == 404
-    assert not list(rig.store.glob("ckpt_*/*"))
+    assert not list(rig.store.glob("checkpoints/ckpt_*/*"))
 
 
 async def test_a_checkpoint_must_fit(rig: Rig) -> None:

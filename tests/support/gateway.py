@@ -140,20 +140,28 @@ class Rig:
 
 @asynccontextmanager
 async def running_rig(
-    postgres_url: str, nats_url: str, directory: Path, *, engines: int = 2
+    postgres_url: str,
+    nats_url: str,
+    directory: Path,
+    *,
+    engines: int = 2,
+    store_url: str | None = None,
 ) -> AsyncGenerator[Rig]:
-    """Everything running, with clean streams and all registered."""
+    """Everything running, with clean streams and all registered; the store is `directory` or elsewhere."""
+    store_url = store_url or directory.as_uri()
     client = await nats.connect(nats_url)
     settings = Settings(
         nats_url=nats_url,
         postgres_url=postgres_url,
         engine_token=TOKEN,
-        store_url=directory.as_uri(),
+        store_url=store_url,
+        sweep_interval_s=0.2,
+        sweep_grace_s=0.0,
     )
     stand_ins = [StandInEngine(f"eng_{number}") for number in range(engines)]
     try:
         await _clean(client)
-        trainer = StandInTrainer(client, directory)
+        trainer = StandInTrainer(client, store_url)
         trainer.subscription = await client.subscribe("train.>", cb=trainer.take)
         async with (
             served(stand_ins),

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -44,6 +43,7 @@ from river_trainer.protocol import (
     operation_id,
     policy_version,
 )
+from river_trainer.store import FileSets
 
 BASE = "river/test-base"
 CONTEXT_LENGTH = 64
@@ -226,9 +226,9 @@ def _usage(produced: int, *, cached: int | None = None) -> dict[str, Any]:
 class StandInTrainer:
     """Takes each new operation as soon as it is stored and answers it, in memory."""
 
-    def __init__(self, client: Client, store: Path) -> None:
+    def __init__(self, client: Client, store_url: str) -> None:
         self._client = client
-        self._store = store
+        self._store_url = store_url
         self.messages: list[TrainMessage] = []
         self.steps: dict[str, int] = {}
         self.answering = True
@@ -283,10 +283,10 @@ class StandInTrainer:
         await journal.publish_result(jetstream, result)
 
     def _save(self, message: TrainMessage, task: SaveWeights, step: int) -> CheckpointSaved:
-        directory = self._store / task.checkpoint_id
-        directory.mkdir()
-        (directory / "adapter_model.safetensors").write_bytes(bytes(range(100)))
-        (directory / "adapter_config.json").write_text("{}")
+        files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(100))}
+        store = FileSets(self._store_url)
+        folder = f"checkpoints/{task.checkpoint_id}"
+        store.write(folder, files, {})
         return CheckpointSaved(
             checkpoint_id=task.checkpoint_id,
             run_id=message.run_id,
@@ -295,7 +295,8 @@ class StandInTrainer:
             name=task.name,
             mode=task.mode,
             step=step,
-            location=directory.as_uri(),
+            location=store.location(folder),
             size_bytes=102,
             created_at=time.time(),
+            expires_at=None if task.ttl_s is None else time.time() + task.ttl_s,
         )

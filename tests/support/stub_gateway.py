@@ -152,7 +152,7 @@ class StubGateway:
                 return None
             case "POST", ["runs"]:
                 asked = msgspec.msgpack.decode(body, type=wire.CreateRun)
-                return _run(asked.base_model, asked.lora)
+                return _run(asked.base_model, asked.lora or wire.LoraConfig())
             case "GET", ["runs"]:
                 return wire.Page(runs=[_run("base", wire.LoraConfig())])
             case "POST", ["runs", _, "operations"]:

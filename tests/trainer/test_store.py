@@ -20,7 +20,7 @@ from support.s3 import S3, use_s3
 
 from river_engine.stores import OPTIONS_VARIABLE, open_store
 from river_trainer import limits
-from river_trainer.errors import CorruptError, StoreError
+from river_trainer.errors import CorruptError, FullError, StoreError
 from river_trainer.store import MANIFEST_FILE, FileSets, Manifest, read_location
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 100}
@@ -211,7 +211,7 @@ def test_a_disk_that_takes_no_more_leaves_what_was_there(tmp_path: Path) -> None
     store.write("a", FILES, {"step": 1})
     with (
         files_no_larger_than(10_000),
-        pytest.raises(StoreError, match="cannot store a: File too large"),
+        pytest.raises(FullError, match="cannot store a: File too large"),
     ):
         store.write("a", {**FILES, "optimizer.safetensors": bytes(20_000)}, {"step": 2})
     found = store.read("a")

@@ -10,6 +10,7 @@
         ├── RunLostError           the run's state is gone, or could not be rebuilt
         ├── GapError               an earlier operation of the run never came
         └── StoreError             the checkpoint store did not take or give the files
+            ├── FullError          there is no room
             ├── MissingError       the checkpoint is not there
             └── CorruptError       it is there, but not as it was written
 
@@ -82,6 +83,12 @@ class StoreError(TaskFailedError):
     """Files could not be written or read."""
 
     type = "storage_failed"
+
+
+class FullError(StoreError):
+    """The disk is full or a quota used up."""
+
+    type = "storage_full"
 
 
 class MissingError(StoreError):

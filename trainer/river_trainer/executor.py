@@ -160,7 +160,7 @@ class Executor:
             self._check_shape(task.shape)
             run = new_run(message.run_id, self.base.sites, task.shape)
             if work.files is not None:
-                load_files(run, self.base.sites, work.files, optimizer=True)
+                load_files(run, self.base.sites, work.files, optimizer=task.optimizer)
             self.runs[message.run_id] = run
         else:
             assert isinstance(task, LoadWeights)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from river_trainer.adapter import Adapter, a_name, b_name, tensor_shapes
+from river_trainer.adapter import Adapter, a_name, b_name, new_adapter, tensor_shapes
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import AdapterShape
 from river_trainer.sites import Group, Site, trained_sites
@@ -55,9 +55,12 @@ def export_adapter(adapter: Adapter, *, base_model: str) -> dict[str, bytes]:
 
 
 def import_adapter(
-    files: Mapping[str, bytes], sites: tuple[Site, ...], *, seed: int
+    files: Mapping[str, bytes], sites: tuple[Site, ...], *, seed: int, complete: bool = True
 ) -> tuple[AdapterShape, dict[str, torch.Tensor]]:
     """The shape and the tensors of an adapter in PEFT's layout; PEFT keeps no seed.
+
+    An adapter made elsewhere may leave out some places of a group, the key projections for one. Unless it has to be
+    `complete` they are as in a new adapter, which changes nothing there either. Thread-safe.
 
     Raises:
         InvalidTaskError: a file is missing or broken, or the adapter is none that this base model can train.
@@ -77,7 +80,7 @@ def import_adapter(
         or config.alpha_pattern
     ):
         raise InvalidTaskError("the checkpoint's adapter is not a plain LoRA of one rank and alpha")
-    present = {site.group for site in sites if f"{site.peft_prefix}.lora_A.weight" in stored}
+    present = {site.group for site in sites if _is_changed(site, stored)}
     shape = AdapterShape(
         rank=config.r,
         alpha=config.lora_alpha,
@@ -86,7 +89,19 @@ def import_adapter(
         train_mlp=Group.MLP in present,
         train_unembed=Group.UNEMBED in present,
     )
-    return shape, _unpack(stored, trained_sites(sites, shape), shape.rank)
+    absent = frozenset(
+        site.name for site in trained_sites(sites, shape) if not _is_changed(site, stored)
+    )
+    if complete or not absent:
+        return shape, _unpack(stored, trained_sites(sites, shape), shape.rank)
+    changed = tuple(site for site in trained_sites(sites, shape) if site.name not in absent)
+    new = new_adapter(sites, shape).tensors
+    tensors = {name: tensor.detach() for name, tensor in new.items()}
+    return shape, tensors | _unpack(stored, changed, shape.rank)
+
+
+def _is_changed(site: Site, stored: Mapping[str, torch.Tensor]) -> bool:
+    return any(f"{site.peft_prefix}.lora_{factor}.weight" in stored for factor in "AB")
 
 
 def _unpack(
@@ -103,8 +118,11 @@ def _unpack(
                 raise InvalidTaskError(f"the checkpoint's adapter lacks {stored_name}")
             tensor = stored[stored_name].float()
             expected = shapes[name]
-            if tensor.numel() != torch.Size(expected).numel():
-                raise InvalidTaskError(f"{stored_name} has the shape {tuple(tensor.shape)}")
+            flat = _flat_shape(expected, site, key)
+            if tuple(tensor.shape) != flat:
+                raise InvalidTaskError(
+                    f"{stored_name} has the shape {tuple(tensor.shape)}, {flat} is this base model's"
+                )
             if site.experts is None or key == "lora_A":
                 tensor = tensor.reshape(expected)
             else:
@@ -116,6 +134,14 @@ def _unpack(
             f"the checkpoint's adapter changes {unknown[0]}, which is not trained here"
         )
     return tensors
+
+
+def _flat_shape(shape: tuple[int, ...], site: Site, key: str) -> tuple[int, ...]:
+    """The shape in PEFT's file: the experts lie along the rank."""
+    if site.experts is None:
+        return shape
+    experts, rows, columns = shape
+    return (experts * rows, columns) if key == "lora_A" else (rows, columns * experts)
 
 
 def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:

@@ -111,10 +111,11 @@ class Task(Struct, frozen=True, kw_only=True, tag_field="kind"):
 
 
 class CreateRun(Task, frozen=True, tag="create_run"):
-    """Always seq 0. `checkpoint` is the location of a training checkpoint to start from."""
+    """Always seq 0. `checkpoint` is the location of one to start from, with its `optimizer` or without."""
 
     shape: AdapterShape
     checkpoint: str | None = None
+    optimizer: bool = True
 
 
 class Forward(Task, frozen=True, tag="forward"):

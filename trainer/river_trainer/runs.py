@@ -83,9 +83,8 @@ def load_files(
         InvalidTaskError: the files do not fit the run, which stays as it was.
     """
     shape = run.adapter.shape
-    stored, tensors = import_adapter(files, sites, seed=shape.seed)
-    if stored != shape:
-        raise InvalidTaskError(f"the checkpoint's LoRA shape {stored} is not the run's {shape}")
+    stored, tensors = import_adapter(files, sites, seed=shape.seed, complete=False)
+    check_same_shape(stored, shape)
     state = AdamState.new(run.adapter.layout)
     if optimizer:
         if STATE_FILE not in files:
@@ -97,3 +96,18 @@ def load_files(
     run.adapter.weights.fill(tensors)
     run.optimizer = state
     run.gradient = None
+
+
+def check_same_shape(stored: AdapterShape, shape: AdapterShape) -> None:
+    """Makes sure that stored weights are of a run's shape; the seed need not be the same.
+
+    Raises:
+        InvalidTaskError: they are not; names everything that differs, with both values.
+    """
+    different = [
+        f"{name} {getattr(stored, name)} instead of {getattr(shape, name)}"
+        for name in AdapterShape.__struct_fields__
+        if name != "seed" and getattr(stored, name) != getattr(shape, name)
+    ]
+    if different:
+        raise InvalidTaskError(f"the checkpoint has {' and '.join(different)}", param="checkpoint")

@@ -14,6 +14,7 @@ again changes nothing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from obstore.exceptions import BaseError
 
 from river_engine.stores import open_store
 from river_trainer import limits
-from river_trainer.errors import CorruptError, StoreError
+from river_trainer.errors import CorruptError, FullError, StoreError
 from river_trainer.store_backends import (
     MANIFEST_FILE,
     Backend,
@@ -33,6 +34,8 @@ from river_trainer.store_backends import (
     FileData,
     Objects,
 )
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Facts = Mapping[str, int | float | str | bool | None]
 
@@ -78,7 +81,8 @@ class FileSets:
         The files are streamed from where they are: buffers are not copied, paths are not read into memory.
 
         Raises:
-            StoreError: the store did not take it; nothing half-written can be read.
+            FullError: there is no room for it.
+            StoreError: the store did not take it; in any case nothing half-written can be read.
         """
         assert MANIFEST_FILE not in files
         assert not any("/" in name for name in files), "a set is one folder"
@@ -197,7 +201,9 @@ def _telling(what_failed: str) -> Generator[None]:
     except (BaseError, OSError) as error:
         # The first line says it; a server's whole answer may follow.
         reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
-        raise StoreError(f"{what_failed}: {reason}") from error
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        kind = FullError if is_full else StoreError
+        raise kind(f"{what_failed}: {reason}") from error
 
 
 def _entry(data: FileData) -> FileEntry:

@@ -226,8 +226,12 @@ class AsyncSession:
         *,
         lora: wire.LoraConfig | None = None,
         checkpoint: str | None = None,
+        optimizer: bool = True,
     ) -> AsyncModel:
-        """A new adapter on a base model, fresh or from a checkpoint of the same shape; returns when it can be trained.
+        """A new adapter on a base model, fresh or from a checkpoint; returns when it can be trained.
+
+        Without `lora` it has the checkpoint's shape. `optimizer=False` leaves the checkpoint's optimizer out: those
+        saved for inference and imported ones have none.
 
         Raises:
             NotFoundError: there is no such base model or checkpoint.
@@ -236,8 +240,9 @@ class AsyncSession:
         body = wire.CreateRun(
             session_id=self.session_id,
             base_model=base_model,
-            lora=lora or wire.LoraConfig(),
+            lora=lora,
             checkpoint=checkpoint,
+            optimizer=optimizer,
         )
         run = await self._transport.call("POST", "/runs", wire.Run, body=body)
         created = AsyncPendingOp(self._transport, f"{run.run_id}-0", training_result)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
+import msgspec
+
 from river_client import exceptions, limits, wire
-from river_client.progress import Bar, downloading
+from river_client.progress import Bar, downloading, waiting
 from river_client.transport import Transport
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT and vLLM load; a checkpoint may hold an optimizer besides.
-EXPORTED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+EXPORTED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+MODEL_CARD_FILE = "README.md"
 
 
 class AsyncRuns:
@@ -91,33 +98,89 @@ class AsyncCheckpoints:
     async def download(self, path: str, directory: str | Path) -> Path:
         """Copies all files of a checkpoint into a directory; one that broke off goes on where it was.
 
+        Every file is checked against the SHA-256 with which it was stored.
+
         Raises:
             NotFoundError: there is no such checkpoint.
+            ServerError: a file is not what was stored.
         """
-        return await self._fetch(path, Path(directory), await self.files(path))
+        return await self._fetch(await self.get(path), Path(directory), await self.files(path))
 
     async def export(self, path: str, directory: str | Path) -> Path:
-        """Copies what PEFT and vLLM load, the adapter without its optimizer, into a directory."""
-        files = await self.files(path)
-        return await self._fetch(
-            path, Path(directory), [file for file in files if file.name in EXPORTED_FILES]
-        )
+        """Makes a directory that PEFT and vLLM load: the adapter without its optimizer, and a model card; no code.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            ServerError: a file is not what was stored.
+        """
+        checkpoint = await self.get(path)
+        files = [file for file in await self.files(path) if file.name in EXPORTED_FILES]
+        made = await self._fetch(checkpoint, Path(directory), files)
+        (made / MODEL_CARD_FILE).write_text(_model_card(checkpoint), encoding="utf-8")
+        return made
+
+    async def import_adapter(
+        self,
+        source: str | Path | Mapping[str, str | Path],
+        *,
+        base_model: str,
+        name: str = "imported",
+        ttl_s: int | None = None,
+    ) -> wire.Checkpoint:
+        """Makes a checkpoint of a LoRA adapter that PEFT made elsewhere.
+
+        `source` is its directory, or its two files by name: `adapter_config.json` and `adapter_model.safetensors`. What
+        comes of it can be sampled and chatted with, and `create_model(checkpoint=…, optimizer=False)` goes on from it.
+
+        Raises:
+            InvalidRequestError: it lacks a file, is too large, or no LoRA that can be represented; `param` is the file.
+            NotFoundError: there is no such base model.
+        """
+        if isinstance(source, Mapping):
+            paths = {file: Path(source[file]) for file in EXPORTED_FILES if file in source}
+        else:
+            paths = {file: Path(source) / file for file in EXPORTED_FILES}
+        for file in EXPORTED_FILES:
+            if file not in paths or not paths[file].is_file():
+                message = f"{file}: missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}"
+                raise exceptions.InvalidRequestError(message, param=file)
+        params = {"base_model": base_model, "name": name}
+        if ttl_s is not None:
+            params["ttl_s"] = str(ttl_s)
+        async with waiting(f"importing {name}"):
+            return await self._transport.upload(
+                "/checkpoints/import",
+                wire.Checkpoint,
+                files={"config": paths[CONFIG_FILE], "weights": paths[WEIGHTS_FILE]},
+                params=params,
+            )
 
     async def _fetch(
-        self, path: str, directory: Path, files: Sequence[wire.CheckpointFile]
+        self, checkpoint: wire.Checkpoint, directory: Path, files: Sequence[wire.CheckpointFile]
     ) -> Path:
         # Parts are named after the checkpoint, not its path: another may have taken that since.
-        checkpoint = await self.get(path)
         parts = [(file, _part(directory, checkpoint, file)) for file in files]
         done_bytes = sum(_size(part) for _, part in parts)
         total_bytes = sum(file.size_bytes for file in files)
         with downloading(checkpoint.name, total_bytes=total_bytes, done_bytes=done_bytes) as bar:
             for file, part in parts:
                 part.parent.mkdir(parents=True, exist_ok=True)
-                await self._fetch_file(path, file, part, bar)
+                await self._fetch_checked(checkpoint.path, file, part, bar)
         for file, part in parts:
             part.replace(directory / file.name)
         return directory
+
+    async def _fetch_checked(
+        self, path: str, file: wire.CheckpointFile, part: Path, bar: Bar
+    ) -> None:
+        """Fetches a file; one that is wrong in the end, maybe by what an earlier attempt left, is fetched anew once."""
+        for _ in range(2):
+            await self._fetch_file(path, file, part, bar)
+            if file.sha256 is None or await asyncio.to_thread(_digest, part) == file.sha256:
+                return
+            part.unlink()
+            bar.update(-file.size_bytes)
+        raise exceptions.ServerError(f"{file.name}: what came is not what was stored")
 
     async def _fetch_file(self, path: str, file: wire.CheckpointFile, part: Path, bar: Bar) -> None:
         """Fetches what is missing of a file, in as many attempts as it takes within the limits."""
@@ -208,3 +271,37 @@ def _part(directory: Path, checkpoint: wire.Checkpoint, file: wire.CheckpointFil
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(limits.DIGEST_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _model_card(checkpoint: wire.Checkpoint) -> str:
+    """What the directory is, for people and for hubs. A JSON text is a YAML text too."""
+    base_model = msgspec.json.encode(checkpoint.base_model).decode()
+    return f"""---
+base_model: {base_model}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+---
+
+# {checkpoint.name}
+
+A LoRA adapter for `{checkpoint.base_model}`, exported from River.
+
+| | |
+|---|---|
+| checkpoint | `{checkpoint.path}` |
+| policy version | `{checkpoint.policy_version}` |
+| saved at | {checkpoint.created_at} |
+
+`{CONFIG_FILE}` and `{WEIGHTS_FILE}` are in PEFT's format: `PeftModel.from_pretrained(base, "this directory")` loads
+them, and so does vLLM as a LoRA adapter. There is no code in this directory.
+"""

@@ -209,14 +209,20 @@ class Session(_Blocking):
         *,
         lora: wire.LoraConfig | None = None,
         checkpoint: str | None = None,
+        optimizer: bool = True,
     ) -> Model:
-        """A new adapter on a base model, fresh or from a checkpoint of the same shape; returns when it can be trained.
+        """A new adapter on a base model, fresh or from a checkpoint; returns when it can be trained.
+
+        Without `lora` it has the checkpoint's shape. `optimizer=False` leaves the checkpoint's optimizer out: those
+        saved for inference and imported ones have none.
 
         Raises:
             NotFoundError: there is no such base model or checkpoint.
             InvalidRequestError: the shape is not possible here, or not the checkpoint's.
         """
-        twin = self._twin.create_model(base_model, lora=lora, checkpoint=checkpoint)
+        twin = self._twin.create_model(
+            base_model, lora=lora, checkpoint=checkpoint, optimizer=optimizer
+        )
         return Model(self._portal, self._portal.run(twin))
 
 
@@ -257,6 +263,7 @@ class Checkpoints(_Blocking):
     promote = blocking(AsyncCheckpoints.promote)
     download = blocking(AsyncCheckpoints.download)
     export = blocking(AsyncCheckpoints.export)
+    import_adapter = blocking(AsyncCheckpoints.import_adapter)
 
 
 class Admin(_Blocking):

@@ -22,8 +22,10 @@ PROGRESS_INTERVAL_S = 0.2
 HEARTBEAT_INTERVAL_MIN_S = 0.05
 CLOSE_TIMEOUT_S = 5.0
 
-# ---- Downloads ---------------------------------------------------------------------------------------------------
+# ---- Uploads and downloads ---------------------------------------------------------------------------------------
 
+UPLOAD_TIMEOUT_S = 900.0  # the answer comes when the server has worked through it
 DOWNLOAD_CHUNK_BYTES = 256 * 1024
 DOWNLOAD_ATTEMPTS_MAX = 10
+DIGEST_CHUNK_BYTES = 4 * 1024 * 1024
 ERROR_TEXT_MAX_CHARS = 300

@@ -11,9 +11,10 @@ import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -65,13 +66,31 @@ class Transport:
             params=params,
             timeout_s=timeout_s,
         )
-        try:
-            return msgspec.msgpack.decode(response.content, type=answer)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"the answer to {method} {path} is not what this SDK understands: {error}"
-            problem = exceptions.ServerError(message, status=response.status_code)
-            problem.may_be_done = True
-            raise problem from error
+        return _decoded(response, answer, f"{method} {path}")
+
+    async def upload(
+        self,
+        path: str,
+        answer: type[Answer],
+        *,
+        files: Mapping[str, Path],
+        params: Mapping[str, str],
+    ) -> Answer:
+        """Posts files as the fields of a form to `/river/v1`, as a stream; raises as `call` does, and OSError."""
+        with ExitStack() as opened:
+            fields = {
+                field: (file.name, opened.enter_context(file.open("rb")))
+                for field, file in files.items()
+            }
+            response = await self.send(
+                "POST",
+                wire.API_PREFIX + path,
+                files=fields,
+                headers={"accept": MSGPACK},
+                params=params,
+                timeout_s=limits.UPLOAD_TIMEOUT_S,
+            )
+        return _decoded(response, answer, f"POST {path}")
 
     async def tell(
         self,
@@ -97,15 +116,20 @@ class Transport:
         *,
         headers: Mapping[str, str],
         content: bytes | None = None,
+        files: Mapping[str, tuple[str, IO[bytes]]] | None = None,
         params: Mapping[str, str] | None = None,
         timeout_s: float = limits.REQUEST_TIMEOUT_S,
     ) -> httpx.Response:
-        """The answer to one request, however many attempts it takes within the limits; raises as `call` does."""
+        """The answer to one request, however many attempts it takes within the limits; raises as `call` does.
+
+        `files` are sent as a form, each under its field with its name, and read as they are sent.
+        """
         http = self._http()
         request = http.build_request(
             method,
             path,
             content=content,
+            files=files,
             params=params,
             headers={IDEMPOTENCY_HEADER: str(uuid.uuid4()), **headers},
             timeout=_timeout(timeout_s),
@@ -187,6 +211,16 @@ class Transport:
                 limits=httpx.Limits(max_connections=limits.CONNECTIONS_MAX),
             )
         return self._opened
+
+
+def _decoded(response: httpx.Response, answer: type[Answer], what: str) -> Answer:
+    try:
+        return msgspec.msgpack.decode(response.content, type=answer)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"the answer to {what} is not what this SDK understands: {error}"
+        problem = exceptions.ServerError(message, status=response.status_code)
+        problem.may_be_done = True
+        raise problem from error
 
 
 # ---- Errors ------------------------------------------------------------------------------------------------------

@@ -84,14 +84,40 @@ def list_checkpoints(as_json: bool) -> None:
 @checkpoints.command()
 @click.argument("path")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--export", is_flag=True, help="Only what PEFT and vLLM load, without optimizer.")
 @json_option
-def download(path: str, directory: Path, export: bool, as_json: bool) -> None:
-    """Copy a checkpoint's files into a directory; an interrupted download is resumed."""
+def download(path: str, directory: Path, as_json: bool) -> None:
+    """Copy all files of a checkpoint into a directory; an interrupted download is resumed."""
     with Client() as client:
-        fetch = client.checkpoints.export if export else client.checkpoints.download
-        fetch(path, directory)
+        client.checkpoints.download(path, directory)
     say({"directory": str(directory)}, f"{path} is in {directory}.", as_json=as_json)
+
+
+@checkpoints.command()
+@click.argument("path")
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@json_option
+def export(path: str, directory: Path, as_json: bool) -> None:
+    """Make a directory that PEFT and vLLM load, without optimizer."""
+    with Client() as client:
+        client.checkpoints.export(path, directory)
+    say({"directory": str(directory)}, f"{path} is in {directory}.", as_json=as_json)
+
+
+@checkpoints.command("import")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--base-model", required=True, help="The model it was made for, by its name here.")
+@click.option("--name", default="imported", show_default=True, help="What to call the checkpoint.")
+@click.option("--ttl", "ttl_s", type=click.IntRange(min=1), help="Seconds until it expires.")
+@json_option
+def import_adapter(
+    directory: Path, base_model: str, name: str, ttl_s: int | None, as_json: bool
+) -> None:
+    """Make a checkpoint of a LoRA adapter that PEFT saved in DIRECTORY."""
+    with Client() as client:
+        made = client.checkpoints.import_adapter(
+            directory, base_model=base_model, name=name, ttl_s=ttl_s
+        )
+    say(made, made.path, as_json=as_json)
 
 
 @checkpoints.command()

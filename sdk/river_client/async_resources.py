@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -125,12 +126,13 @@ class AsyncCheckpoints:
         *,
         base_model: str,
         name: str = "imported",
-        ttl_s: int | None = None,
+        ttl: float | timedelta | None = None,
     ) -> wire.Checkpoint:
         """Makes a checkpoint of a LoRA adapter that PEFT made elsewhere.
 
         `source` is its directory, or its two files by name: `adapter_config.json` and `adapter_model.safetensors`. What
         comes of it can be sampled and chatted with, and `create_model(checkpoint=…, optimizer=False)` goes on from it.
+        `ttl` (seconds) is how long to keep it.
 
         Raises:
             InvalidRequestError: it lacks a file, is too large, or no LoRA that can be represented; `param` is the file.
@@ -145,8 +147,9 @@ class AsyncCheckpoints:
                 message = f"{file}: missing; an adapter is {CONFIG_FILE} and {WEIGHTS_FILE}"
                 raise exceptions.InvalidRequestError(message, param=file)
         params = {"base_model": base_model, "name": name}
-        if ttl_s is not None:
-            params["ttl_s"] = str(ttl_s)
+        if ttl is not None:
+            ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+            params["ttl_s"] = str(round(ttl_s))
         async with waiting(f"importing {name}"):
             return await self._transport.upload(
                 "/checkpoints/import",
@@ -183,20 +186,20 @@ class AsyncCheckpoints:
         raise exceptions.ServerError(f"{file.name}: what came is not what was stored")
 
     async def _fetch_file(self, path: str, file: wire.CheckpointFile, part: Path, bar: Bar) -> None:
-        """Fetches what is missing of a file, in as many attempts as it takes within the limits."""
+        """Fetches what is missing of a file; gives up after some attempts in a row that bring nothing."""
         if _size(part) > file.size_bytes:
             part.unlink()
         part.touch()
-        for attempt in range(limits.DOWNLOAD_ATTEMPTS_MAX):
-            if _size(part) == file.size_bytes:
-                return
+        in_vain = 0
+        while (have := _size(part)) != file.size_bytes:
+            problem = exceptions.ConnectionError(f"{file.name} broke off at {have} bytes")
             try:
                 await self._append(path, file, part, bar)
-            except exceptions.ConnectionError:
-                if attempt + 1 == limits.DOWNLOAD_ATTEMPTS_MAX:
-                    raise
-        if _size(part) != file.size_bytes:
-            raise exceptions.ConnectionError(f"{file.name} broke off at {_size(part)} bytes")
+            except exceptions.ConnectionError as error:
+                problem = error
+            in_vain = in_vain + 1 if _size(part) == have else 0
+            if in_vain == limits.DOWNLOAD_ATTEMPTS_MAX:
+                raise problem
 
     async def _append(self, path: str, file: wire.CheckpointFile, part: Path, bar: Bar) -> None:
         """One attempt: everything from where the part ends."""

@@ -33,8 +33,12 @@ def stack_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stack(stack_directory: Path) -> Iterator[StackInfo]:
     """The running platform."""
     options = StackOptions(data_directory=stack_directory, port=0, durable=False)
-    with running_stack(options) as info:
-        yield info
+    with pytest.MonkeyPatch.context() as patch:
+        # Files of expired checkpoints go while a test can wait for it.
+        patch.setenv("RIVER_SWEEP_INTERVAL_S", "0.5")
+        patch.setenv("RIVER_SWEEP_GRACE_S", "0")
+        with running_stack(options) as info:
+            yield info
 
 
 @pytest.fixture

@@ -12,12 +12,15 @@ from urllib.parse import unquote
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.s3 import S3, use_s3
 from vllm.lora.request import LoRARequest
 
 from river_engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Target, write_random_adapter
 from river_engine.adapters import AdapterGate, AdapterStore
 from river_engine.errors import AdapterNotFound, EngineRefusal, InvalidAdapter
 from river_engine.protocol import AdapterRef
+from river_engine.stores import OPTIONS_VARIABLE
+from river_trainer.store import FileSets
 
 TARGETS = {
     "lm_head": Target(8, 16),
@@ -332,3 +335,25 @@ async def test_the_gate_forgets_those_who_give_up() -> None:
         waiter.cancel()
         await behind
     await visit("c")
+
+
+async def test_an_adapter_comes_from_an_object_store(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From S3 with the options of the environment; one that is not there is told, and leaves nothing."""
+    url = use_s3(s3, monkeypatch)
+    local = source(written(tmp_path, "run_a@1"))
+    files = {name: local / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    FileSets(url).write("checkpoints/ckpt_1", files, {})
+    ref = AdapterRef(name="ckpt_1", location=f"{url}/checkpoints/ckpt_1")
+    async with store.hold(ref) as lora:
+        loaded = Path(lora.lora_path) / WEIGHTS_FILE
+        assert loaded.read_bytes() == files[WEIGHTS_FILE].read_bytes()
+    for location in (f"{url}/checkpoints/ckpt_2", "s3://no-such-bucket/x"):
+        with pytest.raises(AdapterNotFound):
+            await store.preload(AdapterRef(name="ckpt_2", location=location))
+    monkeypatch.setenv(OPTIONS_VARIABLE, "{")
+    with pytest.raises(InvalidAdapter) as refusal:
+        await store.preload(AdapterRef(name="ckpt_3", location=ref.location))
+    assert url not in refusal.value.message
+    assert store.resident() == ["ckpt_1"]

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from support.stub_gateway import CHECKPOINT_PATH, FILES, KEY, RUN_ID, Fault, StubGateway
 
 import river_client as river
-from river_client import exceptions, wire
+from river_client import exceptions, limits, wire
 from river_client.arrays import pack, pack_data, unpack
 from river_client.cli import river as command
 from river_client.settings import Login, login_path, save_login
@@ -80,8 +80,59 @@ def test_an_interrupted_download_is_taken_up_later(
     name = "adapter_model.safetensors"
     (tmp_path / f".{name}.ckpt_1.part").write_bytes(FILES[name][:1000])
     client.checkpoints.export(CHECKPOINT_PATH, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == FILES
     assert f"{name} 1000" in gateway.ranges
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    card = found.pop("README.md").decode()
+    assert found == FILES
+    assert card.startswith('---\nbase_model: "base"\nlibrary_name: peft\n')
+
+
+def test_a_download_is_checked(client: river.Client, gateway: StubGateway, tmp_path: Path) -> None:
+    """A file that is not what was stored is fetched anew once, then refused; so is what an earlier process left."""
+    gateway.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(1000)}
+    gateway.garbled_downloads = 1
+    client.checkpoints.download(CHECKPOINT_PATH, tmp_path)
+    (tmp_path / ".adapter_model.safetensors.ckpt_1.part").write_bytes(b"not what was stored")
+    client.checkpoints.download(CHECKPOINT_PATH, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == gateway.files
+    gateway.garbled_downloads = 2
+    with pytest.raises(river.ServerError, match=r"adapter_config.json: what came is not"):
+        client.checkpoints.download(CHECKPOINT_PATH, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_download_goes_on_as_long_as_something_comes(
+    client: river.Client, gateway: StubGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad line with many breaks is enough; one that brings nothing is given up."""
+    monkeypatch.setattr(limits, "DOWNLOAD_ATTEMPTS_MAX", 3)
+    gateway.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(1000)}
+    fault = Fault("GET /checkpoints/file", times=2)
+    gateway.faults.append(fault)
+    client.checkpoints.download(CHECKPOINT_PATH, tmp_path)
+    fault.times = 3
+    with pytest.raises(river.ConnectionError):
+        client.checkpoints.download(CHECKPOINT_PATH, tmp_path)
+
+
+def test_an_adapter_is_uploaded(client: river.Client, gateway: StubGateway, tmp_path: Path) -> None:
+    """Both files go as one form, whole again after a failed attempt; a directory and a mapping mean the same."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    gateway.faults.append(Fault("POST /checkpoints/import", status=503))
+    made = client.checkpoints.import_adapter(tmp_path, base_model="base", name="theirs", ttl=60)
+    assert made.path == CHECKPOINT_PATH
+    client.checkpoints.import_adapter({name: tmp_path / name for name in FILES}, base_model="base")
+    first, second = gateway.uploads
+    assert first[0] == {"base_model": "base", "name": "theirs", "ttl_s": "60"}
+    assert second[0] == {"base_model": "base", "name": "imported"}
+    for _, body in (first, second):
+        for content in FILES.values():
+            assert content in body
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(river.InvalidRequestError) as refusal:
+        client.checkpoints.import_adapter(tmp_path, base_model="base")
+    assert refusal.value.param == "adapter_model.safetensors"
 
 
 def test_a_file_name_cannot_lead_out_of_the_directory(
@@ -312,6 +363,10 @@ def test_the_verbs_of_a_user(
     assert CHECKPOINT_PATH in run_command("checkpoints", "list")
     run_command("checkpoints", "download", CHECKPOINT_PATH, str(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter_config.json").exists()
+    run_command("checkpoints", "export", CHECKPOINT_PATH, str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "README.md").exists()
+    imported = run_command("checkpoints", "import", str(tmp_path / "out"), "--base-model", "base")
+    assert imported == f"{CHECKPOINT_PATH}\n"
     assert "prod" in run_command("checkpoints", "promote", CHECKPOINT_PATH, "prod")
     assert run_command("chat", "-m", "base", "hello") == "abc\n"
     assert run_command("chat", "-m", "base", text="one\ntwo\n").count("abc") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections import Counter
@@ -52,7 +53,8 @@ class RefusalError(Exception):
 class StubGateway:
     """The server and everything that it was told; `base_url` is where it listens.
 
-    `cut_file_after_bytes` breaks off the next download of a file larger than that.
+    `cut_file_after_bytes` breaks off the next download of a file larger than that; `garbled_downloads` is how many
+    arrive with a wrong byte.
     """
 
     def __init__(self) -> None:
@@ -66,7 +68,9 @@ class StubGateway:
         self.logged: list[wire.LogMetrics] = []
         self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
         self.cut_file_after_bytes: int | None = None
+        self.garbled_downloads = 0
         self.ranges: list[str] = []
+        self.uploads: list[tuple[dict[str, str], bytes]] = []
         self.sessions_ended: list[str] = []
         self._lock = threading.Lock()
         gateway = self
@@ -172,10 +176,17 @@ class StubGateway:
                 return wire.Page(checkpoints=[_checkpoint()])
             case "GET", ["checkpoints", "files"]:
                 files = [
-                    wire.CheckpointFile(name=name, size_bytes=len(content))
+                    wire.CheckpointFile(
+                        name=name,
+                        size_bytes=len(content),
+                        sha256=hashlib.sha256(content).hexdigest(),
+                    )
                     for name, content in self.files.items()
                 ]
                 return wire.Page(files=files)
+            case "POST", ["checkpoints", "import"]:
+                self.uploads.append((query, body))
+                return _checkpoint()
             case "PUT", ["aliases", name]:
                 asked = msgspec.msgpack.decode(body, type=wire.PutAlias)
                 return wire.Alias(name=name, target=asked.target, updated_at="2026-11-23T12:00:00Z")
@@ -229,6 +240,9 @@ class StubGateway:
         cut = None
         with self._lock:
             self.ranges.append(f"{name} {start}")
+            if self.garbled_downloads:
+                self.garbled_downloads -= 1
+                content = bytes([content[0] ^ 1]) + content[1:]
             if len(content) > (self.cut_file_after_bytes or len(content)):
                 cut, self.cut_file_after_bytes = self.cut_file_after_bytes, None
         http.send_response(206)

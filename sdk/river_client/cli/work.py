@@ -107,15 +107,15 @@ def export(path: str, directory: Path, as_json: bool) -> None:
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base-model", required=True, help="The model it was made for, by its name here.")
 @click.option("--name", default="imported", show_default=True, help="What to call the checkpoint.")
-@click.option("--ttl", "ttl_s", type=click.IntRange(min=1), help="Seconds until it expires.")
+@click.option("--ttl", type=click.IntRange(min=1), help="Seconds until it expires.")
 @json_option
 def import_adapter(
-    directory: Path, base_model: str, name: str, ttl_s: int | None, as_json: bool
+    directory: Path, base_model: str, name: str, ttl: int | None, as_json: bool
 ) -> None:
     """Make a checkpoint of a LoRA adapter that PEFT saved in DIRECTORY."""
     with Client() as client:
         made = client.checkpoints.import_adapter(
-            directory, base_model=base_model, name=name, ttl_s=ttl_s
+            directory, base_model=base_model, name=name, ttl=ttl
         )
     say(made, made.path, as_json=as_json)
 

@@ -49,6 +49,17 @@ def open_store(url: str) -> ObjectStore:
         raise ValueError(f"{scheme}: {reason}") from error
 
 
+def check_store(url: str) -> str | None:
+    """What is wrong with a store's URL or the options, in a line that names the variable; None if nothing."""
+    try:
+        if not url.startswith("file:"):
+            open_store(url)
+    except ValueError as error:
+        message = str(error)
+        return message if OPTIONS_VARIABLE in message else f"RIVER_STORE_URL={url}: {message}"
+    return None
+
+
 def _options() -> tuple[dict[str, str], dict[str, str]]:
     """The store's own options and those of its HTTP client."""
     text = os.environ.get(OPTIONS_VARIABLE) or "{}"

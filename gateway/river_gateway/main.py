@@ -12,6 +12,7 @@ import uvloop
 from nats.errors import NoServersError
 
 from river_client.service import SettingsError, read_settings
+from river_engine.stores import check_store
 from river_gateway.app import create_app
 from river_gateway.limits import STOP_GRACE_S
 from river_gateway.services import open_services
@@ -32,6 +33,8 @@ def main() -> None:
         settings = read_settings(Settings)
     except SettingsError as error:
         sys.exit(str(error))
+    if settings.store_url and (problem := check_store(settings.store_url)):
+        sys.exit(problem)
     # uvicorn raises the signal that stopped it once more when it is done; by then it has served its purpose.
     signal.signal(signal.SIGTERM, _ignore)
     signal.signal(signal.SIGINT, _ignore)

@@ -163,7 +163,7 @@ async def find_source(services: Services, path: str, tenant_id: str) -> Source:
     """
     row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
     run_id = row.checkpoint.run_id
-    run = await catalog.find_run(services.pool, run_id=run_id, tenant_id=tenant_id)
+    run = await services.runs.find(run_id, tenant_id)
     has_optimizer = row.checkpoint.mode == "training"
     return Source(path, row.location, run.base_model, run.lora, has_optimizer)
 

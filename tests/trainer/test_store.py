@@ -18,7 +18,7 @@ import obstore
 import pytest
 from support.s3 import S3, use_s3
 
-from river_engine.stores import OPTIONS_VARIABLE, open_store
+from river_engine.stores import OPTIONS_VARIABLE, check_store, open_store
 from river_trainer import limits
 from river_trainer.errors import CorruptError, FullError, StoreError
 from river_trainer.store import MANIFEST_FILE, FileSets, Manifest, read_location
@@ -279,6 +279,10 @@ def test_wrong_options_are_told(
     monkeypatch.setenv(OPTIONS_VARIABLE, options)
     with pytest.raises(StoreError, match=message):
         FileSets("s3://bucket/river")
+    problem = check_store("s3://bucket/river")
+    assert problem is not None
+    assert message in problem
+    assert "\n" not in problem
 
 
 def test_the_usual_variables_of_aws_are_enough(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

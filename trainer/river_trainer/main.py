@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from river_client.service import SettingsError, health_server, read_settings
+from river_engine.stores import check_store
 from river_trainer import limits
 from river_trainer.settings import TrainerSettings
 
@@ -27,6 +28,8 @@ def main() -> None:
         settings = read_settings(TrainerSettings)
     except SettingsError as error:
         sys.exit(str(error))
+    if problem := check_store(settings.checkpoint_store_url()):
+        sys.exit(problem)
     # Threads of OpenMP that spin while they wait take the processor from the engine beside us, and
     # from each other: with both cores busy a step takes ten times as long. Torch reads it when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,9 +9,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
@@ -47,9 +49,11 @@ class World:
     lanes: Lanes
     base_name: str
     directory: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the next trainer that differ from the usual."""
 
     def settings(self, nats_url: str = "", model_path: str = "") -> TrainerSettings:
-        return TrainerSettings(
+        usual = TrainerSettings(
             nats_url=nats_url,
             base_model=self.base_name,
             model_path=model_path,
@@ -59,6 +63,7 @@ class World:
             context_length=256,
             max_lora_rank=32,
         )
+        return msgspec.structs.replace(usual, **self.options)
 
     async def submit(self, *messages: TrainMessage) -> None:
         for message in messages:
@@ -118,8 +123,10 @@ class World:
             running = asyncio.create_task(service.run())
             try:
                 yield service
-                assert not running.done(), running.exception()
             finally:
+                if running.done():
+                    # Why the trainer died says more than what the test has missed since.
+                    running.result()
                 running.cancel()
                 await asyncio.wait([running])
                 await client.close()

@@ -68,6 +68,7 @@ class RunScript:
 
     run_id: str
     base_model: str = BASE_NAME
+    tenant_id: str = "ten_test"
     next_seq: int = 0
     messages: list[TrainMessage] = field(default_factory=list)
 
@@ -75,7 +76,7 @@ class RunScript:
         message = TrainMessage(
             run_id=self.run_id,
             seq=self.next_seq,
-            tenant_id="ten_test",
+            tenant_id=self.tenant_id,
             key_id="key_test",
             session_id="ses_test",
             base_model=self.base_model,

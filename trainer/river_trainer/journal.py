@@ -48,6 +48,7 @@ from river_trainer.protocol import (
     TRAIN_STREAM,
     TRAINERS_BUCKET,
     LiveVersion,
+    QueueState,
     TrainMessage,
     TrainResult,
     result_subject,
@@ -65,6 +66,7 @@ _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder(TrainMessage)
 _result_decoder = msgspec.msgpack.Decoder(TrainResult)
 _names = NUID()
+_queue_state_decoder = msgspec.msgpack.Decoder(QueueState)
 _live_decoder = msgspec.msgpack.Decoder(LiveVersion)
 Value = TypeVar("Value")
 
@@ -260,6 +262,10 @@ def decode_message(body: bytes) -> TrainMessage:
 
 def decode_live(body: bytes) -> LiveVersion:
     return _live_decoder.decode(body)
+
+
+def decode_queue_state(body: bytes) -> QueueState:
+    return _queue_state_decoder.decode(body)
 
 
 def decode_result(body: bytes) -> TrainResult:

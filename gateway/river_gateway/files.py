@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from river_trainer.store import FileSets
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
+_FULL = "the checkpoint store is full; try again when space has been made"
 _RANGE = re.compile(r"bytes=(?P<first>\d*)-(?P<last>\d*)")
 
 
@@ -139,13 +141,22 @@ def store_errors() -> Generator[None]:
     try:
         yield
     except FullError as error:
-        raise StorageFullError(
-            "the checkpoint store is full; try again when space has been made"
-        ) from error
+        raise StorageFullError(_FULL) from error
     except CorruptError as error:
         raise GatewayError("the checkpoint's files are damaged") from error
     except StoreError as error:
         raise UnavailableError("the checkpoint store cannot be read; try again") from error
+
+
+@contextmanager
+def disk_errors() -> Generator[None]:
+    """Turns a disk that takes no more, where uploads are gathered, into what a client is told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StorageFullError(_FULL) from error
 
 
 def _split(location: str) -> tuple[str, str]:

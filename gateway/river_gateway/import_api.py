@@ -30,7 +30,7 @@ from river_gateway.errors import (
     TooLargeError,
     UnavailableError,
 )
-from river_gateway.files import store_errors
+from river_gateway.files import disk_errors, store_errors
 from river_gateway.ids import checkpoint_id, idempotent_id, seed_of
 from river_gateway.limits import IMPORT_CONFIG_MAX_BYTES, IMPORT_MAX_BYTES
 from river_gateway.peft_import import CONFIG_FILE, WEIGHTS_FILE, ImportPlan, plan_import
@@ -68,7 +68,7 @@ async def import_checkpoint(
         config, weights = await _config(form), _upload(form, "weights").file
         plan = await asyncio.to_thread(_plan, config, weights, base_model)
         lora = _lora(services, plan, base_model, run_id)
-        with store_errors():
+        with store_errors(), disk_errors():
             store = FileSets(_store_url(services), create=False)
             size_bytes = await asyncio.to_thread(_write, store, folder, plan)
     now = time.time()
@@ -113,7 +113,8 @@ def _store_url(services: Services) -> str:
 @asynccontextmanager
 async def _uploads(request: WireRequest) -> AsyncGenerator[FormMultiDict]:
     """The form of a request, whose files go away at the end."""
-    form = await request.form()
+    with disk_errors():
+        form = await request.form()
     try:
         yield form
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import resource
 from collections.abc import AsyncIterator, Callable
 from io import BytesIO
 from pathlib import Path
@@ -446,3 +447,23 @@ async def test_uploads_have_limits(rig: Rig) -> None:
     status = await reader.readline()
     writer.close()
     assert b" 413 " in status
+
+
+async def test_a_full_disk_is_507(rig: Rig) -> None:
+    """An adapter that grows over what the disk takes, by filling its ranks up, leaves nothing."""
+    config, tensors = adapter(rank=16)
+    thin = {"k_proj": 1}
+    for layer in range(12):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.k_proj"
+        tensors[f"{stem}.lora_A.weight"] = np.ones((1, 8192), np.float32)
+        tensors[f"{stem}.lora_B.weight"] = np.ones((8192, 1), np.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 2**20, hard))
+    try:
+        answer = await upload(rig.tenant, {**config, "rank_pattern": thin}, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert answer.status_code == 507
+    assert folders(rig) == []
+    answer = await upload(rig.tenant, {**config, "rank_pattern": thin}, tensors)
+    assert answer.status_code == 201

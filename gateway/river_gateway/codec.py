@@ -7,6 +7,7 @@ would build plain objects first and convert them leniently.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ NUL = "\0"
 StructType = TypeVar("StructType")
 
 _ERROR_PATH = re.compile(r"^(?P<message>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_PREFERRED_WAIT = re.compile(r"(?:^|,)\s*wait=(?P<seconds>[0-9]{1,4})\s*(?:,|;|$)")
 _MISSING_FIELD = re.compile(r"missing required field `(?P<name>[^`]+)`")
 
 
@@ -111,9 +113,21 @@ def reply(
     request: Request[Any, Any, Any], value: StructType, *, status: int = HTTPStatus.OK
 ) -> Response[StructType]:
     """`value` in the encoding that the client accepts."""
+    encode, media_type = encoder_for(request)
+    return Response(encode(value), media_type=media_type, status_code=status)  # type: ignore[return-value]
+
+
+def preferred_wait_s(request: Request[Any, Any, Any], *, at_most_s: float) -> float:
+    """How long a client would rather wait for a result than be told that there will be one: RFC 7240's `wait`."""
+    match = _PREFERRED_WAIT.search(request.headers.get("prefer", ""))
+    return 0.0 if match is None else min(float(match["seconds"]), at_most_s)
+
+
+def encoder_for(request: Request[Any, Any, Any]) -> tuple[Callable[[Any], bytes], str]:
+    """How to encode what the client accepts, and its media type."""
     if is_msgpack(request.headers.get("accept", "")):
-        return Response(msgspec.msgpack.encode(value), media_type=MSGPACK, status_code=status)  # type: ignore[return-value]
-    return Response(msgspec.json.encode(value), media_type=JSON, status_code=status)  # type: ignore[return-value]
+        return msgspec.msgpack.encode, MSGPACK
+    return msgspec.json.encode, JSON
 
 
 def _invalid_field(error: str) -> InvalidFieldError:

@@ -7,6 +7,7 @@ and answered by the first result.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import msgspec
 from river_billing.catalog import record_checkpoint
 from river_client import wire
 from river_gateway import catalog, validation
+from river_gateway.bus import BusError
+from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
 from river_gateway.expert_routing import RoutedExperts, check_replayable
 from river_gateway.ids import checkpoint_id
@@ -26,6 +29,8 @@ from river_gateway.limits import (
     SEQ_MAX,
 )
 from river_trainer import journal, protocol
+
+logger = logging.getLogger("river.gateway")
 
 if TYPE_CHECKING:
     from river_gateway.auth import Principal
@@ -261,6 +266,17 @@ async def await_result(
         async with services.pool.acquire() as connection:
             await record_checkpoint(connection, result.checkpoint)
     return to_wire(result)
+
+
+async def result_if_any(
+    services: Services, run: RunRow, operation: str, timeout_s: float
+) -> wire.OperationResult | None:
+    """The same where an error can no longer be told, since the answer has begun: then there is no result."""
+    try:
+        return await await_result(services, run, operation, timeout_s)
+    except (UnavailableError, BusError, *POSTGRES_AWAY) as error:
+        logger.warning("the result of %s is not at hand: %r", operation, error)
+        return None
 
 
 async def queue_state(services: Services, base_model: str, operation: str) -> wire.QueueState:

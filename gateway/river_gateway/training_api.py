@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from typing import Any, cast
 
 import msgspec
 from litestar import Response, delete, get, post
+from litestar.response import Stream
 
 from river_billing.events import UsageKind
 from river_client import wire
@@ -25,7 +27,9 @@ from river_gateway.codec import (
     IDEMPOTENCY_HEADER,
     MSGPACK,
     WireRequest,
+    encoder_for,
     idempotency_key,
+    preferred_wait_s,
     reply,
 )
 from river_gateway.context import context_of
@@ -205,13 +209,28 @@ async def _own_run(request: WireRequest, run_id: str) -> RunRow:
 async def submit_operation(
     request: WireRequest, run_id: str, data: wire.SubmitOperation
 ) -> Response[wire.OperationAccepted]:
-    """Accepts an operation, once it is known to be right and durably stored."""
+    """Accepts an operation, once it is known to be right and durably stored.
+
+    A client that prefers to wait gets the status and the headers at once, and the body with the result.
+    """
     services, principal = services_of(request), principal_of(request)
     run = await _own_run(request, run_id)
     task = await operations.make_task(services, run, principal.tenant_id, data)
     operation = await operations.publish_task(services, run, principal, data.seq, task)
-    return reply(
-        request, wire.OperationAccepted(operation_id=operation), status=HTTPStatus.ACCEPTED
+    wait_s = preferred_wait_s(request, at_most_s=LONG_POLL_MAX_S)
+    if not wait_s:
+        return reply(
+            request, wire.OperationAccepted(operation_id=operation), status=HTTPStatus.ACCEPTED
+        )
+    encode, media_type = encoder_for(request)
+
+    async def accepted() -> AsyncGenerator[bytes]:
+        result = await operations.result_if_any(services, run, operation, wait_s)
+        yield encode(wire.OperationAccepted(operation_id=operation, result=result))
+
+    headers = {"location": f"{wire.API_PREFIX}/operations/{operation}"}
+    return Stream(  # type: ignore[return-value]
+        accepted(), status_code=HTTPStatus.ACCEPTED, media_type=media_type, headers=headers
     )
 
 

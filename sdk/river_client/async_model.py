@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Generic, SupportsFloat, TypeVar, Unpack
+from typing import SupportsFloat, TypeVar, Unpack
 
 import msgspec
 
 from river_client import exceptions, limits, wire
 from river_client.arrays import DatumLike, pack_data
 from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
+from river_client.pending import AsyncPendingOp
 from river_client.progress import waiting
 from river_client.results import (
     Sample,
@@ -30,82 +30,6 @@ from river_client.transport import Transport
 logger = logging.getLogger("river.client")
 
 Result = TypeVar("Result")
-
-
-class AsyncPendingOp(Generic[Result]):
-    """An accepted operation. It is durable: it will be carried out whether anybody waits for it or not."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        operation_id: str,
-        convert: Callable[[wire.OperationResult], Result],
-        *,
-        on_done: Callable[[wire.OperationResult], None] | None = None,
-    ) -> None:
-        self.operation_id = operation_id
-        self._transport = transport
-        self._convert = convert
-        self._on_done = on_done
-        self._finished: wire.OperationResult | None = None
-        self._queue_state: wire.QueueState | None = None
-
-    @property
-    def queue_state(self) -> wire.QueueState | None:
-        """What the operation was waiting for when the server was last asked; None when done, or not known yet."""
-        return self._queue_state
-
-    async def result(self, timeout: float | None = None) -> Result:  # noqa: ASYNC109 - as futures have it
-        """Waits for the operation and returns what it did; again and again if you like.
-
-        Raises:
-            TimeoutError: `timeout` seconds passed; the operation goes on, and this may be called again.
-            OperationFailedError: the trainer could not do it.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        poll_max_s = limits.LONG_POLL_FIRST_S
-        async with waiting(f"waiting for {self.operation_id}", self._reason):
-            while self._finished is None:
-                poll_s, poll_max_s = poll_max_s, limits.LONG_POLL_S
-                if deadline is not None:
-                    poll_s = max(0.0, min(poll_s, deadline - time.monotonic()))
-                await self._poll(poll_s)
-                if self._finished is None and deadline is not None and time.monotonic() >= deadline:
-                    raise exceptions.TimeoutError(
-                        f"{self.operation_id} is not done after {timeout} s",
-                        operation_id=self.operation_id,
-                    )
-        if self._finished.status == "failed":
-            error = self._finished.error
-            assert error is not None
-            raise exceptions.OperationFailedError(
-                error.message, operation_id=self.operation_id, type=error.type, param=error.param
-            )
-        return self._convert(self._finished)
-
-    async def done(self) -> bool:
-        """Whether the operation has been carried out or has failed."""
-        if self._finished is None:
-            await self._poll(0.0)
-        return self._finished is not None
-
-    def _reason(self) -> str:
-        return self._queue_state.reason if self._queue_state else ""
-
-    async def _poll(self, poll_s: float) -> None:
-        result = await self._transport.call(
-            "GET",
-            f"/operations/{self.operation_id}",
-            wire.OperationResult,
-            params={"timeout_s": f"{poll_s:.3f}"},
-            timeout_s=poll_s + limits.LONG_POLL_GRACE_S,
-        )
-        if result.status == "pending":
-            self._queue_state = result.queue or self._queue_state
-        else:
-            self._finished, self._queue_state = result, None
-            if self._on_done is not None:
-                self._on_done(result)
 
 
 class AsyncModel:
@@ -416,8 +340,10 @@ class AsyncModel:
             if self._unsettled is not None and self._unsettled != body:
                 await self._settle(self._unsettled)
                 body = self._encode(operation)
-            operation_id = await self._post(body)
-        return AsyncPendingOp(self._transport, operation_id, convert, on_done=self._advance)
+            operation_id, early = await self._post(body)
+        return AsyncPendingOp(
+            self._transport, operation_id, convert, on_done=self._advance, early=early
+        )
 
     def _encode(self, operation: wire.AnyOperation) -> bytes:
         return msgspec.msgpack.encode(wire.SubmitOperation(seq=self._seq, operation=operation))
@@ -430,12 +356,19 @@ class AsyncModel:
                 raise
             logger.warning("an earlier operation of %s was refused: %s", self.run_id, error)
 
-    async def _post(self, body: bytes) -> str:
+    async def _post(
+        self, body: bytes
+    ) -> tuple[str, asyncio.Task[wire.OperationAccepted | None] | None]:
+        """The accepted operation's id, and the rest of the answer if that is to come."""
         may_be_done = self._unsettled == body
         self._unsettled = body
         try:
-            accepted = await self._transport.call(
-                "POST", f"/runs/{self.run_id}/operations", wire.OperationAccepted, body=body
+            answer = await self._transport.call_early(
+                "POST",
+                f"/runs/{self.run_id}/operations",
+                wire.OperationAccepted,
+                body=body,
+                wait_s=limits.LONG_POLL_FIRST_S,
             )
         except exceptions.InvalidRequestError:
             self._unsettled = None  # So would every attempt have been: it was never accepted.
@@ -446,7 +379,9 @@ class AsyncModel:
             raise
         self._unsettled = None
         self._seq += 1
-        return accepted.operation_id
+        if isinstance(answer, wire.OperationAccepted):
+            return answer.operation_id, None
+        return answer.location.rpartition("/")[2], answer.body
 
     def _advance(self, result: wire.OperationResult) -> None:
         run_id, _, step = (result.policy_version or "").rpartition("@")

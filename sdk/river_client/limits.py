@@ -16,6 +16,7 @@ CONNECTIONS_MAX = 100
 
 LONG_POLL_S = 20.0
 LONG_POLL_FIRST_S = 3.0  # what takes longer is told why
+EARLY_ANSWERS_MAX = 32  # submissions that wait for their results on a connection each
 LONG_POLL_GRACE_S = 15.0  # how much later than asked an answer may come
 PROGRESS_DELAY_S = 2.0
 PROGRESS_INTERVAL_S = 0.2

@@ -12,9 +12,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -33,6 +34,14 @@ Answer = TypeVar("Answer")
 _RETRIED = frozenset({429, 502, 503, 504})
 
 
+@dataclass(frozen=True, slots=True)
+class EarlyAnswer(Generic[Answer]):
+    """An accepted request whose body is to come; None in its place if it gets lost on the way."""
+
+    location: str
+    body: asyncio.Task[Answer | None]
+
+
 class Transport:
     """The connections to one gateway; belongs to the event loop that first uses it."""
 
@@ -41,6 +50,7 @@ class Transport:
         self._retry_for_s = retry_for_s
         self._opened: httpx.AsyncClient | None = None
         self._reached = False  # whether the server ever answered
+        self._early: set[asyncio.Task[Any]] = set()
 
     async def call(
         self,
@@ -67,6 +77,53 @@ class Transport:
             timeout_s=timeout_s,
         )
         return _decoded(response, answer, f"{method} {path}")
+
+    async def call_early(
+        self, method: str, path: str, answer: type[Answer], *, body: bytes, wait_s: float
+    ) -> Answer | EarlyAnswer[Answer]:
+        """`call`, but the server is asked to wait up to `wait_s` with the body, once it has accepted the request.
+
+        It is not while `EARLY_ANSWERS_MAX` bodies are to come, since each holds a connection; nor does every server do
+        it. Then this is `call`.
+        """
+        headers = {"content-type": MSGPACK, "accept": MSGPACK}
+        if len(self._early) < limits.EARLY_ANSWERS_MAX:
+            headers["prefer"] = f"wait={wait_s:.0f}"
+        response = await self.send(
+            method,
+            wire.API_PREFIX + path,
+            content=body,
+            headers=headers,
+            timeout_s=limits.REQUEST_TIMEOUT_S + wait_s,
+            early=True,
+        )
+        location = response.headers.get("location")
+        if location is None:
+            await self._read_early(response)
+            return _decoded(response, answer, f"{method} {path}")
+        reading = asyncio.create_task(self._rest_of(response, answer, f"{method} {path}"))
+        self._early.add(reading)
+        reading.add_done_callback(self._early.discard)
+        return EarlyAnswer(location, reading)
+
+    async def _rest_of(
+        self, response: httpx.Response, answer: type[Answer], what: str
+    ) -> Answer | None:
+        try:
+            await self._read_early(response)
+            return _decoded(response, answer, what)
+        except exceptions.RiverError:
+            return None
+
+    async def _read_early(self, response: httpx.Response) -> None:
+        try:
+            await response.aread()
+        except _transport_error() as error:
+            problem = _connection_error(self.login.base_url, error)
+            problem.may_be_done = True
+            raise problem from error
+        finally:
+            await response.aclose()
 
     async def upload(
         self,
@@ -119,10 +176,12 @@ class Transport:
         files: Mapping[str, tuple[str, IO[bytes]]] | None = None,
         params: Mapping[str, str] | None = None,
         timeout_s: float = limits.REQUEST_TIMEOUT_S,
+        early: bool = False,
     ) -> httpx.Response:
         """The answer to one request, however many attempts it takes within the limits; raises as `call` does.
 
         `files` are sent as a form, each under its field with its name, and read as they are sent.
+        If `early`, the body of a success is still to be read.
         """
         http = self._http()
         request = http.build_request(
@@ -139,7 +198,9 @@ class Transport:
         may_be_done = False
         for attempt in range(limits.ATTEMPTS_MAX):
             try:
-                response = await http.send(request)
+                response = await http.send(request, stream=early)
+                if not response.is_success:
+                    await response.aread()
             except _transport_error() as error:
                 problem = _connection_error(self.login.base_url, error)
                 retry_for_s = self._retry_for_s
@@ -197,6 +258,9 @@ class Transport:
 
     async def close(self) -> None:
         """Closes the connections."""
+        for reading in self._early:
+            reading.cancel()
+        await asyncio.gather(*self._early, return_exceptions=True)
         if self._opened is not None:
             await self._opened.aclose()
             self._opened = None

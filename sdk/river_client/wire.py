@@ -205,10 +205,6 @@ class SubmitOperation(Wire, frozen=True):
     operation: AnyOperation
 
 
-class OperationAccepted(Wire, frozen=True):
-    operation_id: str
-
-
 class OperationError(Wire, frozen=True):
     type: str
     message: str
@@ -242,6 +238,13 @@ class OperationResult(Wire, frozen=True):
     training_tokens: int = 0
     error: OperationError | None = None
     queue: QueueState | None = None
+
+
+class OperationAccepted(Wire, frozen=True):
+    """`result` is there if the client preferred to wait for it (RFC 7240, `Prefer: wait=<seconds>`)."""
+
+    operation_id: str
+    result: OperationResult | None = None
 
 
 class LogMetrics(Wire, frozen=True):

@@ -115,6 +115,57 @@ async def test_a_pending_answer_says_what_for(rig: Rig) -> None:
     assert told.queue == wire.QueueState(state="queued", reason="2 operations come first", ahead=2)
 
 
+@pytest.mark.parametrize("kind", ["json", "msgpack"])
+async def test_a_client_may_wait_where_it_submits(rig: Rig, kind: str) -> None:
+    """With `Prefer: wait` the headers say at once that it is accepted, and the body carries the result."""
+    run = await rig.tenant.new_run()
+    rig.trainer.answering = False
+    encode, decode = {
+        "json": (msgspec.json.encode, msgspec.json.decode),
+        "msgpack": (msgspec.msgpack.encode, msgspec.msgpack.decode),
+    }[kind]
+    request = rig.tenant.http.build_request(
+        "POST",
+        f"/river/v1/runs/{run.run_id}/operations",
+        content=encode(wire.SubmitOperation(seq=1, operation=FORWARD)),
+        headers={
+            "content-type": f"application/{kind}",
+            "accept": f"application/{kind}",
+            "prefer": "respond-async, wait=30",
+        },
+    )
+    answer = await rig.tenant.http.send(request, stream=True)
+    assert answer.status_code == 202
+    operation = f"{run.run_id}-1"
+    assert answer.headers["location"] == f"/river/v1/operations/{operation}"
+    assert answer.headers["content-type"].startswith(f"application/{kind}")
+    await eventually(lambda: len(rig.trainer.messages) == 2)
+    await rig.trainer.answer(rig.trainer.messages[-1])
+    accepted = decode(await answer.aread(), type=wire.OperationAccepted)
+    assert accepted.operation_id == operation
+    assert accepted.result == await rig.tenant.result(operation)
+
+
+@pytest.mark.parametrize(
+    ("prefer", "is_awaited"),
+    [("wait=1", True), ("wait=1;x", True), ("wait=0", False), ("wait=soon", False), ("x", False)],
+)
+async def test_a_wait_in_vain(rig: Rig, prefer: str, is_awaited: bool) -> None:
+    """When the time is over the body says why there is no result; what is no wait is none."""
+    run = await rig.tenant.new_run()
+    rig.trainer.answering = False
+    submitted = wire.SubmitOperation(seq=1, operation=FORWARD)
+    answer = await rig.tenant.post(
+        f"/runs/{run.run_id}/operations", submitted, headers={"prefer": prefer}
+    )
+    accepted = msgspec.json.decode(answer.content, type=wire.OperationAccepted)
+    assert accepted.operation_id == f"{run.run_id}-1"
+    assert (accepted.result is not None) == is_awaited
+    if accepted.result is not None:
+        assert accepted.result.queue is not None
+        assert (accepted.result.status, accepted.result.queue.state) == ("pending", "no_trainer")
+
+
 async def test_a_known_run_outlives_postgres(rig: Rig) -> None:
     """Operations of a run seen before are taken, and answered, while Postgres is away."""
     run = await rig.tenant.new_run()

@@ -218,6 +218,49 @@ def test_a_waiting_operation_says_what_for(
     assert pending.queue_state is None
 
 
+def polled(gateway: StubGateway) -> set[int]:
+    """The operations, but for the run's creation, that were asked about."""
+    route = f"GET /operations/{RUN_ID}-"
+    return {int(asked.removeprefix(route)) for asked in gateway.requests if route in asked} - {0}
+
+
+def test_a_result_that_comes_soon_takes_one_request(
+    model: river.Model, gateway: StubGateway
+) -> None:
+    """Submitting returns once the operation is accepted; the result comes with the rest of the same answer."""
+    gateway.waits = "for result"
+    pending = model.submit_batch(DATA, lr=1e-3)
+    later = model.submit_batch(DATA, lr=1e-3)
+    assert sorted(gateway.operations) == [1, 2]
+    with pytest.raises(river.TimeoutError):
+        pending.result(timeout=0.05)
+    gateway.result_due.set()
+    assert pending.result().metrics == {"loss": 0.5}
+    assert later.result().policy_version == model.policy_version == f"{RUN_ID}@2"
+    assert polled(gateway) == set()
+
+
+def test_a_lost_rest_of_an_answer_is_asked_for(model: river.Model, gateway: StubGateway) -> None:
+    """An answer that breaks off after its headers leaves the operation accepted; its result is polled."""
+    gateway.waits = "in vain"
+    assert model.train_step(DATA, lr=1e-3).policy_version == f"{RUN_ID}@1"
+    assert sorted(gateway.operations) == [1]
+    assert gateway.repeated == []
+    assert gateway.requests[f"GET /operations/{RUN_ID}-1"] == 1
+
+
+def test_only_so_many_submissions_hold_a_connection(
+    model: river.Model, gateway: StubGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bound nothing is waited for, so that submitting never runs out of connections."""
+    monkeypatch.setattr(limits, "EARLY_ANSWERS_MAX", 2)
+    gateway.waits = "for result"
+    pending = [model.submit_batch(DATA, lr=1e-3) for _ in range(6)]
+    gateway.result_due.set()
+    assert len({one.result().policy_version for one in pending}) > 0
+    assert polled(gateway) == {3, 4, 5, 6}
+
+
 def test_threads_share_a_model(model: river.Model, gateway: StubGateway) -> None:
     """Submissions of many threads get numbers without gaps or repetitions, through lost answers too."""
     gateway.faults = [Fault(SUBMIT, times=3, after_work=True)]

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -54,7 +54,8 @@ class StubGateway:
     """The server and everything that it was told; `base_url` is where it listens.
 
     `cut_file_after_bytes` breaks off the next download of a file larger than that; `garbled_downloads` is how many
-    arrive with a wrong byte.
+    arrive with a wrong byte. `waits` says what becomes of the body of a submission whose client prefers to wait: it
+    comes at once and without the result, with the result when that is due, or never.
     """
 
     def __init__(self) -> None:
@@ -64,6 +65,8 @@ class StubGateway:
         self.repeated: list[int] = []
         self.polls_until_done = 0
         self.queue_state: wire.QueueState | None = None
+        self.waits: Literal["never", "for result", "in vain"] = "never"
+        self.result_due = threading.Event()
         self.sampled: list[wire.SampleRequest] = []
         self.logged: list[wire.LogMetrics] = []
         self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
@@ -138,6 +141,9 @@ class StubGateway:
             return
         if fault is not None:
             _cut(http)
+            return
+        if self.waits != "never" and isinstance(answer, wire.OperationAccepted):
+            self._accept(http, answer.operation_id)
             return
         content = b"" if answer is None else msgspec.msgpack.encode(answer)
         _reply(http, 204 if answer is None else 200, content)
@@ -232,6 +238,29 @@ class StubGateway:
             training_tokens=sum(_logprobs(datum).shape[0] for datum in data),
             checkpoint=_checkpoint() if isinstance(operation, wire.SaveWeights) else None,
         )
+
+    def _accept(self, http: BaseHTTPRequestHandler, operation_id: str) -> None:
+        """Status and headers at once, the body when the result is due."""
+        if "prefer" not in http.headers:
+            _reply(
+                http, 202, msgspec.msgpack.encode(wire.OperationAccepted(operation_id=operation_id))
+            )
+            return
+        http.send_response(202)
+        http.send_header("location", f"{wire.API_PREFIX}/operations/{operation_id}")
+        http.send_header("transfer-encoding", "chunked")
+        http.end_headers()
+        http.wfile.flush()
+        if self.waits == "in vain":
+            _cut(http)
+            return
+        self.result_due.wait(30)
+        with self._lock:
+            accepted = wire.OperationAccepted(
+                operation_id=operation_id, result=self._result(operation_id)
+            )
+        content = msgspec.msgpack.encode(accepted)
+        http.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content))
 
     def _send_file(self, http: BaseHTTPRequestHandler, name: str) -> None:
         content = self.files[name]

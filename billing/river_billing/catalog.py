@@ -22,6 +22,7 @@ update run set
   last_seq   = greatest(last_seq, $2),
   step       = case when $2 > last_seq then $3 else step end,
   metrics    = case when $2 > last_seq then metrics || $5::jsonb else $5::jsonb || metrics end,
+  lost       = coalesce(lost, $6),
   updated_at = greatest(updated_at, $4)
 where run_id = $1
 """
@@ -56,7 +57,7 @@ async def advance_run(connection: Connection, event: RunAdvanced) -> bool:
     finite = {name: value for name, value in event.metrics.items() if math.isfinite(value)}
     values = (event.run_id, event.seq, event.step, _moment(event.occurred_at), json.dumps(finite))
     async with connection.transaction():
-        status = await connection.execute(_ADVANCE_RUN, *values)
+        status = await connection.execute(_ADVANCE_RUN, *values, event.lost)
         if status == "UPDATE 0":
             return False
         if finite:

@@ -53,13 +53,14 @@ class UsageEvent(Event, frozen=True, tag="usage"):
 
 
 class RunAdvanced(Event, frozen=True, tag="run_advanced"):
-    """A run finished operation `seq` and stands at `step`."""
+    """A run finished operation `seq` and stands at `step`; `lost` says why what it had learned is gone, if it is."""
 
     run_id: str
     seq: int
     step: int
     occurred_at: float
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    lost: str | None = None
 
 
 class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):

@@ -106,7 +106,7 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 
 _RUN_COLUMNS = """
 select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq,
-       r.step, r.metrics, r.imported, s.tags
+       r.step, r.metrics, r.imported, r.lost, s.tags
 from run r join session s using (session_id)
 """
 _INSERT_RUN = """
@@ -143,6 +143,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     metrics: dict[str, float]
     imported: bool
+    lost: str | None
     tags: dict[str, str]
 
     def to_wire(self) -> wire.Run:
@@ -156,6 +157,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
             created_at=self.created_at,
             tags=self.tags,
             metrics=self.metrics,
+            lost=self.lost,
         )
 
 
@@ -389,6 +391,7 @@ def _run(row: Row) -> RunRow:
         step=row["step"],
         metrics=msgspec.json.decode(row["metrics"], type=dict[str, float]),
         imported=row["imported"],
+        lost=row["lost"],
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),
     )
 

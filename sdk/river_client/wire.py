@@ -114,7 +114,10 @@ class CreateRun(Wire, frozen=True):
 
 
 class Run(Wire, frozen=True):
-    """One adapter in training. Creating it is operation 0, so `<run_id>-0` can be awaited like any other."""
+    """One adapter in training. Creating it is operation 0, so `<run_id>-0` can be awaited like any other.
+
+    `lost` says why what the run had learned is gone, if it is: then it refuses every operation.
+    """
 
     run_id: str
     session_id: str
@@ -124,6 +127,7 @@ class Run(Wire, frozen=True):
     created_at: str
     tags: dict[str, str] = field(default_factory=dict[str, str])
     metrics: dict[str, float] = field(default_factory=dict[str, float])
+    lost: str | None = None
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from support.billing import OCCURRED_AT, TINY, add_run
 
@@ -34,6 +35,16 @@ def saved(number: int, name: str = "final") -> CheckpointSaved:
         size_bytes=10,
         created_at=OCCURRED_AT + number,
     )
+
+
+async def test_a_lost_run_stays_lost(connection: Any) -> None:
+    """Why a run is lost is written down with the operation that said so; nothing later takes it back."""
+    await add_run(connection)
+    await advance_run(connection, advanced(1))
+    assert await connection.fetchval("select lost from run") is None
+    await advance_run(connection, msgspec.structs.replace(advanced(2), lost="its snapshot is gone"))
+    await advance_run(connection, advanced(3))
+    assert await connection.fetchval("select lost from run") == "its snapshot is gone"
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3])), ids=str)

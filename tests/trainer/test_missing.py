@@ -11,6 +11,7 @@ import pytest
 from support.trainer_world import World
 from support.training import ADAM, RunScript, forward_backward, shape, training_script
 
+from river_billing.events import RunAdvanced, catalog_subject
 from river_engine.protocol import subject_token
 from river_trainer import journal
 from river_trainer.protocol import CreateRun, OptimStep, QueueState, operation_id, queue_subject
@@ -100,6 +101,41 @@ async def test_a_run_whose_state_is_gone_says_so(world: World) -> None:
         error = (await world.result(again)).error
         assert error is not None
         assert error.type == "run_lost"
+
+
+@pytest.mark.parametrize("damage", ["newest gone", "damaged"])
+async def test_a_run_is_never_set_back_in_silence(world: World, damage: str) -> None:
+    """A run whose newest snapshot is gone or damaged does not go on from an older one: it is lost, and told to be."""
+    run_id = f"run_back_{damage.replace(' ', '_')}"
+    script = training_script(run_id, steps=2, base_model=world.base_name)
+    snapshots = world.directory / "store/snapshots" / subject_token(world.base_name) / run_id
+    async with world.trainer():
+        await world.submit(*script.messages)
+        await world.results(script)
+        await world.until_trimmed(run_id)
+        older = next(snapshots.iterdir())
+        shutil.copytree(older, world.directory / "older")
+        more = [script.do(forward_backward(1, [8])), script.do(OptimStep(adam=ADAM))]
+        await world.submit(*more)
+        await world.result(more[-1])
+        await world.until_trimmed(run_id)
+    newest = snapshots / str(more[-1].seq)
+    if damage == "newest gone":
+        shutil.rmtree(newest)
+        shutil.copytree(world.directory / "older", snapshots / older.name)
+    else:
+        weights = newest / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    async with world.trainer():
+        for task in (forward_backward(2, [8]), OptimStep(adam=ADAM)):
+            message = script.do(task)
+            await world.submit(message)
+            error = (await world.result(message)).error
+            assert error is not None
+            assert error.type == "run_lost"
+        told = await world.events(catalog_subject(run_id), run_id)
+        assert isinstance(told[-1], RunAdvanced)
+        assert told[-1].lost is not None
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the limit", "while others work"])

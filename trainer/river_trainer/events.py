@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from river_billing.events import AnyEvent, RunAdvanced, UsageEvent, UsageKind, training_event_id
+from river_trainer.errors import RunLostError
 from river_trainer.protocol import TrainMessage, TrainResult, policy_version
 
 
@@ -15,6 +16,9 @@ def events_of(message: TrainMessage, result: TrainResult, *, context_length: int
             step=result.step,
             occurred_at=message.submitted_at,
             metrics=result.metrics,
+            lost=result.error.message
+            if result.error is not None and result.error.type == RunLostError.type
+            else None,
         )
     ]
     if result.training_tokens:

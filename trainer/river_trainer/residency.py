@@ -82,6 +82,10 @@ class Residency:
         Raises:
             OSError: the disk does not give or take one.
         """
+        for run_id in run_ids & self._runs.keys() & self._spilled.keys():
+            # It has been given up while it was on disk.
+            self._path(run_id).unlink()
+            del self._spilled[run_id]
         coming = [run_id for run_id in run_ids if run_id in self._spilled]
         self._make_room(sum(self.size_bytes(run_id) for run_id in coming), run_ids)
         for run_id in coming:

@@ -194,6 +194,10 @@ class Service:
             raise RunLostError(f"its snapshot cannot be used: {error}") from error
         if run is None:
             raise RunLostError("its snapshot is gone")
+        newest = self._snapshotting.of(run_id).snapshot_seq
+        if run.last_seq < newest:
+            # The journal was trimmed up to the newest one.
+            raise RunLostError(f"its snapshot after operation {newest} is gone")
         return run
 
     # ---- Following and working -------------------------------------------------------------------
@@ -356,13 +360,17 @@ class Service:
             self.metrics.count(message, result)
 
     async def _look_at_gaps(self, now: float) -> None:
-        """Fails what has waited too long for an operation that is missing; the run goes on after it."""
+        """Fails what has waited too long for an operation that is missing; the run goes on after it.
+
+        A missing operation that was done, says its result, means that what it did is gone.
+        """
+        if not self._follower.caught_up:
+            return
         for gap in self._scheduler.gaps():
-            told = None
-            if gap.seq == 0 or gap.waiting[0].stream_seq <= self._replay_end:
-                told = await self._effects.find_result(operation_id(gap.run_id, gap.seq))
+            told = await self._effects.find_result(operation_id(gap.run_id, gap.seq))
             overdue = now - gap.since >= self._settings.gap_max_s
-            if gap.seq == 0 and (told is not None or overdue):
+            done = told is not None and (gap.seq == 0 or told.error is None)
+            if done or (gap.seq == 0 and overdue):
                 self._lose(gap, now)
             elif told is not None and told.error is not None:
                 # An earlier process has waited for it already, and told so.
@@ -373,8 +381,10 @@ class Service:
                 await self._close(gap, now)
 
     def _lose(self, gap: Gap, now: float) -> None:
-        """A run that was created, and neither a snapshot nor its creation is left: what it had learned is gone."""
-        error = RunLostError("neither a snapshot nor the beginning of its journal is left")
+        """Neither a snapshot nor the journal holds what came before a gap: what the run had learned is gone."""
+        error = RunLostError(
+            f"neither a snapshot nor the journal holds its operation {gap.seq}, which was done"
+        )
         logger.critical("a run is lost", extra={"run": gap.run_id, "reason": str(error)})
         first = gap.waiting[0].seq
         self._executor.give_up(gap.run_id, error.as_task_error(), first - 1)

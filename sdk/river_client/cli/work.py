@@ -26,7 +26,13 @@ def list_runs(as_json: bool) -> None:
         as_json=as_json,
         columns=("RUN", "BASE MODEL", "RANK", "STEP", "CREATED"),
         rows=[
-            (run.run_id, run.base_model, run.lora.rank, run.step, moment(run.created_at))
+            (
+                run.run_id,
+                run.base_model,
+                run.lora.rank,
+                "lost" if run.lost else run.step,
+                moment(run.created_at),
+            )
             for run in found
         ],
     )
@@ -45,6 +51,7 @@ def show_run(run_id: str, as_json: bool) -> None:
         ("rank", str(run.lora.rank)),
         ("step", str(run.step)),
         ("created", moment(run.created_at)),
+        *([] if run.lost is None else [("lost", run.lost)]),
         *run.tags.items(),
         *((name, f"{value:.6g}") for name, value in sorted(run.metrics.items())),
     ]

@@ -28,8 +28,8 @@ def frozen_product(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     if (
         _linear is not None
         and x_TI.shape[0] >= _ROWS_MIN
-        and x_TI.device.type == "cpu"
-        and x_TI.dtype == weight_OI.dtype == torch.float32
+        and x_TI.is_cpu
+        and x_TI.dtype is weight_OI.dtype is torch.float32
     ):
         return _linear(x_TI, weight_OI, None, "none", [], "")
     return x_TI @ weight_OI.T

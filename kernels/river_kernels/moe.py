@@ -155,7 +155,7 @@ def _project(
     adapters = [None if pair is None else _transposed(pair) for pair in pairs]
     outputs: list[torch.Tensor] = []
     shrunk: list[torch.Tensor | None] = []
-    for group, x in zip(route.groups, x_PI.split(route.sizes), strict=True):
+    for group, x in zip(route.groups, x_PI.split_with_sizes(route.sizes), strict=True):
         y = frozen_product(x, weights_OI[group.expert])
         outputs.append(y)
         adapter = pair_at(adapters, group.slot)
@@ -188,9 +188,9 @@ def _project_backward(
     row_weights = (
         [None] * len(route.groups)
         if row_weight_P is None
-        else row_weight_P[:, None].split(route.sizes)
+        else row_weight_P[:, None].split_with_sizes(route.sizes)
     )
-    pieces = (tensor.split(route.sizes) for tensor in (dy_PO, x_PI))
+    pieces = (tensor.split_with_sizes(route.sizes) for tensor in (dy_PO, x_PI))
     for group, v, weight, dy, x in zip(route.groups, shrunk, row_weights, *pieces, strict=True):
         expert = group.expert
         dx = frozen_product(dy, weights_IO[expert])

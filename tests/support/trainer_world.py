@@ -59,6 +59,7 @@ class World:
             model_path=model_path,
             data_dir=str(self.directory),
             snapshot_every_steps=2,
+            snapshot_interval_s=0.0,
             snapshot_idle_s=0.2,
             context_length=256,
             max_lora_rank=32,

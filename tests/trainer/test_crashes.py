@@ -155,6 +155,7 @@ async def test_killed_twenty_times(
         "RIVER_DATA_DIR": str(world.directory),
         "RIVER_PORT": "0",
         "RIVER_SNAPSHOT_EVERY_STEPS": "4",
+        "RIVER_SNAPSHOT_INTERVAL_S": "0",
         "RIVER_SNAPSHOT_IDLE_S": "0.3",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }

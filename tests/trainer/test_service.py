@@ -221,6 +221,7 @@ async def test_kill_in_the_middle(
         "RIVER_DATA_DIR": str(world.directory),
         "RIVER_PORT": "0",
         "RIVER_SNAPSHOT_EVERY_STEPS": "2",
+        "RIVER_SNAPSHOT_INTERVAL_S": "0",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     await world.submit(*script.messages)

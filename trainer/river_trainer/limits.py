@@ -1,10 +1,10 @@
 """Every bound of the trainer, named."""
 
-MICRO_BATCH_TOKENS = 512
+MICRO_BATCH_TOKENS = 1_024
 """Tokens in one packed pass of one lane, unless the settings say otherwise; one longer sequence goes alone.
 
 On CPUs a pass is fastest while its activations stay in a core's own cache."""
-PIECE_TOKENS = 256
+PIECE_TOKENS = 512
 """Tokens of one run that are computed as one: more are cut, so that lanes can share them and passes be filled."""
 SPARE_GRADIENTS_MAX_BYTES = 512 * 1024**2
 
@@ -28,6 +28,8 @@ VERSIONS_KEPT = 8
 """Adapter directories kept per run: an engine may still be asked for a version a few steps old."""
 
 SNAPSHOT_EVERY_STEPS = 8
+SNAPSHOT_INTERVAL_S = 5.0
+"""How much of a busy run's work a successor may have to do again: snapshots take time from everybody's training."""
 SNAPSHOT_IDLE_S = 3.0
 SCAN_INTERVAL_S = 1.0
 """How often idle runs are looked for, and operations that never came."""

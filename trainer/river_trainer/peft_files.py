@@ -8,15 +8,17 @@ with the expert *fastest*. The two parameters of one experts module nest, so `ga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
-from river_trainer.adapter import Adapter, a_name, b_name, new_adapter, tensor_shapes
+from river_trainer.adapter import Adapter, Layout, a_name, b_name, new_adapter, tensor_shapes
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import AdapterShape
 from river_trainer.sites import Group, Site, trained_sites
@@ -38,20 +40,49 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export_adapter(adapter: Adapter, *, base_model: str) -> dict[str, bytes]:
-    """The files of `adapter`, by name."""
-    tensors: dict[str, torch.Tensor] = {}
-    for site in adapter.layout.sites:
-        a, b = (adapter.tensors[name(site)].detach() for name in (a_name, b_name))
-        if site.experts is not None:
-            a = a.flatten(0, 1)  # (E * r, in)
-            b = b.permute(1, 2, 0).flatten(1, 2)  # (out, r * E)
-        tensors[f"{site.peft_prefix}.lora_A.weight"] = a.contiguous()
-        tensors[f"{site.peft_prefix}.lora_B.weight"] = b.contiguous()
+    """The files of `adapter`, by name. A function of the adapter alone; several threads may call it."""
     config = msgspec.json.encode(_config(adapter, base_model))
     return {
         CONFIG_FILE: msgspec.json.format(config, indent=2),
-        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        WEIGHTS_FILE: _weights_file(adapter),
     }
+
+
+def _weights_file(adapter: Adapter) -> bytes:
+    """The tensors as safetensors has them: a header of a length that comes first, and what it describes.
+
+    Written here and not by the library, which copies everything three times and looks for shared memory: every step
+    of every run is written, and engines wait for it.
+    """
+    parts: list[bytes | memoryview] = [_weights_header(adapter.layout)]
+    for site in adapter.layout.sites:
+        a, b = (adapter.tensors[name(site)] for name in (a_name, b_name))
+        if site.experts is not None:
+            b = b.permute(1, 2, 0).contiguous()  # (out, r, E)
+        parts += (tensor.numpy().data.cast("B") for tensor in (a, b))
+    return b"".join(parts)
+
+
+@lru_cache(maxsize=256)
+def _weights_header(layout: Layout) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for site in layout.sites:
+        experts = site.experts or 1
+        shapes = {
+            "A": (experts * layout.rank, site.inputs),
+            "B": (site.outputs, layout.rank * experts),
+        }
+        for factor, shape in shapes.items():
+            start, end = end, end + 4 * math.prod(shape)
+            header[f"{site.peft_prefix}.lora_{factor}.weight"] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": (start, end),
+            }
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def import_adapter(

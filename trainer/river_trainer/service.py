@@ -106,6 +106,7 @@ class Service:
             self._scheduler,
             base_model=settings.base_model,
             every_steps=settings.snapshot_every_steps,
+            interval_s=settings.snapshot_interval_s,
             idle_s=settings.snapshot_idle_s,
         )
         self._queue_states = QueueStates(client, settings.base_model, self._scheduler)

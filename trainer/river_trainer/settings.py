@@ -39,6 +39,8 @@ class TrainerSettings(Struct, frozen=True, kw_only=True):
     context_length: int = 0
     """Longest sequence in tokens; 0 means what the base model was made for."""
     snapshot_every_steps: int = limits.SNAPSHOT_EVERY_STEPS
+    snapshot_interval_s: float = limits.SNAPSHOT_INTERVAL_S
+    """A run is snapshotted after so many steps and not before so much time, or when idle."""
     snapshot_idle_s: float = limits.SNAPSHOT_IDLE_S
 
     def checkpoint_store_url(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -17,13 +18,14 @@ from river_trainer.scheduling import Scheduler
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands between memory, snapshot and journal. `used_at` is monotonic time in seconds.
+    """Where a run stands between memory, snapshot and journal. `snapshot_at`, `used_at` are monotonic times in seconds.
 
     `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed.
     """
 
     snapshot_seq: int = -1
     snapshot_step: int = 0
+    snapshot_at: float = -math.inf
     stream_seq: int = 0
     used_at: float = 0.0
     bodies: list[str] = field(default_factory=list[str])
@@ -54,6 +56,7 @@ class Snapshotting:
         *,
         base_model: str,
         every_steps: int,
+        interval_s: float,
         idle_s: float,
     ) -> None:
         self._js = js
@@ -61,6 +64,7 @@ class Snapshotting:
         self._scheduler = scheduler
         self._base_model = base_model
         self._every_steps = every_steps
+        self._interval_s = interval_s
         self._idle_s = idle_s
         self._progress: dict[str, Progress] = {}
 
@@ -89,7 +93,10 @@ class Snapshotting:
         if isinstance(run, Run) and run.gradient is not None:
             return
         step = run.step if isinstance(run, Run) else 0
-        due = idle or step - progress.snapshot_step >= self._every_steps
+        due = idle or (
+            step - progress.snapshot_step >= self._every_steps
+            and time.monotonic() - progress.snapshot_at >= self._interval_s
+        )
         if progress.snapshot_seq < run.last_seq and not due:
             return
         frozen = run.frozen() if isinstance(run, Run) else run
@@ -109,6 +116,7 @@ class Snapshotting:
         progress = self.of(run.run_id)
         progress.snapshot_seq = run.last_seq
         progress.snapshot_step = run.step if isinstance(run, Run) else 0
+        progress.snapshot_at = time.monotonic()
 
     async def _keep(self, kept: _Kept) -> None:
         run, progress = kept.run, self.of(kept.run.run_id)

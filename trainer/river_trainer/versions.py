@@ -57,7 +57,9 @@ class Versions:
             if path.name.isdigit() and int(path.name) < step:
                 # A directory that is being removed must not look like a whole one.
                 leaving = path.rename(path.parent / f".{path.name}.leaving")
-                shutil.rmtree(leaving, ignore_errors=True)
+                for file in leaving.iterdir():
+                    file.unlink()
+                leaving.rmdir()
 
     def _path(self, run_id: str, step: int) -> Path:
         return self._directory / run_id / str(step)

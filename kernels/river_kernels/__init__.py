@@ -1,14 +1,16 @@
 """Many LoRA adapters over one frozen model in one pass over packed tokens. Imports only torch."""
 
 from river_kernels.attention import Packing, make_packing, packed_causal_attention
-from river_kernels.linear import lora_linear
+from river_kernels.linear import Block, lora_linear, lora_linear_blocks
 from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
 from river_kernels.norm import RmsNorm
+from river_kernels.rotary import rotate
 from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segment, Segments
 
 __all__ = [
     "NO_ADAPTER",
+    "Block",
     "LoraPair",
     "Packing",
     "Pairs",
@@ -16,8 +18,10 @@ __all__ = [
     "Segment",
     "Segments",
     "lora_linear",
+    "lora_linear_blocks",
     "lora_logprobs",
     "make_packing",
     "moe_lora",
     "packed_causal_attention",
+    "rotate",
 ]

@@ -1,5 +1,8 @@
 """A frozen linear layer with many adapters in one pass: `y = x W^T + scale * (x A^T) B^T`, A and B by segment.
 
+Layers that read the same x, such as the projections of attention, may be one frozen matrix whose rows are theirs: each
+has its own adapters on its own block of columns of y.
+
 One autograd function, so that a step keeps only x and the rank-sized `x A^T`, and no adapter-sized delta is ever added
 in a pass of its own.
 """
@@ -9,12 +12,23 @@ in a pass of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from river_kernels.frozen import frozen_product, joined
 from river_kernels.segments import Pairs, Segments, add_product, check_segments, pair_at
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Columns `start` to `end` (exclusive) of y, and the adapters of their layer by slot."""
+
+    pairs: Pairs
+    start: int
+    end: int
 
 
 def lora_linear(
@@ -29,9 +43,27 @@ def lora_linear(
     `pairs[slot]` is the adapter of a slot at this layer, None if it has none here. Ranks may differ. Gradients flow to
     x through autograd and to A and B through their pairs, not to the frozen weight.
     """
-    check_segments(segments, tokens=x_TI.shape[0], slots=len(pairs))
+    return lora_linear_blocks(
+        x_TI, weight_OI, segments, [Block(pairs, 0, weight_OI.shape[0])], bias_O
+    )
+
+
+def lora_linear_blocks(
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    segments: Segments,
+    blocks: Sequence[Block],
+    bias_O: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`lora_linear` of several layers at once; `weight_OI` has the rows of all, and `blocks` say which are whose."""
     assert not weight_OI.requires_grad, "the base model is frozen"
-    return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, pairs)
+    position = 0
+    for block in blocks:
+        assert block.start == position
+        check_segments(segments, tokens=x_TI.shape[0], slots=len(block.pairs))
+        position = block.end
+    assert position == weight_OI.shape[0], "blocks cover all rows"
+    return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, tuple(blocks))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -42,25 +74,26 @@ class _LoraLinear(torch.autograd.Function):
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
         segments: Segments,
-        pairs: Pairs,
+        blocks: tuple[Block, ...],
     ) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
-        shrunk: list[torch.Tensor | None] = []  # x A^T of each segment, [t, r]
+        shrunk: list[torch.Tensor | None] = []  # x A^T of each segment and block, [t, r]
         for segment in segments:
             x = x_TI[segment.start : segment.end]
             y = frozen_product(x, weight_OI)
             outputs.append(y)
-            pair = pair_at(pairs, segment.slot)
-            if pair is None:
-                shrunk.append(None)
-                continue
-            v_TR = x @ pair.a.T
-            y.addmm_(v_TR, pair.b.T, alpha=pair.scale)
-            shrunk.append(v_TR)
+            for block in blocks:
+                pair = pair_at(block.pairs, segment.slot)
+                if pair is None:
+                    shrunk.append(None)
+                    continue
+                v_TR = x @ pair.a.T
+                y[:, block.start : block.end].addmm_(v_TR, pair.b.T, alpha=pair.scale)
+                shrunk.append(v_TR)
         y_TO = joined(outputs)
         if bias_O is not None:
             y_TO += bias_O
-        ctx.segments, ctx.pairs, ctx.weight = segments, pairs, weight_OI
+        ctx.segments, ctx.blocks, ctx.weight = segments, blocks, weight_OI
         ctx.save_for_backward(x_TI, *shrunk)
         return y_TO
 
@@ -68,21 +101,20 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (dy_TO,) = grads
         x_TI, *shrunk = ctx.saved_tensors
-        weight_OI: torch.Tensor = ctx.weight
+        kept = iter(shrunk)
         input_grads: list[torch.Tensor] = []
-        for segment, v_TR in zip(ctx.segments, shrunk, strict=True):
+        for segment in ctx.segments:
             rows = slice(segment.start, segment.end)
-            dy = dy_TO[rows]
-            pair = pair_at(ctx.pairs, segment.slot)
-            dv_TR = None
-            if pair is not None:
-                dv_TR = dy @ pair.b
-                add_product(pair.a_grad, dv_TR.T, x_TI[rows], pair.scale)
-                add_product(pair.b_grad, dy.T, v_TR, pair.scale)
-            if ctx.needs_input_grad[0]:
-                dx = frozen_product(dy, weight_OI.T)
-                if pair is not None and dv_TR is not None:
-                    dx.addmm_(dv_TR, pair.a, alpha=pair.scale)
-                input_grads.append(dx)
-        dx_TI = joined(input_grads) if ctx.needs_input_grad[0] else None
-        return dx_TI, None, None, None, None
+            x, dy = x_TI[rows], dy_TO[rows]
+            dx = frozen_product(dy, ctx.weight.T)
+            for block in ctx.blocks:
+                pair, v_TR = pair_at(block.pairs, segment.slot), next(kept)
+                if pair is None:
+                    continue
+                dy_block = dy[:, block.start : block.end]
+                dv_TR = dy_block @ pair.b
+                dx.addmm_(dv_TR, pair.a, alpha=pair.scale)
+                add_product(pair.a_grad, dv_TR.T, x, pair.scale)
+                add_product(pair.b_grad, dy_block.T, v_TR, pair.scale)
+            input_grads.append(dx)
+        return joined(input_grads), None, None, None, None

@@ -4,7 +4,8 @@ transformers owns the architecture; some of its seams are ours:
 
 * attention: a registered function that runs each packed sequence alone (`packed_causal_attention`);
 * experts: a registered function that runs `moe_lora`;
-* the linear layers of attention and of dense MLPs are replaced by `LoraLinear`;
+* the linear layers of attention and of dense MLPs are replaced by `LoraLinear`, and attention as a whole by
+  `FusedAttention` where that computes the same;
 * routers are called segment by segment, as every matrix product is, and a sampler's choice can be put in the place of
   theirs (`routing.py`);
 * norms that compute what `RmsNorm` does are replaced by it.
@@ -30,15 +31,19 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging as transformers_logging
 
 from river_kernels import (
+    NO_ADAPTER,
     LoraPair,
     Packing,
     RmsNorm,
+    Segment,
     Segments,
     lora_linear,
     lora_logprobs,
+    make_packing,
     moe_lora,
     packed_causal_attention,
 )
+from river_trainer.attention import fused
 from river_trainer.lanes import PerLane
 from river_trainer.packing import PackedBatch
 from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
@@ -145,6 +150,7 @@ class BaseModel:
         self.vocab_size: int = config.vocab_size
         self.context_length: int = config.max_position_embeddings
         self.sites = tuple(self._instrument())
+        self._fuse_attention()
         self.routed_experts = self._routed_experts()
         self._head_VH = self._model.lm_head.weight.float()
 
@@ -176,6 +182,19 @@ class BaseModel:
                 setattr(parent, kind, RmsNorm(module.weight, module.variance_epsilon))
         sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
         return sites
+
+    def _fuse_attention(self) -> None:
+        """Puts one module in the place of each attention whose projections can be one product."""
+        running, rotary = self._pass, getattr(self._model.model, "rotary_emb", None)
+        if rotary is None:
+            return
+        running.segments, running.packing = (Segment(NO_ADAPTER, 0, 7),), make_packing([7])
+        for name, module in list(self._model.named_modules()):
+            ours = fused(module, name, running, rotary)
+            if ours is not None:
+                parent_name, _, kind = name.rpartition(".")
+                setattr(self._model.get_submodule(parent_name), kind, ours)
+        running.segments, running.packing = (), None
 
     def _routed_experts(self) -> RoutedExperts | None:
         modules = [module for module in self._model.modules() if isinstance(module, BySegment)]

@@ -19,6 +19,7 @@ from river_kernels import (
     moe_lora,
     packed_causal_attention,
 )
+from river_kernels.frozen import frozen_product
 
 SEGMENTS: Segments = (
     Segment(0, 0, 7),
@@ -123,6 +124,21 @@ def naive_moe(
                 total = total + weights[token, k] * out
             rows.append(total)
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 37, 100, 129])
+def test_frozen_products_are_right_wherever_the_rows_lie(rows: int) -> None:
+    """Slices of larger matrices, last rows, transposed weights and every number of rows give the same as a product."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(24, 40, generator=generator)
+    around = torch.randn(rows + 50, 40, generator=generator)
+    around[20 + rows :] = torch.nan  # What lies behind must not matter.
+    for x in (around[20 : 20 + rows], around[:rows].clone(), around[20 : 20 + rows].T.clone().T):
+        expected = x.double() @ weight.double().T
+        assert relative_error(frozen_product(x, weight), expected) < TOLERANCE
+        assert relative_error(frozen_product(x, weight.T.contiguous().T), expected) < TOLERANCE
+    inside = around[20 : 20 + rows]
+    assert torch.equal(frozen_product(inside, weight), frozen_product(inside.clone(), weight))
 
 
 def test_linear_equals_a_loop_over_tokens() -> None:

@@ -9,7 +9,7 @@ import torch
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.executor import Executor
-from river_trainer.lanes import Lanes
+from river_trainer.lanes import Lanes, keep_memory
 from river_trainer.residency import Residency
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshots import Snapshots
@@ -35,6 +35,7 @@ def load(settings: TrainerSettings) -> Parts:
         OSError: the model or a directory cannot be read.
         StoreError: the store cannot be opened.
     """
+    keep_memory()
     base = BaseModel(settings.model_path, getattr(torch, settings.trainer_dtype))
     return parts_of(settings, base, Lanes(settings.torch_threads))
 

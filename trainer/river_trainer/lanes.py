@@ -7,6 +7,7 @@ of a batch. An accelerator needs one lane.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ import torch
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 1 << 30
 
 
 class Lanes:
@@ -51,3 +55,17 @@ class Lanes:
 
 class PerLane(threading.local):
     """Base of what each lane keeps for itself."""
+
+
+def keep_memory() -> None:
+    """Lets the C library keep the memory that it was given back, where it can be told so.
+
+    A pass frees and allocates the same hundreds of megabytes again and again; given back to the system each time, every
+    page of it has to be faulted in anew. Call it once, before the first pass.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # no glibc
+        return
+    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        mallopt(option, _KEPT_BYTES)

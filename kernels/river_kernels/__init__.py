@@ -1,6 +1,7 @@
 """Many LoRA adapters over one frozen model in one pass over packed tokens. Imports only torch."""
 
 from river_kernels.attention import Packing, make_packing, packed_causal_attention
+from river_kernels.expert_parallel import moe_lora_parallel
 from river_kernels.linear import Block, lora_linear, lora_linear_blocks
 from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
@@ -22,6 +23,7 @@ __all__ = [
     "lora_logprobs",
     "make_packing",
     "moe_lora",
+    "moe_lora_parallel",
     "packed_causal_attention",
     "rotate",
 ]

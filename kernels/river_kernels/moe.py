@@ -34,7 +34,7 @@ from river_kernels.segments import (
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """Consecutive rows of the sorted pairs: one segment, one expert."""
 
     slot: int
@@ -42,17 +42,20 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Route:
-    """`permutation` [P] sorts the flattened (token, k) pairs by group, `inverse` undoes it; `token` of each row.
+class Grouped:
+    """Rows that lie group by group; `sizes` are the rows of each."""
 
-    `sizes` are the rows of each group.
-    """
+    groups: tuple[Group, ...]
+    sizes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Route(Grouped):
+    """`permutation` [P] sorts the flattened (token, k) pairs by group, `inverse` undoes it; `token` of each row."""
 
     permutation: torch.Tensor
     inverse: torch.Tensor
     token: torch.Tensor
-    groups: tuple[_Group, ...]
-    sizes: list[int]
 
 
 def moe_lora(
@@ -80,7 +83,7 @@ def moe_lora(
     return _MoeLora.apply(x_TH, weights_TK, gate_up, down, route, gate_up_pairs, down_pairs)
 
 
-def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -> _Route:
+def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -> Route:
     tokens, chosen = experts_TK.shape
     key = experts_TK.reshape(-1)
     if len(segments) > 1:
@@ -91,14 +94,14 @@ def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel())
     counts = torch.bincount(key, minlength=experts * len(segments)).tolist()
-    groups: list[_Group] = []
+    groups: list[Group] = []
     sizes: list[int] = []
     for index, count in enumerate(counts):
         if count:
             segment, expert = divmod(index, experts)
-            groups.append(_Group(segments[segment].slot, expert))
+            groups.append(Group(segments[segment].slot, expert))
             sizes.append(count)
-    return _Route(permutation, inverse, permutation // chosen, tuple(groups), sizes)
+    return Route(tuple(groups), sizes, permutation, inverse, permutation // chosen)
 
 
 class _MoeLora(torch.autograd.Function):
@@ -109,53 +112,89 @@ class _MoeLora(torch.autograd.Function):
         weights_TK: torch.Tensor,
         gate_up: torch.Tensor,
         down: torch.Tensor,
-        route: _Route,
+        route: Route,
         gate_up_pairs: Pairs,
         down_pairs: Pairs,
     ) -> torch.Tensor:
         x_PH = x_TH.index_select(0, route.token)
-        z_PF, v1 = _project(x_PH, gate_up, route, gate_up_pairs)
-        gate_PI, up_PI = z_PF.chunk(2, dim=1)
-        h_PI = functional.silu(gate_PI).mul_(up_PI)
-        y_PH, v2 = _project(h_PI, down, route, down_pairs)
         weight_P = weights_TK.reshape(-1)[route.permutation]
-        ctx.route, ctx.weights = route, (gate_up, down)
-        ctx.pairs, ctx.groups = (gate_up_pairs, down_pairs), len(route.groups)
-        ctx.save_for_backward(x_PH, z_PF, h_PI, weight_P, *v1, *v2)
+        y_PH, kept = run_experts(x_PH, gate_up, down, route, gate_up_pairs, down_pairs)
+        ctx.route, ctx.weights, ctx.pairs = route, (gate_up, down), (gate_up_pairs, down_pairs)
+        ctx.save_for_backward(weight_P, *kept)
         y_PH.mul_(weight_P[:, None])
-        return _sum_over_chosen(y_PH, route, weights_TK.shape[1])
+        return sum_over_chosen(y_PH, route.inverse, weights_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (dout_TH,) = grads
-        route: _Route = ctx.route
+        route: Route = ctx.route
+        weight_P, *kept = ctx.saved_tensors
+        dout_PH = dout_TH.index_select(0, route.token)
+        chosen = weight_P.numel() // dout_TH.shape[0]
         gate_up, down = ctx.weights
         gate_up_pairs, down_pairs = ctx.pairs
-        x_PH, z_PF, h_PI, weight_P, *shrunk = ctx.saved_tensors
-        v1, v2 = shrunk[: ctx.groups], shrunk[ctx.groups :]
-
-        dout_PH = dout_TH.index_select(0, route.token)
-        dh_PI = _project_backward(dout_PH, h_PI, down, route, down_pairs, v2, weight_P)
-        chosen = weight_P.numel() // dout_TH.shape[0]
-        dweights_TK = None
-        if ctx.needs_input_grad[1]:
-            dot_P = (dh_PI * h_PI).sum(1)
-            dweights_TK = dot_P[route.inverse].view(-1, chosen)
-        dz_PF = _swiglu_backward(dh_PI.mul_(weight_P[:, None]), z_PF)
-        dx_PH = _project_backward(dz_PF, x_PH, gate_up, route, gate_up_pairs, v1)
-        dx_TH = _sum_over_chosen(dx_PH, route, chosen)
+        dx_PH, dweight_P = run_experts_backward(
+            dout_PH, weight_P, kept, gate_up, down, route, gate_up_pairs, down_pairs
+        )
+        dweights_TK = dweight_P[route.inverse].view(-1, chosen) if ctx.needs_input_grad[1] else None
+        dx_TH = sum_over_chosen(dx_PH, route.inverse, chosen)
         return dx_TH, dweights_TK, None, None, None, None, None
 
 
+Kept = list[torch.Tensor | None]
+"""What the experts keep for their backward pass."""
+
+
+def run_experts(
+    x_PH: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    grouped: Grouped,
+    gate_up_pairs: Pairs,
+    down_pairs: Pairs,
+) -> tuple[torch.Tensor, Kept]:
+    """Every row through its expert and adapter, [P, H], and what `run_experts_backward` needs."""
+    z_PF, v1 = _project(x_PH, gate_up, grouped, gate_up_pairs)
+    gate_PI, up_PI = z_PF.chunk(2, dim=1)
+    h_PI = functional.silu(gate_PI).mul_(up_PI)
+    y_PH, v2 = _project(h_PI, down, grouped, down_pairs)
+    return y_PH, [x_PH, z_PF, h_PI, *v1, *v2]
+
+
+def run_experts_backward(
+    dout_PH: torch.Tensor,
+    weight_P: torch.Tensor,
+    kept: Sequence[torch.Tensor | None],
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    grouped: Grouped,
+    gate_up_pairs: Pairs,
+    down_pairs: Pairs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the rows, [P, H], and of their router weights, [P]; adds those of A and B to their buffers.
+
+    `dout_PH` is the gradient of each row's token, not yet weighted by the router's `weight_P`.
+    """
+    x_PH, z_PF, h_PI, *shrunk = kept
+    assert x_PH is not None
+    assert z_PF is not None
+    assert h_PI is not None
+    v1, v2 = shrunk[: len(grouped.groups)], shrunk[len(grouped.groups) :]
+    dh_PI = _project_backward(dout_PH, h_PI, down, grouped, down_pairs, v2, weight_P)
+    dweight_P = (dh_PI * h_PI).sum(1)
+    dz_PF = _swiglu_backward(dh_PI.mul_(weight_P[:, None]), z_PF)
+    return _project_backward(dz_PF, x_PH, gate_up, grouped, gate_up_pairs, v1), dweight_P
+
+
 def _project(
-    x_PI: torch.Tensor, weight_EOI: torch.Tensor, route: _Route, pairs: Pairs
+    x_PI: torch.Tensor, weight_EOI: torch.Tensor, grouped: Grouped, pairs: Pairs
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Every row through its expert and adapter, [P, O]; and `x A^T` of every group, [rows, r]."""
     weights_OI = weight_EOI.unbind()
     adapters = [None if pair is None else _transposed(pair) for pair in pairs]
     outputs: list[torch.Tensor] = []
     shrunk: list[torch.Tensor | None] = []
-    for group, x in zip(route.groups, x_PI.split_with_sizes(route.sizes), strict=True):
+    for group, x in zip(grouped.groups, x_PI.split_with_sizes(grouped.sizes), strict=True):
         y = frozen_product(x, weights_OI[group.expert])
         outputs.append(y)
         adapter = pair_at(adapters, group.slot)
@@ -173,7 +212,7 @@ def _project_backward(
     dy_PO: torch.Tensor,
     x_PI: torch.Tensor,
     weight_EOI: torch.Tensor,
-    route: _Route,
+    grouped: Grouped,
     pairs: Pairs,
     shrunk: Sequence[torch.Tensor | None],
     row_weight_P: torch.Tensor | None = None,
@@ -186,12 +225,12 @@ def _project_backward(
     weights_IO = weight_EOI.transpose(1, 2).unbind()
     adapters = [None if pair is None else _by_expert(pair) for pair in pairs]
     row_weights = (
-        [None] * len(route.groups)
+        [None] * len(grouped.groups)
         if row_weight_P is None
-        else row_weight_P[:, None].split_with_sizes(route.sizes)
+        else row_weight_P[:, None].split_with_sizes(grouped.sizes)
     )
-    pieces = (tensor.split_with_sizes(route.sizes) for tensor in (dy_PO, x_PI))
-    for group, v, weight, dy, x in zip(route.groups, shrunk, row_weights, *pieces, strict=True):
+    pieces = (tensor.split_with_sizes(grouped.sizes) for tensor in (dy_PO, x_PI))
+    for group, v, weight, dy, x in zip(grouped.groups, shrunk, row_weights, *pieces, strict=True):
         expert = group.expert
         dx = frozen_product(dy, weights_IO[expert])
         input_grads.append(dx)
@@ -232,9 +271,9 @@ def _by_expert(pair: LoraPair) -> _Experts:
     )
 
 
-def _sum_over_chosen(y_PH: torch.Tensor, route: _Route, chosen: int) -> torch.Tensor:
+def sum_over_chosen(y_PH: torch.Tensor, inverse: torch.Tensor, chosen: int) -> torch.Tensor:
     """Rows of the sorted pairs summed by token, [T, H], always in the same order."""
-    return y_PH.index_select(0, route.inverse).view(-1, chosen, y_PH.shape[1]).sum(1)
+    return y_PH.index_select(0, inverse).view(-1, chosen, y_PH.shape[1]).sum(1)
 
 
 def _swiglu_backward(dh_PI: torch.Tensor, z_PF: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.executor import Executor
 from river_trainer.lanes import Lanes
+from river_trainer.passes import Passes
 from river_trainer.protocol import SaveWeights, TrainMessage, TrainResult
 from river_trainer.runs import Run
 from river_trainer.store import FileSets
@@ -26,6 +27,7 @@ class Workbench:
         base_model: str,
         pass_tokens: int = 512,
         piece_tokens: int = 512,
+        make_passes: Callable[..., Passes] = Passes,
     ) -> None:
         self.executor = Executor(
             base,
@@ -35,6 +37,7 @@ class Workbench:
             max_lora_rank=32,
             pass_tokens=pass_tokens,
             piece_tokens=piece_tokens,
+            make_passes=make_passes,
         )
         self.base = base
         self.runs = self.executor.runs

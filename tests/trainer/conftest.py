@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.trainer_world import World
@@ -37,7 +38,7 @@ def lanes() -> Iterator[Lanes]:
 def make_executor(base: BaseModel, lanes: Lanes, tmp_path: Path) -> ExecutorMaker:
     """Makes executors that share one checkpoint store."""
 
-    def make(**options: int) -> Workbench:
+    def make(**options: Any) -> Workbench:
         store = FileSets((tmp_path / "store").as_uri())
         return Workbench(base, lanes, store, base_model=BASE_NAME, **options)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -10,8 +12,14 @@ from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.executor import Executor
 from river_trainer.lanes import Lanes, keep_memory
+from river_trainer.passes import Passes
 from river_trainer.residency import Residency
 from river_trainer.settings import TrainerSettings
+from river_trainer.sharding.base_model import ShardedBaseModel
+from river_trainer.sharding.group import Group
+from river_trainer.sharding.leader import Leader
+from river_trainer.sharding.passes import ShardedPasses
+from river_trainer.sharding.place import find_place
 from river_trainer.snapshots import Snapshots
 from river_trainer.store import FileSets
 from river_trainer.versions import Versions
@@ -26,21 +34,39 @@ class Parts:
     snapshots: Snapshots
     checkpoints: Checkpoints
     versions: Versions
+    leader: Leader | None = None
+    """Of the processes that share the model, if there are others."""
 
 
 def load(settings: TrainerSettings) -> Parts:
     """Loads the model and opens the store. Blocking; for the thread that will do the work.
 
+    Where `torchrun` has started several processes, this one leads them.
+
     Raises:
         OSError: the model or a directory cannot be read.
         StoreError: the store cannot be opened.
+        ShardingError: the model cannot be divided among so many processes.
+        GroupBrokenError: another process has ended already.
     """
     keep_memory()
-    base = BaseModel(settings.model_path, getattr(torch, settings.trainer_dtype))
-    return parts_of(settings, base, Lanes(settings.torch_threads))
+    lanes = Lanes(settings.torch_threads)
+    dtype = getattr(torch, settings.trainer_dtype)
+    if not find_place().is_shared:
+        return parts_of(settings, BaseModel(settings.model_path, dtype), lanes)
+    group = Group()
+    base = ShardedBaseModel(settings.model_path, group, dtype)
+    parts = parts_of(settings, base, lanes, make_passes=partial(ShardedPasses, group=group))
+    return replace(parts, leader=Leader(group))
 
 
-def parts_of(settings: TrainerSettings, base: BaseModel, lanes: Lanes) -> Parts:
+def parts_of(
+    settings: TrainerSettings,
+    base: BaseModel,
+    lanes: Lanes,
+    *,
+    make_passes: Callable[..., Passes] = Passes,
+) -> Parts:
     """The parts over a loaded model.
 
     Raises:
@@ -56,6 +82,7 @@ def parts_of(settings: TrainerSettings, base: BaseModel, lanes: Lanes) -> Parts:
         max_lora_rank=settings.max_lora_rank,
         pass_tokens=settings.micro_batch_tokens,
         piece_tokens=min(settings.piece_tokens, settings.micro_batch_tokens),
+        make_passes=make_passes,
     )
     return Parts(
         executor,

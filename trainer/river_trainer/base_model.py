@@ -8,9 +8,8 @@ transformers owns the architecture; some of its seams are ours:
   `FusedAttention` where that computes the same;
 * routers are called segment by segment, as every matrix product is, and a sampler's choice can be put in the place of
   theirs (`routing.py`);
-* norms that compute what `RmsNorm` does are replaced by it.
-
-lm_head is never called: `token_logprobs` computes what a loss needs of it, chunk by chunk.
+* norms that compute what `RmsNorm` does are replaced by it;
+* lm_head is replaced by `LogprobHead`, which computes what a loss needs of it, chunk by chunk.
 """
 
 # Tensors carry their shape in capitals.
@@ -124,6 +123,52 @@ class BySegment(nn.Module):
         return routing.route(self.layer, segment, answer, renormalise=self.renormalise)
 
 
+class LogprobHead(nn.Module):
+    """The frozen lm_head, in float32; see `lora_logprobs`."""
+
+    def __init__(self, weight_VH: nn.Parameter, running: _Pass) -> None:
+        super().__init__()
+        in_float = weight_VH.dtype == torch.float32
+        self.weight = (
+            weight_VH if in_float else nn.Parameter(weight_VH.float(), requires_grad=False)
+        )
+        self._running = running
+
+    def forward(
+        self, hidden_TH: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        running = self._running
+        pairs = running.pairs("lm_head", torch.float32)
+        logprobs, entropy_T = lora_logprobs(
+            hidden_TH.float(), self.weight, targets, running.segments, pairs
+        )
+        return (
+            logprobs.clone(),
+            entropy_T,
+        )  # FSDP hooks into what a module returns, and views get lost.
+
+
+class Network(nn.Module):
+    """A whole pass as one module: embedding, layers and head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.embedding: Any = model.get_input_embeddings()
+        self.body: Any = model.model
+        self.head: Any = model.lm_head
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        embedded_1TH = self.embedding(batch.input_ids[None])
+        # Adapters are no inputs of autograd; this makes the backward pass go through all layers.
+        embedded_1TH.requires_grad_(torch.is_grad_enabled())
+        hidden_1TH = self.body(
+            inputs_embeds=embedded_1TH,
+            position_ids=batch.positions[None],
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden_1TH[0], batch.targets)
+
+
 class BaseModel:
     """The frozen model. Every lane may run a pass at the same time.
 
@@ -142,7 +187,6 @@ class BaseModel:
             experts_implementation=EXPERTS_NAME,
         )
         self._model = model.eval().requires_grad_(requires_grad=False)
-        self._embed = model.get_input_embeddings()
         self._pass = _Pass()
         config: Any = self._model.config
         assert config.hidden_act == "silu", "moe_lora computes SwiGLU"
@@ -152,7 +196,7 @@ class BaseModel:
         self.sites = tuple(self._instrument())
         self._fuse_attention()
         self.routed_experts = self._routed_experts()
-        self._head_VH = self._model.lm_head.weight.float()
+        self._network = Network(model)
 
     def _instrument(self) -> list[Site]:
         """Puts our modules in place; returns every place an adapter may change, in the model's order."""
@@ -165,6 +209,7 @@ class BaseModel:
             if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
                 sites += _expert_sites(name, module)
                 module.river_name, module.river_pass = name, self._pass
+                module.river_experts = moe_lora
             elif isinstance(getattr(module, "experts", None), nn.Module):
                 module.gate = BySegment(
                     module.gate,
@@ -181,6 +226,7 @@ class BaseModel:
                 parent = self._model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, kind, RmsNorm(module.weight, module.variance_epsilon))
         sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
+        self._model.lm_head = LogprobHead(self._model.lm_head.weight, self._pass)
         return sites
 
     def _fuse_attention(self) -> None:
@@ -216,21 +262,7 @@ class BaseModel:
         running.segments, running.slots = batch.segments, slots
         running.packing, running.routing = batch.packing, batch.routing
         try:
-            embedded_1TH = self._embed(batch.input_ids[None])
-            # Adapters are no inputs of autograd; this makes the backward pass go through all layers.
-            embedded_1TH.requires_grad_(torch.is_grad_enabled())
-            hidden_1TH = self._model.model(
-                inputs_embeds=embedded_1TH,
-                position_ids=batch.positions[None],
-                use_cache=False,
-            ).last_hidden_state
-            return lora_logprobs(
-                hidden_1TH[0].float(),
-                self._head_VH,
-                batch.targets,
-                batch.segments,
-                running.pairs("lm_head", torch.float32),
-            )
+            return self._network(batch)
         finally:
             running.segments, running.slots = (), ()
             running.packing, running.routing = None, None
@@ -264,7 +296,7 @@ def _experts(
 ) -> torch.Tensor:
     """Transformers' experts function."""
     running: _Pass = module.river_pass
-    return moe_lora(
+    return module.river_experts(
         hidden_TH,
         experts_TK,
         weights_TK,

@@ -2,6 +2,9 @@
 
     TrainerError
     ├── LeaseLostError             another trainer follows this base model now
+    ├── ShardingError              the model cannot be divided among so many processes
+    ├── GroupBrokenError           the processes that share the model are out of step, or one is gone
+    ├── PassFailedError            a process of the group could not compute its share
     └── TaskFailedError            an operation cannot be done; becomes the error of its result
         ├── InvalidTaskError       what was asked is wrong
         ├── NonFiniteError         the numbers left the range of floats
@@ -28,6 +31,18 @@ class TrainerError(Exception):
 
 class LeaseLostError(TrainerError):
     """Somebody else holds the lease: this trainer has to stop."""
+
+
+class ShardingError(TrainerError):
+    """The model cannot be divided among the processes of the group."""
+
+
+class GroupBrokenError(TrainerError):
+    """Nothing can be computed together any more: every process of the group has to end and be started again."""
+
+
+class PassFailedError(TrainerError):
+    """A share of a batch failed in a way that left the processes in step; nothing of the batch counts."""
 
 
 class TaskFailedError(TrainerError):

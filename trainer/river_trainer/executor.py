@@ -26,6 +26,7 @@ import msgspec
 from river_trainer.adapter import FlatTensors
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import (
+    GroupBrokenError,
     InvalidTaskError,
     NoGradientsError,
     NonFiniteError,
@@ -97,6 +98,7 @@ class Executor:
         max_lora_rank: int,
         pass_tokens: int,
         piece_tokens: int,
+        make_passes: Callable[..., Passes] = Passes,
     ) -> None:
         self.runs: dict[str, Run | FailedRun] = {}
         self.base = base
@@ -105,13 +107,17 @@ class Executor:
         self._lanes = lanes
         self._max_lora_rank = max_lora_rank
         self._pool = GradientPool()
-        self._passes = Passes(
+        self._passes = make_passes(
             base, lanes, self._pool, tokens_max=pass_tokens, piece_tokens=piece_tokens
         )
         self._report = Report()
 
     def execute(self, works: Sequence[Work]) -> tuple[list[Outcome], Report]:
-        """Does a batch. Never raises for what an operation asks: that becomes its result's error."""
+        """Does a batch. Never raises for what an operation asks: that becomes its result's error.
+
+        Raises:
+            GroupBrokenError: the model is shared with other processes, and they are out of step or gone.
+        """
         self._report = report = Report()
         batch = Batch(works)
         while batch:
@@ -227,6 +233,8 @@ class Executor:
                 _checked(job, output)
                 for job, output in zip(jobs, self._passes.run(jobs), strict=True)
             ]
+        except GroupBrokenError:
+            raise
         except Exception as error:  # a supervisor: one bad operation must not stop all runs
             logger.exception("a batch of %d jobs failed", len(jobs))
             if len(jobs) == 1:

@@ -8,9 +8,7 @@ from river_trainer.errors import InvalidTaskError
 from river_trainer.losses import check_data, find_loss
 from river_trainer.packing import decode_sequence
 from river_trainer.passes import Job
-from river_trainer.protocol import Forward, ForwardBackward, TrainStep
-
-ComputeTask = Forward | ForwardBackward | TrainStep
+from river_trainer.protocol import ComputeTask, Forward
 
 
 def make_job(task: ComputeTask, adapter: Adapter, base: BaseModel, *, context_length: int) -> Job:
@@ -44,4 +42,5 @@ def make_job(task: ComputeTask, adapter: Adapter, base: BaseModel, *, context_le
         loss,
         backward=not isinstance(task, Forward),
         replay=task.force_routing_replay,
+        task=task,
     )

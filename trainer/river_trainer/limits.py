@@ -51,6 +51,11 @@ OPERATIONS_PENDING_MAX = 100_000
 
 STOP_GRACE_S = 8.0
 
+GROUP_TIMEOUT_S = 300.0
+"""How long processes that share a model wait for one that says nothing; one that dies is noticed at once."""
+GROUP_PULSE_INTERVAL_S = 10.0
+"""How often the first of them says that it is still there while nothing is to be done."""
+
 TRAIN_STREAM_MAX_BYTES = 2 * 1024**3
 RESULTS_STREAM_MAX_BYTES = 1024**3
 BODIES_MAX_BYTES = 4 * 1024**3

@@ -1,4 +1,4 @@
-"""The trainer process: `river serve trainer`."""
+"""The trainer process: `river serve trainer`; or one of several, `torchrun -m river_trainer.main`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from river_client.service import SettingsError, health_server, read_settings
 from river_engine.stores import check_store
 from river_trainer import limits
 from river_trainer.settings import TrainerSettings
+from river_trainer.sharding.place import find_place
 
 if TYPE_CHECKING:
     from river_trainer.service import Service
@@ -33,7 +34,13 @@ def main() -> None:
     # Threads of OpenMP that spin while they wait take the processor from the engine beside us, and
     # from each other: with both cores busy a step takes ten times as long. Torch reads it when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    asyncio.run(_serve(settings))
+    if find_place().leads:
+        asyncio.run(_serve(settings))
+    else:
+        # Imported here because torch has to be loaded after the environment is set.
+        from river_trainer.sharding.member import follow  # noqa: PLC0415
+
+        follow(settings)
 
 
 async def _serve(settings: TrainerSettings) -> None:
@@ -87,6 +94,8 @@ class _Process:
                 await self._service.run()
             finally:
                 await client.close()
+                if parts.leader is not None:
+                    await loop.run_in_executor(worker, parts.leader.end)
         finally:
             # The batch in hand ends in its own time; the journal has it in any case.
             worker.shutdown(wait=False, cancel_futures=True)

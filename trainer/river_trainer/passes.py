@@ -13,7 +13,7 @@ strands into one pass. Within a pass every piece is a segment, and segments are 
 """
 
 # Tensors carry their shape in capitals.
-# ruff: noqa: N806
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ from dataclasses import dataclass, field
 import torch
 
 from river_trainer.adapter import Adapter, FlatTensors
-from river_trainer.base_model import BaseModel
+from river_trainer.base_model import BaseModel, SlotPairs
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
 from river_trainer.losses import Loss, make_input, metrics_of
-from river_trainer.packing import TrainingSequence, pack, split_logprobs
+from river_trainer.packing import PackedBatch, TrainingSequence, pack, split_logprobs
+from river_trainer.protocol import ComputeTask
 from river_trainer.routing import Flips
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`sequences` through `loss` on `adapter`; a gradient if `backward`, the sampler's experts if `replay`."""
+    """`sequences` through `loss` on `adapter`; a gradient if `backward`, the sampler's experts if `replay`.
+
+    `task` is what it was made from.
+    """
 
     adapter: Adapter
     sequences: Sequence[TrainingSequence]
     loss: Loss
     backward: bool
     replay: bool = False
+    task: ComputeTask | None = None
 
     @property
     def tokens(self) -> int:
@@ -65,7 +70,7 @@ class JobOutput:
 
 
 @dataclass(slots=True)
-class _Piece:
+class Piece:
     """Some consecutive sequences of a job, and what came out of them."""
 
     sequences: list[TrainingSequence]
@@ -79,16 +84,20 @@ class _Piece:
 
 
 @dataclass(slots=True)
-class _Strand:
+class Strand:
     """Consecutive pieces of one job. `gradient` is there from the first backward pass on."""
 
     job: Job
-    pieces: list[_Piece]
+    pieces: list[Piece]
     gradient: FlatTensors | None = None
 
     @property
     def tokens(self) -> int:
         return sum(piece.tokens for piece in self.pieces)
+
+
+Part = tuple[Strand, Piece]
+"""One segment of a pass."""
 
 
 class Passes:
@@ -112,58 +121,81 @@ class Passes:
         self._pool = pool
         self._tokens_max = tokens_max
         self._piece_tokens = piece_tokens
+        self._width = lanes.count
 
     def run(self, jobs: Sequence[Job]) -> list[JobOutput]:
         """The outputs of `jobs`, in their order."""
         strands = [self._strands(job) for job in jobs]
-        by_lane = _deal([strand for of_job in strands for strand in of_job], self._lanes.count)
+        by_lane = deal([strand for of_job in strands for strand in of_job], self._width)
         self._lanes.map(self._run_lane, by_lane)
         return self._lanes.map(self._conclude, strands)
 
-    def _strands(self, job: Job) -> list[_Strand]:
+    def _strands(self, job: Job) -> list[Strand]:
         pieces = list(_pieces(job, self._piece_tokens))
-        return [_Strand(job, part) for part in _shares(pieces, self._lanes.count)]
+        return [Strand(job, part) for part in _shares(pieces, self._width)]
 
-    def _run_lane(self, strands: Sequence[_Strand]) -> None:
-        parts: list[tuple[_Strand, _Piece]] = []
+    def _run_lane(self, strands: Sequence[Strand]) -> None:
+        for parts in self._passes(strands):
+            self._run_pass(parts)
+
+    def _passes(self, strands: Sequence[Strand]) -> Iterator[list[Part]]:
+        """What of `strands`, which are computed in one lane, goes into each pass."""
+        parts: list[Part] = []
         tokens = 0
         for strand in strands:
             for piece in strand.pieces:
                 if parts and tokens + piece.tokens > self._tokens_max:
-                    self._run_pass(parts)
+                    yield parts
                     parts, tokens = [], 0
                 parts.append((strand, piece))
                 tokens += piece.tokens
         if parts:
-            self._run_pass(parts)
+            yield parts
 
-    def _run_pass(self, parts: Sequence[tuple[_Strand, _Piece]]) -> None:
-        batch = pack(
-            [piece.sequences for _, piece in parts], [strand.job.replay for strand, _ in parts]
-        )
-        for strand, _ in parts:
-            if strand.job.backward and strand.gradient is None:
-                strand.gradient = self._pool.take(strand.job.adapter.layout)
-        slots = [strand.job.adapter.pairs(strand.gradient) for strand, _ in parts]
+    def _run_pass(self, parts: Sequence[Part]) -> None:
+        batch, slots = self._pack(parts), self._slots(parts)
         with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
             logprobs, entropy_T = self._base.token_logprobs(batch, slots)
-            losses: list[torch.Tensor] = []
-            for index, (strand, piece) in enumerate(parts):
-                segment = batch.segments[index]
-                rows = slice(segment.start, segment.end)
-                if batch.routing is not None:
-                    piece.flips = batch.routing.flips(index)
-                chosen = strand.job.loss
-                data = make_input(chosen, piece.sequences, logprobs[rows], entropy_T[rows])
-                loss, sums = chosen.function(data)
-                piece.sums = {name: float(value) for name, value in sums.items()}
-                piece.logprobs = split_logprobs(logprobs[rows].detach(), piece.sequences)
-                if strand.job.backward:
-                    losses.append(loss)
+            losses = self._losses(parts, batch, logprobs, entropy_T)
         if losses:
             torch.autograd.backward(losses)
 
-    def _conclude(self, strands: Sequence[_Strand]) -> JobOutput:
+    def _pack(self, parts: Sequence[Part]) -> PackedBatch:
+        return pack(
+            [piece.sequences for _, piece in parts], [strand.job.replay for strand, _ in parts]
+        )
+
+    def _slots(self, parts: Sequence[Part]) -> list[SlotPairs]:
+        """What the adapter of each part does; backward passes add to the gradient of its strand."""
+        for strand, _ in parts:
+            if strand.job.backward and strand.gradient is None:
+                strand.gradient = self._pool.take(strand.job.adapter.layout)
+        return [strand.job.adapter.pairs(strand.gradient) for strand, _ in parts]
+
+    def _losses(
+        self,
+        parts: Sequence[Part],
+        batch: PackedBatch,
+        logprobs: torch.Tensor,
+        entropy_T: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Notes what came out of each part; returns the losses that want a backward pass."""
+        losses: list[torch.Tensor] = []
+        for index, (strand, piece) in enumerate(parts):
+            segment = batch.segments[index]
+            rows = slice(segment.start, segment.end)
+            if batch.routing is not None:
+                piece.flips = batch.routing.flips(index)
+            chosen = strand.job.loss
+            data = make_input(chosen, piece.sequences, logprobs[rows], entropy_T[rows])
+            loss, sums = chosen.function(data)
+            piece.sums = {name: float(value) for name, value in sums.items()}
+            piece.logprobs = split_logprobs(logprobs[rows].detach(), piece.sequences)
+            if strand.job.backward:
+                losses.append(loss)
+        return losses
+
+    def _conclude(self, strands: Sequence[Strand]) -> JobOutput:
         output = JobOutput()
         for piece in (piece for strand in strands for piece in strand.pieces):
             output.logprobs += piece.logprobs
@@ -189,24 +221,24 @@ def is_finite(flat: torch.Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in torch.aminmax(flat))
 
 
-def _pieces(job: Job, tokens_max: int) -> Iterator[_Piece]:
+def _pieces(job: Job, tokens_max: int) -> Iterator[Piece]:
     """Whole groups of sequences that belong together, as many as fit."""
-    piece = _Piece([])
+    piece = Piece([])
     size = job.loss.sequences_per_group
     for start in range(0, len(job.sequences), size):
-        group = _Piece(list(job.sequences[start : start + size]))
+        group = Piece(list(job.sequences[start : start + size]))
         if piece.sequences and piece.tokens + group.tokens > tokens_max:
             yield piece
-            piece = _Piece([])
+            piece = Piece([])
         piece.sequences += group.sequences
     assert piece.sequences, "a job has data"
     yield piece
 
 
-def _shares(pieces: Sequence[_Piece], count: int) -> list[list[_Piece]]:
+def _shares(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
     """`pieces`, in their order, in at most `count` runs of about as many tokens."""
     total = sum(piece.tokens for piece in pieces)
-    shares: list[list[_Piece]] = [[] for _ in range(count)]
+    shares: list[list[Piece]] = [[] for _ in range(count)]
     before = 0
     for piece in pieces:
         middle = before + piece.tokens / 2
@@ -215,7 +247,7 @@ def _shares(pieces: Sequence[_Piece], count: int) -> list[list[_Piece]]:
     return [share for share in shares if share]
 
 
-def _deal(strands: Sequence[_Strand], count: int) -> list[list[_Strand]]:
+def deal(strands: Sequence[Strand], count: int) -> list[list[Strand]]:
     """`strands` to `count` lanes, the longest first to whoever has least; in each lane in their first order."""
     loads = [0] * count
     lane_of: dict[int, int] = {}
@@ -224,7 +256,7 @@ def _deal(strands: Sequence[_Strand], count: int) -> list[list[_Strand]]:
         lane = loads.index(min(loads))
         lane_of[index] = lane
         loads[lane] += strands[index].tokens
-    lanes: list[list[_Strand]] = [[] for _ in range(count)]
+    lanes: list[list[Strand]] = [[] for _ in range(count)]
     for index, strand in enumerate(strands):
         lanes[lane_of[index]].append(strand)
-    return [lane for lane in lanes if lane]
+    return lanes

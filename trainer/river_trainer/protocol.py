@@ -158,6 +158,9 @@ class LoadWeights(Task, frozen=True, tag="load_weights"):
     optimizer: bool
 
 
+ComputeTask = Forward | ForwardBackward | TrainStep
+"""Tasks with data."""
+
 AnyTask = CreateRun | Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
 
 ADVANCING = (CreateRun, OptimStep, TrainStep, LoadWeights)

@@ -119,8 +119,12 @@ class World:
         settings = self.settings()
         parts = parts_of(settings, self.base, self.lanes)
         client = await journal.connect(str(self.client.connected_url.geturl()))  # pyright: ignore[reportOptionalMemberAccess]
-        with ThreadPoolExecutor(max_workers=1) as worker, ThreadPoolExecutor(4) as disk:
-            service = Service(settings, parts, client, worker, disk)
+        with (
+            ThreadPoolExecutor(max_workers=1) as worker,
+            ThreadPoolExecutor(4) as disk,
+            ThreadPoolExecutor(4) as store,
+        ):
+            service = Service(settings, parts, client, worker, disk, store)
             running = asyncio.create_task(service.run())
             try:
                 yield service

@@ -25,7 +25,7 @@ def test_runs_come_back_as_they_were(make_executor: Maker, tmp_path: Path) -> No
     tight, roomy = make_executor(), make_executor()
     scripts = [RunScript(f"run_{number}") for number in range(5)]
     shapes = [shape(rank=1 + number) for number in range(5)]
-    largest_bytes = 3 * 4 * layout_of(tight.base.sites, shapes[-1]).size
+    largest_bytes = 4 * 4 * layout_of(tight.base.sites, shapes[-1]).size
     budget = 2 * largest_bytes
     residency = Residency(tight.runs, tmp_path / "spill", budget_bytes=budget)
     for script, one in zip(scripts, shapes, strict=True):
@@ -45,8 +45,7 @@ def test_runs_come_back_as_they_were(make_executor: Maker, tmp_path: Path) -> No
                 ours, theirs = tight.execute(message), roomy.execute(message)
                 assert timeless(ours.metrics) == timeless(theirs.metrics)
                 assert ours.error is None
-                # What is done to a run in memory may add its gradient before the next one makes room.
-                assert residency.resident_bytes <= budget + largest_bytes
+                assert residency.resident_bytes <= budget
     assert residency.spilled >= 2
     for script in scripts:
         residency.bring({script.run_id})

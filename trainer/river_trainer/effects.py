@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import KeyNotFoundError
 
 from river_billing import streams as billing
+from river_billing.events import RunAdvanced
 from river_engine.protocol import publish_subject
 from river_trainer import journal, limits
 from river_trainer.adapter import Adapter
@@ -45,6 +47,12 @@ class Disk:
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
+        self._running: set[asyncio.Future[Any]] = set()
+
+    async def idle(self) -> None:
+        """Waits for calls that go on in their threads though nobody waits for them any more."""
+        while self._running:
+            await asyncio.wait(self._running)
 
     async def run(
         self,
@@ -54,7 +62,11 @@ class Disk:
     ) -> Answer:
         """One call in a thread."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        call = loop.run_in_executor(self._pool, lambda: function(*args, **kwargs))
+        self._running.add(call)
+        call.add_done_callback(self._running.discard)
+        # Cancelling the one who waits must not make the thread's work look as if it had ended.
+        return await asyncio.shield(call)
 
     async def until_done(
         self,
@@ -72,43 +84,62 @@ class Disk:
 
 
 class Effects:
-    """Tells outcomes, in order for each run."""
+    """Tells outcomes, in order for each run.
+
+    What goes to the store has threads of its own: it may be far away, and no step of anybody has to wait for it.
+    """
 
     def __init__(
         self,
         client: Client,
         js: JetStreamContext,
         disk: Disk,
+        store: Disk,
         *,
         base_model: str,
         context_length: int,
         versions: Versions,
         checkpoints: Checkpoints,
         snapshots: Snapshots,
+        done: Callable[[], None],
     ) -> None:
+        """`done` is called whenever an effect has happened."""
         self._client = client
         self._js = js
         self._disk = disk
+        self._store = store
         self._base_model = base_model
         self._context_length = context_length
         self._versions = versions
         self._checkpoints = checkpoints
         self._snapshots = snapshots
+        self._done = done
         self._tails: dict[str, asyncio.Task[None]] = {}
-        self._pending = 0
+        self._pending: dict[str, int] = {}
+        self._pending_bytes = 0
         self._fewer = asyncio.Event()
 
     # ---- Order -------------------------------------------------------------------------------------
 
     def submit(
-        self, tasks: asyncio.TaskGroup, run_id: str, effect: Callable[[], Awaitable[None]]
+        self,
+        tasks: asyncio.TaskGroup,
+        run_id: str,
+        effect: Callable[[], Awaitable[None]],
+        *,
+        size_bytes: int = 0,
     ) -> None:
-        """Lets `effect` happen after everything submitted for the run before."""
+        """Lets `effect`, which holds so much memory, happen after everything submitted for the run before."""
         before = self._tails.get(run_id)
-        self._pending += 1
+        self._pending[run_id] = self.pending_of(run_id) + 1
+        self._pending_bytes += size_bytes
         task = tasks.create_task(self._after(before, effect))
         self._tails[run_id] = task
-        task.add_done_callback(lambda done: self._ended(run_id, done))
+        task.add_done_callback(lambda done: self._ended(run_id, done, size_bytes))
+
+    def pending_of(self, run_id: str) -> int:
+        """How many effects of a run have not happened yet."""
+        return self._pending.get(run_id, 0)
 
     async def _after(
         self, before: asyncio.Task[None] | None, effect: Callable[[], Awaitable[None]]
@@ -117,9 +148,13 @@ class Effects:
             await asyncio.wait([before])
         await effect()
 
-    def _ended(self, run_id: str, task: asyncio.Task[None]) -> None:
-        self._pending -= 1
+    def _ended(self, run_id: str, task: asyncio.Task[None], size_bytes: int) -> None:
+        self._pending[run_id] -= 1
+        if not self._pending[run_id]:
+            del self._pending[run_id]
+        self._pending_bytes -= size_bytes
         self._fewer.set()
+        self._done()
         if self._tails.get(run_id) is task:
             del self._tails[run_id]
 
@@ -129,7 +164,10 @@ class Effects:
 
     async def room(self) -> None:
         """Waits while too much has not been told."""
-        while self._pending >= limits.EFFECTS_PENDING_MAX:
+        while (
+            sum(self._pending.values()) >= limits.EFFECTS_PENDING_MAX
+            or self._pending_bytes >= limits.EFFECTS_PENDING_MAX_BYTES
+        ):
             self._fewer.clear()
             await self._fewer.wait()
 
@@ -140,12 +178,12 @@ class Effects:
         message, result = outcome.message, outcome.result
         if outcome.frozen is not None:
             if isinstance(message.task, SaveWeights):
-                result = await self._disk.run(
+                result = await self._store.run(
                     self._checkpoints.write, message, outcome.frozen, result
                 )
             else:
                 # The checkpoint that the run has read may be gone when the journal is replayed.
-                await self._disk.until_done(self._snapshots.write, outcome.frozen)
+                await self._store.until_done(self._snapshots.write, outcome.frozen)
         live: LiveVersion | None = None
         if outcome.version is not None:
             live = await self.write_version(message.run_id, result.step, outcome.version)
@@ -175,6 +213,14 @@ class Effects:
             extra={"operation": result.operation_id, "tenant": message.tenant_id},
         )
 
+    async def tell_failure(self, result: TrainResult) -> None:
+        """An operation that nobody has seen has failed: the catalog moves past it, and its result says why."""
+        event = RunAdvanced(
+            run_id=result.run_id, seq=result.seq, step=result.step, occurred_at=time.time()
+        )
+        await journal.retry(lambda: billing.publish(self._js, event), doing="publishing an event")
+        await self.publish_result(result)
+
     async def publish_result(self, result: TrainResult) -> None:
         await journal.retry(
             lambda: journal.publish_result(self._js, result), doing="publishing a result"
@@ -188,7 +234,7 @@ class Effects:
     async def snapshot(self, run: Run | FailedRun) -> bool:
         """Whether a run could be stored; if not, the journal goes on holding what there is."""
         try:
-            await self._disk.run(self._snapshots.write, run)
+            await self._store.run(self._snapshots.write, run)
         except StoreError:
             logger.exception("cannot snapshot", extra={"run": run.run_id})
             return False

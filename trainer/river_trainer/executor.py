@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
@@ -61,6 +61,8 @@ from river_trainer.work import LOADING, Batch, Outcome, Report, Work
 logger = logging.getLogger("river.trainer")
 
 Answer = TypeVar("Answer")
+
+_INTERNAL = "internal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class Executor:
             base, lanes, self._pool, tokens_max=pass_tokens, piece_tokens=piece_tokens
         )
         self._report = Report()
+        self._frozen: dict[tuple[str, int], Run] = {}
 
     def execute(self, works: Sequence[Work]) -> tuple[list[Outcome], Report]:
         """Does a batch. Never raises for what an operation asks: that becomes its result's error.
@@ -119,11 +122,17 @@ class Executor:
             GroupBrokenError: the model is shared with other processes, and they are out of step or gone.
         """
         self._report = report = Report()
+        self._frozen.clear()
         batch = Batch(works)
+        for message in batch.first_messages():
+            run = self.runs.get(message.run_id)
+            assert run is None or message.seq > run.last_seq, "nothing is done twice"
         while batch:
             for work in batch.take(*LOADING, over=True):
                 if work.is_over:
                     self._pass_over(batch, work)
+                elif work.gone is not None:
+                    self._fail(batch, work, work.gone)
                 else:
                     self._guard(batch, work, lambda work=work: self._load(work))
             computed = self._compute(batch)
@@ -150,9 +159,9 @@ class Executor:
         """Operation `seq` of a run counts as done, whatever became of it."""
         run = self.runs.get(run_id)
         if isinstance(run, Run):
-            run.last_seq = seq
+            run.last_seq = max(run.last_seq, seq)
         elif isinstance(run, FailedRun):
-            self.runs[run_id] = FailedRun(run_id, run.error, seq)
+            self.runs[run_id] = replace(run, last_seq=max(run.last_seq, seq))
 
     # ---- Create and load -----------------------------------------------------------------------
 
@@ -174,6 +183,8 @@ class Executor:
             run = self._run_of(work)
             load_files(run, self.base.sites, work.files, optimizer=task.optimizer)
             run.step += 1
+        # The snapshot that is made of it says that this operation is done.
+        self.pass_seq(message.run_id, message.seq)
         frozen = None if work.files is None else run.frozen()
         return Outcome(work, _result(message, run), run.adapter.clone(), frozen)
 
@@ -315,7 +326,11 @@ class Executor:
         assert isinstance(task, SaveWeights)
         if task.mode not in ("training", "inference"):
             raise InvalidTaskError(f"no mode {task.mode!r}", param="mode")
-        return Outcome(work, _result(message, run), frozen=run.frozen())
+        # However often it is saved, one copy of a version will do.
+        version = (run.run_id, run.step)
+        if version not in self._frozen:
+            self._frozen[version] = run.frozen()
+        return Outcome(work, _result(message, run), frozen=self._frozen[version])
 
     # ---- Outcomes ------------------------------------------------------------------------------
 
@@ -358,11 +373,17 @@ class Executor:
     def _lose(self, outcome: Outcome, told: TrainResult) -> None:
         """What was told to have succeeded cannot be done again: the run is not what its owner knows."""
         result = outcome.result
+        if isinstance(self.runs.get(told.run_id), FailedRun) and told.seq > 0:
+            return
         reason = result.error.message if result.error else f"step {result.step}, not {told.step}"
         extra = {"operation": told.operation_id, "told_step": told.step}
         logger.critical("cannot rebuild a run: %s", reason, extra=extra)
         error = RunLostError(f"it could not be rebuilt after a restart: {reason}")
         self.give_up(told.run_id, error.as_task_error(), told.seq)
+        if result.error is not None and result.error.type == _INTERNAL:
+            # Memory was short, or we are at fault: the next process may do better with the same journal.
+            unavailable = TaskError(type=RunUnavailableError.type, message=str(error))
+            self.runs[told.run_id] = FailedRun(told.run_id, unavailable, told.seq, durable=False)
 
     def _fail(self, batch: Batch, work: Work, error: TaskError) -> None:
         message = work.message
@@ -391,7 +412,7 @@ def _agree(result: TrainResult, told: TrainResult) -> bool:
 
 
 def _internal(error: Exception) -> TaskError:
-    return TaskError(type="internal", message=f"{type(error).__name__} in the trainer")
+    return TaskError(type=_INTERNAL, message=f"{type(error).__name__} in the trainer")
 
 
 def _result(

@@ -16,11 +16,16 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from river_engine.protocol import subject_token
 from river_trainer import limits
+from river_trainer.errors import TrainerError
 from river_trainer.journal import MESSAGE_ID_HEADER
 from river_trainer.protocol import ADVANCES_HEADER, TENANT_HEADER, TOKENS_HEADER, TRAIN_STREAM
 from river_trainer.scheduling import Entry
 
 logger = logging.getLogger("river.trainer")
+
+
+class _MissedError(TrainerError):
+    """The server has delivered something that did not arrive: what follows must not be taken for the next."""
 
 
 class Follower:
@@ -38,7 +43,7 @@ class Follower:
             try:
                 async for entry in self._follow():
                     yield entry
-            except (nats.errors.Error, OSError) as error:
+            except (nats.errors.Error, OSError, _MissedError) as error:
                 logger.warning("following the journal: %r", error)
                 await asyncio.sleep(limits.RETRY_DELAY_MIN_S)
 
@@ -56,6 +61,7 @@ class Follower:
                 mem_storage=True,
             ),
         )
+        delivered = 0
         try:
             self.caught_up |= not (await subscription.consumer_info()).num_pending
             while True:
@@ -64,11 +70,17 @@ class Follower:
                         limits.FETCH_BATCH, timeout=limits.FETCH_TIMEOUT_S
                     )
                 except TimeoutError:
-                    await (
-                        subscription.consumer_info()
-                    )  # an error if a restart has lost the consumer
+                    # An error if a restart of the server has lost the consumer.
+                    info = await subscription.consumer_info()
+                    if info.delivered is not None and info.delivered.consumer_seq > delivered:
+                        raise _MissedError(
+                            "messages went into a connection that was lost"
+                        ) from None
                     continue
                 for message in messages:
+                    if message.metadata.sequence.consumer != delivered + 1:
+                        raise _MissedError("messages went into a connection that was lost")
+                    delivered += 1
                     self._next_stream_seq = message.metadata.sequence.stream + 1
                     entry = _entry_of(message)
                     if entry is not None:

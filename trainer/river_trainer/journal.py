@@ -227,6 +227,22 @@ async def submit(js: JetStreamContext, message: TrainMessage) -> PubAck:
     )
 
 
+async def find_message(
+    js: JetStreamContext, base_model: str, run_id: str, seq: int
+) -> TrainMessage | None:
+    """The message of an operation, None if the journal does not hold it (any more)."""
+    subject, stream_seq = train_subject(base_model, run_id), 1
+    while True:
+        try:
+            found = await js.get_msg(TRAIN_STREAM, seq=stream_seq, subject=subject, next=True)
+            if (found.headers or {}).get(MESSAGE_ID_HEADER) == f"{run_id}:{seq}":
+                return decode_message(await read_body(js, found.data, found.headers))
+        except NotFoundError:
+            return None
+        assert found.seq is not None
+        stream_seq = found.seq + 1
+
+
 async def publish_result(js: JetStreamContext, result: TrainResult) -> None:
     """Makes a result the one of its operation; without its log-probabilities if there is no room for them."""
     subject = result_subject(result.operation_id)

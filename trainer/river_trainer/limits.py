@@ -31,6 +31,10 @@ SNAPSHOT_EVERY_STEPS = 8
 SNAPSHOT_INTERVAL_S = 5.0
 """How much of a busy run's work a successor may have to do again: snapshots take time from everybody's training."""
 SNAPSHOT_IDLE_S = 3.0
+SNAPSHOT_OPERATIONS_MAX = 256
+"""Operations after which even a run with a pending gradient is snapshotted."""
+SNAPSHOTS_WRITING_MAX = 8
+"""Snapshots of idle runs that are written at once: each is a copy of a run in memory."""
 SCAN_INTERVAL_S = 1.0
 """How often idle runs are looked for, and operations that never came."""
 
@@ -39,7 +43,10 @@ READ_AHEAD_OPERATIONS = 128
 """Operations whose bodies are read before their turn comes."""
 READ_AHEAD_TOKENS_MAX = 8_192
 EFFECTS_PENDING_MAX = 512
-"""Operations that are done and not told yet; more than these stop the next batch."""
+EFFECTS_PENDING_MAX_BYTES = 1024**3
+"""Operations that are done and not told yet, and the copies of weights they hold; more stop the next batch."""
+EFFECTS_OF_RUN_MAX = 64
+"""Operations of one run that are not told yet; more stop that run alone."""
 IO_THREADS = 4
 FETCH_TIMEOUT_S = 5.0
 CONSUMER_INACTIVE_S = 300.0

@@ -85,12 +85,13 @@ class _Process:
 
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         disk = ThreadPoolExecutor(max_workers=limits.IO_THREADS, thread_name_prefix="disk")
+        store = ThreadPoolExecutor(max_workers=limits.IO_THREADS, thread_name_prefix="store")
         loop = asyncio.get_running_loop()
         try:
             parts = await loop.run_in_executor(worker, assembly.load, self._settings)
             client = await journal.connect(self._settings.nats_url)
             try:
-                self._service = Service(self._settings, parts, client, worker, disk)
+                self._service = Service(self._settings, parts, client, worker, disk, store)
                 await self._service.run()
             finally:
                 await client.close()
@@ -99,7 +100,8 @@ class _Process:
         finally:
             # The batch in hand ends in its own time; the journal has it in any case.
             worker.shutdown(wait=False, cancel_futures=True)
-            disk.shutdown(wait=False, cancel_futures=True)
+            for pool in (disk, store):
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _bound_the_end(exit_code: int) -> None:

@@ -25,6 +25,8 @@ EPS_MIN = torch.finfo(torch.float32).tiny
 _HARMLESS_GRADIENT = 1e15
 _HARMLESS_EPS = 1e-12
 _HARMLESS_LR = 1e3
+_HARMLESS_BETA1_MAX = 0.9999
+_HARMLESS_BETA2_MIN = 0.5
 
 
 class AdamState:
@@ -122,6 +124,8 @@ def _is_harmless(adam: Adam, norm: float) -> bool:
         and adam.eps >= _HARMLESS_EPS
         and adam.lr <= _HARMLESS_LR
         and adam.lr * adam.weight_decay <= 1.0
+        and adam.beta1 <= _HARMLESS_BETA1_MAX
+        and adam.beta2 >= _HARMLESS_BETA2_MIN
     )
 
 

@@ -6,6 +6,7 @@ memory and no more: it is worth nothing to another process, which has the snapsh
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from river_trainer.adapter import Adapter, FlatTensors, Layout
 from river_trainer.optimizer import AdamState
 from river_trainer.protocol import AdapterShape
 from river_trainer.runs import FailedRun, Run
+
+logger = logging.getLogger("river.trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Residency:
             OrderedDict()
         )  # runs in memory, least recently used first
         self._spilled: dict[str, _Spilled] = {}
+        self._largest_bytes = 0
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
 
@@ -65,12 +69,23 @@ class Residency:
         return run_id in self._runs or run_id in self._spilled
 
     def size_bytes(self, run_id: str) -> int:
-        """What the run takes in memory; 0 if that is not known yet."""
+        """What the run takes in memory; of one that is not made yet, what the largest so far took."""
         run = self._runs.get(run_id)
         if isinstance(run, Run):
+            self._largest_bytes = max(self._largest_bytes, run.size_bytes)
             return run.size_bytes
+        if isinstance(run, FailedRun):
+            return 0
         spilled = self._spilled.get(run_id)
-        return 0 if spilled is None else spilled.size_bytes
+        return self._largest_bytes if spilled is None else spilled.size_bytes
+
+    def admit(self, run: Run | FailedRun) -> None:
+        """Takes in a run that comes from elsewhere."""
+        if isinstance(run, Run):
+            self._make_room(run.size_bytes, {run.run_id})
+        self._runs[run.run_id] = run
+        self._used[run.run_id] = None
+        self._used.move_to_end(run.run_id)
 
     def fits(self, size_bytes: int) -> bool:
         """Whether runs of that size altogether can be in memory at once."""
@@ -80,7 +95,7 @@ class Residency:
         """Makes sure that these runs are in memory, as far as they are here at all.
 
         Raises:
-            OSError: the disk does not give or take one.
+            OSError: the disk does not give one.
         """
         for run_id in run_ids & self._runs.keys() & self._spilled.keys():
             # It has been given up while it was on disk.
@@ -106,7 +121,13 @@ class Residency:
             run = self._runs.get(run_id)
             if run_id in needed or not isinstance(run, Run):
                 continue
-            self._write(run)
+            try:
+                self._write(run)
+            except OSError:
+                # More memory than wished is better than no training at all.
+                self._path(run_id).unlink(missing_ok=True)
+                logger.exception("cannot move a run to disk", extra={"run": run_id})
+                return
             resident -= run.size_bytes
             del self._runs[run_id]
             del self._used[run_id]

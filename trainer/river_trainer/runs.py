@@ -26,15 +26,14 @@ class Run:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of weights, moments and the pending gradient."""
-        buffers = 3 if self.gradient is None else 4
-        return buffers * self.adapter.weights.flat.nbytes
+        """Memory of weights, moments and a gradient, which may be pending or come with the next operation."""
+        return 4 * self.adapter.weights.flat.nbytes
 
     def frozen(self) -> Run:
-        """The run as it is now, without a pending gradient, for a thread that writes it down while training goes on."""
-        return Run(
-            self.run_id, self.adapter.clone(), self.optimizer.clone(), self.step, self.last_seq
-        )
+        """The run as it is now, for a thread that writes it down while training goes on."""
+        gradient = None if self.gradient is None else self.gradient.clone()
+        adapter, optimizer = self.adapter.clone(), self.optimizer.clone()
+        return Run(self.run_id, adapter, optimizer, self.step, self.last_seq, gradient)
 
     def files(self, *, base_model: str, optimizer: bool) -> dict[str, bytes]:
         """The adapter as PEFT files, and the optimizer's state beside it if asked for."""
@@ -46,11 +45,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class FailedRun:
-    """A run that could not be created or rebuilt; it answers every later operation with the same refusal."""
+    """A run that could not be created or rebuilt; it answers every later operation with the same refusal.
+
+    One that is not `durable` may be had by the next process: nothing of it is written down.
+    """
 
     run_id: str
     error: TaskError
     last_seq: int
+    durable: bool = True
 
 
 def new_run(run_id: str, sites: tuple[Site, ...], shape: AdapterShape) -> Run:

@@ -65,6 +65,42 @@ class _Tenant:
     credit: int = 0
 
 
+@dataclass(slots=True)
+class _Taking:
+    """A batch in the making. `closed` runs have no more part in it; tenants of runs not admitted are `refused`."""
+
+    tokens_max: int
+    ready: Callable[[Entry], bool]
+    admit: Callable[[str], bool]
+    now: float
+    batch: list[Entry] = field(default_factory=list[Entry])
+    tokens: int = 0
+    closed: set[str] = field(default_factory=set[str])
+    admitted: set[str] = field(default_factory=set[str])
+    refused: list[str] = field(default_factory=list[str])
+
+    @property
+    def open(self) -> bool:
+        return self.tokens < self.tokens_max and len(self.batch) < limits.BATCH_OPERATIONS_MAX
+
+    def admits(self, run_id: str, tenant_id: str) -> bool:
+        if run_id in self.admitted:
+            return True
+        if self.admit(run_id) or not self.admitted:
+            self.admitted.add(run_id)
+            return True
+        self.closed.add(run_id)
+        if tenant_id not in self.refused:
+            self.refused.append(tenant_id)
+        return False
+
+    def add(self, entry: Entry) -> None:
+        self.batch.append(entry)
+        self.tokens += entry.tokens
+        if entry.advances:
+            self.closed.add(entry.run_id)
+
+
 class Scheduler:
     """The operations that are known and not done."""
 
@@ -106,28 +142,36 @@ class Scheduler:
         self._look(entry.run_id, line, now)
 
     def take(
-        self, tokens_max: int, now: float, *, admit: Callable[[str], bool] = lambda _: True
+        self,
+        tokens_max: int,
+        now: float,
+        *,
+        ready: Callable[[Entry], bool] = lambda _: True,
+        admit: Callable[[str], bool] = lambda _: True,
     ) -> list[Entry]:
         """The next batch: about `tokens_max` tokens, empty if nothing may be done. What is taken counts as done.
 
-        A run's operations come in order, up to one that advances it. `admit` is asked once for every run and may
-        refuse it for this batch, unless nothing else has been taken.
+        A run's operations come in order, up to one that advances it or that is not `ready`. `admit` is asked once for
+        every run and may refuse it for this batch, unless it is the first; its tenant comes first in the next one.
         """
-        batch: list[Entry] = []
-        tokens = 0
-        closed: set[str] = set()  # runs that have no more part in this batch
-        admitted: set[str] = set()
-        while tokens < tokens_max and len(batch) < limits.BATCH_OPERATIONS_MAX:
-            tenant_id = self._next_tenant(closed)
+        taking = _Taking(tokens_max, ready, admit, now)
+        taking.batch += self._copies()
+        while taking.open:
+            tenant_id = self._next_tenant(taking.closed)
             if tenant_id is None:
                 break
-            for entry in self._turn(tenant_id, tokens_max - tokens, closed, admitted, admit, now):
-                batch.append(entry)
-                tokens += entry.tokens
-        if not batch and self._duplicates:
-            # Last, so that the first of two has been done when its copy is answered.
-            batch.append(self._duplicates.popleft())
-        return batch
+            self._turn(tenant_id, taking)
+        for tenant_id in reversed(taking.refused):
+            if tenant_id in self._tenants:
+                self._tenants.move_to_end(tenant_id, last=False)
+        return taking.batch
+
+    def _copies(self) -> list[Entry]:
+        """Second copies of operations whose first has been taken; the others wait for theirs."""
+        done = [copy for copy in self._duplicates if copy.seq < self._lines[copy.run_id].next_seq]
+        if done:
+            self._duplicates = deque(copy for copy in self._duplicates if copy not in set(done))
+        return done
 
     def _next_tenant(self, closed: set[str]) -> str | None:
         """The tenant whose turn it is, moved to the end of the line."""
@@ -137,44 +181,30 @@ class Scheduler:
                 return tenant_id
         return None
 
-    def _turn(
-        self,
-        tenant_id: str,
-        tokens_max: int,
-        closed: set[str],
-        admitted: set[str],
-        admit: Callable[[str], bool],
-        now: float,
-    ) -> list[Entry]:
+    def _turn(self, tenant_id: str, taking: _Taking) -> None:
         """One tenant spends its credit."""
         tenant = self._tenants[tenant_id]
         tenant.credit += self._quantum
-        taken: list[Entry] = []
-        spent = 0
-        while spent < tokens_max:
-            run_id = next((run_id for run_id in tenant.ready if run_id not in closed), None)
+        while taking.open:
+            run_id = next((run for run in tenant.ready if run not in taking.closed), None)
             if run_id is None:
                 break
-            if run_id not in admitted:
-                if admitted and not admit(run_id):
-                    closed.add(run_id)
-                    continue
-                if not admitted:
-                    admit(run_id)
-                admitted.add(run_id)
             line = self._lines[run_id]
             entry = line.waiting[line.next_seq]
+            if not taking.ready(entry):
+                taking.closed.add(run_id)
+                continue
             if entry.tokens > tenant.credit:
-                break
+                return  # It keeps its credit: it saves up for this operation.
+            if not taking.admits(run_id, tenant_id):
+                continue
             self._remove(line, entry)
             tenant.credit -= entry.tokens
-            spent += entry.tokens
-            taken.append(entry)
+            taking.add(entry)
             tenant.ready.move_to_end(run_id)
-            if entry.advances:
-                closed.add(run_id)
-            self._look(run_id, line, now)
-        return taken
+            self._look(run_id, line, taking.now)
+        # Nothing more to spend it on: credit saved up in idleness would be a flood later.
+        tenant.credit = min(tenant.credit, self._quantum)
 
     def _remove(self, line: _Line, entry: Entry) -> None:
         del line.waiting[entry.seq]
@@ -203,26 +233,33 @@ class Scheduler:
 
     def gaps(self) -> list[Gap]:
         """Runs that cannot go on because an operation is missing."""
-        return [
-            Gap(
-                run_id,
-                line.next_seq,
-                line.gap_since,
-                tuple(line.waiting[seq] for seq in sorted(line.waiting)),
-            )
-            for run_id, line in self._lines.items()
-            if line.gap_since is not None
-        ]
+        found = (self.gap_of(run_id) for run_id in self._lines)
+        return [gap for gap in found if gap is not None]
 
-    def continue_at(self, run_id: str, seq: int, now: float) -> None:
-        """What was to come before `seq` in a run counts as done, whether it is there or not."""
+    def gap_of(self, run_id: str) -> Gap | None:
+        """What a run is waiting for, if it is."""
         line = self._lines[run_id]
-        for earlier in [waiting for waiting in line.waiting if waiting < seq]:
-            self._size -= 1
-            self._tokens -= line.waiting.pop(earlier).tokens
+        if line.gap_since is None:
+            return None
+        waiting = tuple(line.waiting[seq] for seq in sorted(line.waiting))
+        return Gap(run_id, line.next_seq, line.gap_since, waiting)
+
+    def restart_gaps(self, now: float) -> None:
+        """Nothing could arrive until now: what is missing is missing from now on."""
+        for line in self._lines.values():
+            if line.gap_since is not None:
+                line.gap_since = now
+
+    def continue_at(self, run_id: str, seq: int, now: float) -> list[Entry]:
+        """What was to come before `seq` in a run counts as done, whether it is there or not; returns what was."""
+        line = self._lines[run_id]
+        dropped = [line.waiting.pop(earlier) for earlier in sorted(line.waiting) if earlier < seq]
+        self._size -= len(dropped)
+        self._tokens -= sum(entry.tokens for entry in dropped)
         line.next_seq = seq
         line.gap_since = None
         self._look(run_id, line, now)
+        return dropped
 
     # ---- Looking ---------------------------------------------------------------------------------
 

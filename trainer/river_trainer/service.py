@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from nats.aio.client import Client
@@ -28,29 +29,20 @@ from river_billing import streams as billing
 from river_trainer import journal, limits
 from river_trainer.assembly import Parts
 from river_trainer.effects import Disk, Effects
-from river_trainer.errors import (
-    CorruptError,
-    GapError,
-    InvalidTaskError,
-    MissingError,
-    RunLostError,
-    StoreError,
-    TaskFailedError,
-)
+from river_trainer.errors import CorruptError, GapError, InvalidTaskError, RunLostError
 from river_trainer.follower import Follower
 from river_trainer.lease import Lease
 from river_trainer.metrics import TrainerMetrics
+from river_trainer.preparing import Preparing
 from river_trainer.protocol import (
     HEARTBEAT_INTERVAL_S,
     TRAIN_STREAM,
     TaskError,
     TrainerRecord,
-    TrainMessage,
     TrainResult,
     operation_id,
 )
 from river_trainer.queue_state import QueueStates
-from river_trainer.reading import Reader
 from river_trainer.runs import FailedRun, Run
 from river_trainer.scheduling import Entry, Gap, Scheduler
 from river_trainer.settings import TrainerSettings
@@ -63,6 +55,14 @@ Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A second message of an operation, and its body's object."""
+
+    entry: Entry
+    body_name: str | None
+
+
 class Service:
     """One trainer of one base model."""
 
@@ -73,8 +73,9 @@ class Service:
         client: Client,
         worker: ThreadPoolExecutor,
         disk: ThreadPoolExecutor,
+        store: ThreadPoolExecutor,
     ) -> None:
-        """`worker` has the one thread that computes, `disk` those for files and the store."""
+        """`worker` has the one thread that computes, `disk` those for files here, `store` those for the store."""
         self.metrics = TrainerMetrics()
         self.ready = False
         self._settings = settings
@@ -86,19 +87,21 @@ class Service:
         self._checkpoints = parts.checkpoints
         self._versions = parts.versions
         self._worker = worker
-        self._disk = Disk(disk)
+        self._disk, self._store = Disk(disk), Disk(store)
         self._follower = Follower(self._js, settings.base_model)
-        self._reader = Reader(self._js)
         self._scheduler = Scheduler()
+        self._arrived = asyncio.Event()
         self._effects = Effects(
             client,
             self._js,
             self._disk,
+            self._store,
             base_model=settings.base_model,
             context_length=parts.executor.context_length,
             versions=parts.versions,
             checkpoints=parts.checkpoints,
             snapshots=parts.snapshots,
+            done=self._arrived.set,
         )
         self._snapshotting = Snapshotting(
             self._js,
@@ -110,9 +113,16 @@ class Service:
             idle_s=settings.snapshot_idle_s,
         )
         self._queue_states = QueueStates(client, settings.base_model, self._scheduler)
-        self._arrived = asyncio.Event()
+        self._preparing = Preparing(
+            self._js,
+            self._effects,
+            parts.checkpoints,
+            self._store,
+            base_model=settings.base_model,
+            done=self._arrived.set,
+        )
+        self._loading: dict[str, asyncio.Task[None]] = {}
         self._tasks = asyncio.TaskGroup()
-        self._replay_end = 0
         self._trainer_id = f"trainer_{time.time_ns():x}"
         self._lease = Lease(client, settings.base_model, self._trainer_id)
 
@@ -136,6 +146,8 @@ class Service:
         finally:
             # What the threads are still at may write files, which no other trainer should meet.
             await self._in_worker(lambda: None)
+            await self._disk.idle()
+            await self._store.idle()
             await self._lease.release()
 
     # ---- Start -----------------------------------------------------------------------------------
@@ -145,16 +157,19 @@ class Service:
         info = await journal.retry(
             lambda: self._js.stream_info(TRAIN_STREAM), doing="asking for the journal's end"
         )
-        self._replay_end = info.state.last_seq
-        known = await self._disk.until_done(self._snapshots.newest)
+        self._preparing.replay_end = info.state.last_seq
+        known = await self._store.until_done(self._snapshots.newest)
         for run_id, seq in known.items():
             self._scheduler.open(run_id, done_seq=seq)
             self._snapshotting.of(run_id).snapshot_seq = seq
+        for run_id, seq in known.items():
             live = await self._effects.live(run_id)
             loadable = live is not None and live == self._versions.live(run_id, live.step)
             if live is None or not loadable or not self._versions.exists(run_id, live.step):
-                await self._load({run_id})
+                await self._load(run_id)
                 await self._restore_live(run_id)
+            if await self._effects.find_result(operation_id(run_id, seq)) is None:
+                await self._tell_snapshotted(run_id, seq)
         logger.info("recovered %d runs", len(known))
 
     async def _restore_live(self, run_id: str) -> None:
@@ -167,20 +182,38 @@ class Service:
             await self._effects.write_version(run_id, run.step, run.adapter.clone())
             await self._effects.refresh_live(run_id, run.step)
 
-    async def _load(self, run_ids: set[str]) -> None:
-        """Brings runs into memory, from disk or from their snapshots; those that are gone say so from now on."""
-        for run_id in run_ids:
-            progress = self._snapshotting.of(run_id)
-            if self._residency.holds(run_id) or progress.snapshot_seq < 0:
-                continue
-            try:
-                run = await self._disk.until_done(self._load_snapshot, run_id)
-            except RunLostError as error:
-                run = FailedRun(run_id, error.as_task_error(), progress.snapshot_seq)
-                logger.critical("a run is lost", extra={"run": run_id, "reason": str(error)})
-            self._executor.runs[run_id] = run
-            progress.snapshot_step = run.step if isinstance(run, Run) else 0
-        await self._in_worker(self._residency.bring, run_ids)
+    async def _tell_snapshotted(self, run_id: str, seq: int) -> None:
+        """A process died between the snapshot of an operation that loaded a checkpoint and its result.
+
+        Any other operation is told before it is in a snapshot; its result has faded, and its message has gone.
+        """
+        message = await journal.retry(
+            lambda: journal.find_message(self._js, self._settings.base_model, run_id, seq),
+            doing="looking for an operation that was not told",
+        )
+        if message is None:
+            return
+        await self._load(run_id)
+        run = self._executor.runs[run_id]
+        if isinstance(run, Run) and run.last_seq == seq:
+            operation = operation_id(run_id, seq)
+            result = TrainResult(operation_id=operation, run_id=run_id, seq=seq, step=run.step)
+            live = await self._effects.write_version(run_id, run.step, run.adapter.clone())
+            await self._effects.tell_result(message, result, live)
+            self.metrics.count(message, result)
+
+    async def _load(self, run_id: str) -> None:
+        """Brings a run from its snapshot, if it has one and is not here; one that is gone says so from now on."""
+        progress = self._snapshotting.of(run_id)
+        if self._residency.holds(run_id) or progress.snapshot_seq < 0:
+            return
+        try:
+            run = await self._store.until_done(self._load_snapshot, run_id)
+        except RunLostError as error:
+            run = FailedRun(run_id, error.as_task_error(), progress.snapshot_seq)
+            logger.critical("a run is lost", extra={"run": run_id, "reason": str(error)})
+        progress.snapshot_step = run.step if isinstance(run, Run) else 0
+        await self._in_worker(self._residency.admit, run)
 
     def _load_snapshot(self, run_id: str) -> Run | FailedRun:
         """A run from its snapshot, which was there.
@@ -199,6 +232,7 @@ class Service:
         if run.last_seq < newest:
             # The journal was trimmed up to the newest one.
             raise RunLostError(f"its snapshot after operation {newest} is gone")
+        assert run.last_seq == newest, "another trainer has gone on writing"
         return run
 
     # ---- Following and working -------------------------------------------------------------------
@@ -206,7 +240,7 @@ class Service:
     async def _listen(self) -> None:
         async for entry in self._follower.entries():
             self._scheduler.add(entry, time.monotonic())
-            self._reader.expect(self._tasks, entry)
+            self._preparing.expect(self._tasks, entry)
             self._arrived.set()
 
     async def _work(self) -> None:
@@ -218,37 +252,76 @@ class Service:
                 next_scan = now + limits.SCAN_INTERVAL_S
                 await self._look_at_gaps(now)
                 await self._snapshot_idle_runs()
-            batch = self._scheduler.take(self._settings.batch_tokens, now, admit=self._admission())
+            self._arrived.clear()
+            batch = self._scheduler.take(
+                self._settings.batch_tokens, now, ready=self._is_ready, admit=self._admission()
+            )
             self.metrics.waiting(len(self._scheduler), self._scheduler.tokens)
             if batch:
                 await self._perform(batch)
                 continue
             self.ready |= self._follower.caught_up
             self._queue_states.running([])
-            self._arrived.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(limits.SCAN_INTERVAL_S):
                     await self._arrived.wait()
 
+    def _is_ready(self, entry: Entry) -> bool:
+        """Whether an operation can be done now; if not, it is seen to that it can be soon."""
+        run_id = entry.run_id
+        if self._effects.pending_of(run_id) >= limits.EFFECTS_OF_RUN_MAX:
+            return False
+        if run_id in self._loading:
+            return False
+        if not self._residency.holds(run_id) and self._snapshotting.of(run_id).snapshot_seq >= 0:
+            if len(self._loading) < limits.IO_THREADS:
+                self._loading[run_id] = self._tasks.create_task(self._load_beside(run_id))
+            return False
+        return self._preparing.ready(self._tasks, entry)
+
+    async def _load_beside(self, run_id: str) -> None:
+        """Loads a run while others are being trained."""
+        try:
+            await self._load(run_id)
+        finally:
+            del self._loading[run_id]
+            self._arrived.set()
+
     def _admission(self) -> Callable[[str], bool]:
         """Lets runs into a batch as long as all of them fit into memory together."""
-        size_bytes = 0
+        admitted_bytes = 0
 
         def admit(run_id: str) -> bool:
-            nonlocal size_bytes
-            size_bytes += self._residency.size_bytes(run_id)
-            return self._residency.fits(size_bytes)
+            nonlocal admitted_bytes
+            size_bytes = self._residency.size_bytes(run_id)
+            if not self._residency.fits(admitted_bytes + size_bytes):
+                return False
+            admitted_bytes += size_bytes
+            return True
 
         return admit
 
     async def _perform(self, batch: list[Entry]) -> None:
-        """A batch of operations, from their messages to their effects, which go on after this."""
+        """A batch of operations, to their effects, which go on after this."""
         self._queue_states.running(batch)
-        prepared = await asyncio.gather(*(self._prepare(entry) for entry in batch))
-        works = [(entry, work) for entry, work in zip(batch, prepared, strict=True) if work]
+        works: list[tuple[Entry, Work]] = []
+        for entry in batch:
+            prepared = await self._preparing.take(entry)
+            message = prepared.work.message
+            if entry.duplicate:
+                copy = _Copy(entry, prepared.body_name)
+                self._effects.submit(
+                    self._tasks, entry.run_id, lambda copy=copy: self._answer_again(copy)
+                )
+            elif message.base_model != self._settings.base_model:
+                logger.error("an operation on another base model", extra={"run": entry.run_id})
+            else:
+                if prepared.body_name is not None:
+                    self._snapshotting.of(entry.run_id).bodies.append(prepared.body_name)
+                works.append((entry, prepared.work))
         if not works:
             return
-        await self._load({entry.run_id for entry, _ in works})
+        await self._in_worker(self._residency.bring, {entry.run_id for entry, _ in works})
         started = time.perf_counter()
         outcomes, report = await self._in_worker(
             self._executor.execute, [work for _, work in works]
@@ -272,52 +345,16 @@ class Service:
             resident_bytes=self._residency.resident_bytes,
         )
 
-    async def _prepare(self, entry: Entry) -> Work | None:
-        """What the executor needs for an operation; None if there is nothing for it to do."""
-        operation = operation_id(entry.run_id, entry.seq)
-        message, body_name = await self._reader.read(entry)
-        if message is None:
-            if not entry.duplicate:
-                await self._miss(entry)
-            return None
-        if message.base_model != self._settings.base_model:
-            logger.error("an operation on another base model", extra={"operation": operation})
-            return None
-        if entry.duplicate:
-            await self._answer_again(entry, message, body_name)
-            return None
-        if body_name is not None:
-            self._snapshotting.of(entry.run_id).bodies.append(body_name)
-        # Only what an earlier process accepted can have a result already.
-        replayed = entry.stream_seq <= self._replay_end
-        told = await self._effects.find_result(operation) if replayed else None
-        work = Work(message, told=told)
-        if isinstance(message.task, LOADING) and not work.is_over:
-            return Work(message, await self._checkpoint_files(work), told)
-        return work
-
-    async def _checkpoint_files(self, work: Work) -> dict[str, bytes] | TaskFailedError | None:
-        """The files that an operation reads; what was told to have been done has to find them, sooner or later."""
-        while True:
-            files = await self._disk.run(self._checkpoints.read_for, work.message.task)
-            transient = isinstance(files, StoreError) and not isinstance(
-                files, MissingError | CorruptError
-            )
-            if work.told is None or not transient:
-                return files
-            logger.error("the store does not answer", extra={"run": work.message.run_id})
-            await asyncio.sleep(limits.RETRY_DELAY_MAX_S)
-
     def _conclude(self, outcome: Outcome) -> None:
         """Submits what an outcome means to others, unless an earlier process has told them."""
         work, run_id = outcome.work, outcome.message.run_id
         if work.is_over:
             return
-        if work.told is None:
-            self._effects.submit(self._tasks, run_id, lambda: self._tell(outcome))
-            return
-        if outcome.version is not None:
-            self._effects.submit(self._tasks, run_id, lambda: self._show_again(outcome))
+        effect = self._tell if work.told is None else self._show_again
+        if work.told is None or outcome.version is not None:
+            self._effects.submit(
+                self._tasks, run_id, lambda: effect(outcome), size_bytes=outcome.size_bytes
+            )
 
     async def _tell(self, outcome: Outcome) -> None:
         result = await self._effects.tell(outcome)
@@ -334,50 +371,47 @@ class Service:
 
     # ---- What went wrong -------------------------------------------------------------------------
 
-    async def _answer_again(
-        self, entry: Entry, message: TrainMessage, body_name: str | None
-    ) -> None:
+    async def _answer_again(self, copy: _Copy) -> None:
         """A second copy of an operation: its first result is published once more, and the copy goes."""
-        told = await self._effects.find_result(operation_id(entry.run_id, entry.seq))
-        if told is not None:
-            await self._effects.publish_result(told)
-        elif isinstance(message.task, LOADING):
-            await self._tell_snapshotted(message)
-        await journal.retry(
-            lambda: self._forget(entry.stream_seq, body_name), doing="removing a copy"
-        )
-
-    async def _tell_snapshotted(self, message: TrainMessage) -> None:
-        """A process died between the snapshot of an operation that loaded a checkpoint and its result."""
-        await self._load({message.run_id})
-        run = self._executor.runs.get(message.run_id)
-        if isinstance(run, Run) and run.last_seq == message.seq:
-            operation = operation_id(message.run_id, message.seq)
-            result = TrainResult(
-                operation_id=operation, run_id=run.run_id, seq=message.seq, step=run.step
+        entry = copy.entry
+        operation = operation_id(entry.run_id, entry.seq)
+        told = await self._effects.find_result(operation)
+        if told is None:
+            error = TaskError(
+                type="result_gone", message="it was done; its result is no longer kept"
             )
-            live = await self._effects.write_version(run.run_id, run.step, run.adapter.clone())
-            await self._effects.tell_result(message, result, live)
-            self.metrics.count(message, result)
+            told = TrainResult(
+                operation_id=operation, run_id=entry.run_id, seq=entry.seq, step=0, error=error
+            )
+        await self._effects.publish_result(told)
+        await journal.retry(
+            lambda: self._forget(entry.stream_seq, copy.body_name), doing="removing a copy"
+        )
 
     async def _look_at_gaps(self, now: float) -> None:
         """Fails what has waited too long for an operation that is missing; the run goes on after it.
 
         A missing operation that was done, says its result, means that what it did is gone.
         """
-        if not self._follower.caught_up:
+        if not self._client.is_connected:
+            # What is missing cannot come.
+            self._scheduler.restart_gaps(now)
+        if not self._client.is_connected or not self._follower.caught_up:
             return
         for gap in self._scheduler.gaps():
             told = await self._effects.find_result(operation_id(gap.run_id, gap.seq))
+            if self._scheduler.gap_of(gap.run_id) != gap or gap.run_id in self._loading:
+                continue  # Something has come meanwhile.
             overdue = now - gap.since >= self._settings.gap_max_s
             done = told is not None and (gap.seq == 0 or told.error is None)
             if done or (gap.seq == 0 and overdue):
                 self._lose(gap, now)
             elif told is not None and told.error is not None:
                 # An earlier process has waited for it already, and told so.
-                await self._load({gap.run_id})
-                self._executor.pass_seq(gap.run_id, gap.seq)
                 self._scheduler.continue_at(gap.run_id, gap.seq + 1, now)
+                await self._load(gap.run_id)
+                await self._in_worker(self._residency.bring, {gap.run_id})
+                self._executor.pass_seq(gap.run_id, gap.seq)
             elif overdue:
                 await self._close(gap, now)
 
@@ -394,30 +428,24 @@ class Service:
     async def _close(self, gap: Gap, now: float) -> None:
         """The missing operation and those that wait for it fail, and say why."""
         # First of all, so that whatever still arrives is answered by these failures.
-        self._scheduler.continue_at(gap.run_id, gap.waiting[-1].seq + 1, now)
-        await self._load({gap.run_id})
+        dropped = self._scheduler.continue_at(gap.run_id, gap.waiting[-1].seq + 1, now)
+        for entry in dropped:
+            self._preparing.forget(entry)
+        await self._load(gap.run_id)
+        await self._in_worker(self._residency.bring, {gap.run_id})
         error = GapError(
             f"operation {gap.seq} of the run did not come within {self._settings.gap_max_s:.0f} s; "
             "operations after it were not done"
         )
         logger.error("operations are missing", extra={"run": gap.run_id, "seq": gap.seq})
         for seq in range(gap.seq, gap.waiting[-1].seq + 1):
-            await self._fail(gap.run_id, seq, error.as_task_error())
+            self._fail(gap.run_id, seq, error.as_task_error())
         progress = self._snapshotting.of(gap.run_id)
-        progress.stream_seq = max(progress.stream_seq, *(entry.stream_seq for entry in gap.waiting))
+        progress.stream_seq = max(progress.stream_seq, *(entry.stream_seq for entry in dropped))
         progress.used_at = now
 
-    async def _miss(self, entry: Entry) -> None:
-        """Somebody removed an operation from the journal: the run goes on without it."""
-        logger.error("an operation's message is gone", extra={"run": entry.run_id})
-        await self._load({entry.run_id})
-        error = TaskError(type="lost", message="the operation's data is gone")
-        if not self._residency.holds(entry.run_id):
-            self._executor.give_up(entry.run_id, error, entry.seq)
-        await self._fail(entry.run_id, entry.seq, error)
-
-    async def _fail(self, run_id: str, seq: int, error: TaskError) -> None:
-        """An operation that is not done, without a message to bill or to tell the catalog by."""
+    def _fail(self, run_id: str, seq: int, error: TaskError) -> None:
+        """An operation that is not done, without a message to bill it by; the catalog hears of it."""
         run = self._executor.runs.get(run_id)
         self._executor.pass_seq(run_id, seq)
         result = TrainResult(
@@ -427,7 +455,7 @@ class Service:
             step=run.step if isinstance(run, Run) else 0,
             error=error,
         )
-        await self._effects.publish_result(result)
+        self._effects.submit(self._tasks, run_id, lambda: self._effects.tell_failure(result))
 
     async def _forget(self, stream_seq: int, body_name: str | None) -> None:
         with suppress(NotFoundError):  # Trimmed already.
@@ -439,8 +467,10 @@ class Service:
 
     async def _snapshot_idle_runs(self) -> None:
         for run_id in self._snapshotting.idle():
-            if self._effects.settled(run_id):
-                await self._load({run_id})
+            if self._snapshotting.busy:
+                return
+            if self._effects.settled(run_id) and self._residency.holds(run_id):
+                await self._in_worker(self._residency.bring, {run_id})
                 self._snapshotting.consider(self._tasks, self._executor.runs[run_id], idle=True)
 
     async def _beat(self) -> None:

@@ -1,15 +1,16 @@
 """Snapshots of runs in the checkpoint store, so that the journal need not be kept for ever.
 
-`snapshots/<base>/<run>/<seq>` holds a run as it was after operation `seq`, with no gradient pending. The newest
+`snapshots/<base>/<run>/<seq>` holds a run as it was after operation `seq`, a pending gradient included. The newest
 complete one counts; older ones are removed once it is there.
 """
 
 from __future__ import annotations
 
 import msgspec
+from safetensors.torch import load, save
 
 from river_engine.protocol import subject_token
-from river_trainer.adapter import adapter_from
+from river_trainer.adapter import FlatTensors, adapter_from
 from river_trainer.errors import StoreError
 from river_trainer.optimizer import STATE_FILE, AdamState
 from river_trainer.peft_files import import_adapter
@@ -17,6 +18,9 @@ from river_trainer.protocol import TaskError
 from river_trainer.runs import FailedRun, Run
 from river_trainer.sites import Site
 from river_trainer.store import FileSets
+
+_GRADIENT_FILE = "gradient.safetensors"
+_GRADIENT_NAME = "gradient"
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,12 +64,16 @@ class Snapshots:
             failure = msgspec.json.encode(run.error).decode()
             files, facts = {}, _Facts(last_seq=run.last_seq, failure=failure)
         else:
-            assert run.gradient is None, "pending gradients are not in a snapshot"
             files = run.files(base_model=self._base_model, optimizer=True)
+            if run.gradient is not None:
+                files[_GRADIENT_FILE] = save({_GRADIENT_NAME: run.gradient.flat})
             seed = run.adapter.shape.seed
             facts = _Facts(last_seq=run.last_seq, step=run.step, seed=seed)
         folder = f"{self._root}/{run.run_id}/{run.last_seq}"
         self._store.write(folder, files, msgspec.to_builtins(facts))
+        if isinstance(run, FailedRun):
+            # Whatever is left of it may still help people who look for it.
+            return
         for seq in self._sequences(run.run_id):
             if seq < run.last_seq:
                 self._store.remove(f"{self._root}/{run.run_id}/{seq}")
@@ -100,4 +108,7 @@ def _restore(run_id: str, sites: tuple[Site, ...], files: dict[str, bytes], fact
     if STATE_FILE not in files:
         raise StoreError(f"the snapshot of {run_id} has no optimizer state")
     optimizer.restore(files[STATE_FILE])
-    return Run(run_id, adapter, optimizer, step=facts.step, last_seq=facts.last_seq)
+    gradient = None
+    if _GRADIENT_FILE in files:
+        gradient = FlatTensors(adapter.layout, load(files[_GRADIENT_FILE])[_GRADIENT_NAME])
+    return Run(run_id, adapter, optimizer, facts.step, facts.last_seq, gradient)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from nats.js import JetStreamContext
 
-from river_trainer import journal
+from river_trainer import journal, limits
 from river_trainer.effects import Effects
 from river_trainer.protocol import TRAIN_STREAM, train_subject
 from river_trainer.runs import FailedRun, Run
@@ -18,14 +18,14 @@ from river_trainer.scheduling import Scheduler
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands between memory, snapshot and journal. `snapshot_at`, `used_at` are monotonic times in seconds.
+    """Where a run stands between memory, snapshot and journal. `tried_at`, `used_at` are monotonic times in seconds.
 
     `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed.
     """
 
     snapshot_seq: int = -1
     snapshot_step: int = 0
-    snapshot_at: float = -math.inf
+    tried_at: float = -math.inf
     stream_seq: int = 0
     used_at: float = 0.0
     bodies: list[str] = field(default_factory=list[str])
@@ -67,6 +67,12 @@ class Snapshotting:
         self._interval_s = interval_s
         self._idle_s = idle_s
         self._progress: dict[str, Progress] = {}
+        self._writing = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether enough copies of runs are on their way to the store."""
+        return self._writing >= limits.SNAPSHOTS_WRITING_MAX
 
     def __len__(self) -> int:
         return len(self._progress)
@@ -90,13 +96,9 @@ class Snapshotting:
         progress = self.of(run.run_id)
         if progress.writing or not progress.stream_seq:
             return
-        if isinstance(run, Run) and run.gradient is not None:
+        if isinstance(run, FailedRun) and not run.durable:
             return
-        step = run.step if isinstance(run, Run) else 0
-        due = idle or (
-            step - progress.snapshot_step >= self._every_steps
-            and time.monotonic() - progress.snapshot_at >= self._interval_s
-        )
+        due = idle or self._is_due(run, progress)
         if progress.snapshot_seq < run.last_seq and not due:
             return
         frozen = run.frozen() if isinstance(run, Run) else run
@@ -108,15 +110,25 @@ class Snapshotting:
             end = min(end, waiting)
         bodies, progress.bodies = progress.bodies, []
         progress.writing = True
+        progress.tried_at = time.monotonic()
+        self._writing += 1
         kept = _Kept(frozen, progress.stream_seq, end, bodies)
         self._effects.submit(tasks, run.run_id, lambda: self._keep(kept))
+
+    def _is_due(self, run: Run | FailedRun, progress: Progress) -> bool:
+        if time.monotonic() - progress.tried_at < self._interval_s:
+            return False
+        if isinstance(run, Run) and run.gradient is not None:
+            # It is written along, which is dear; but a run that never steps must not keep its journal for ever.
+            return run.last_seq - progress.snapshot_seq >= limits.SNAPSHOT_OPERATIONS_MAX
+        step = run.step if isinstance(run, Run) else 0
+        return step - progress.snapshot_step >= self._every_steps
 
     def snapshotted(self, run: Run | FailedRun) -> None:
         """A snapshot of the run as it is here is in the store."""
         progress = self.of(run.run_id)
         progress.snapshot_seq = run.last_seq
         progress.snapshot_step = run.step if isinstance(run, Run) else 0
-        progress.snapshot_at = time.monotonic()
 
     async def _keep(self, kept: _Kept) -> None:
         run, progress = kept.run, self.of(kept.run.run_id)
@@ -133,6 +145,7 @@ class Snapshotting:
                 progress.stream_seq = 0
         finally:
             progress.writing = False
+            self._writing -= 1
 
     async def _trim(self, kept: _Kept) -> None:
         """Drops from the journal what a snapshot holds."""

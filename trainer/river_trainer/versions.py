@@ -6,6 +6,7 @@ A directory appears whole, by renaming, and never changes. The last few of a run
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from river_engine.protocol import AdapterRef
@@ -56,10 +57,12 @@ class Versions:
         for path in (self._directory / run_id).iterdir():
             if path.name.isdigit() and int(path.name) < step:
                 # A directory that is being removed must not look like a whole one.
-                leaving = path.rename(path.parent / f".{path.name}.leaving")
-                for file in leaving.iterdir():
-                    file.unlink()
-                leaving.rmdir()
+                leaving = path.parent / f".{path.name}.leaving"
+                # A process that died while removing it has left some of it.
+                shutil.rmtree(leaving, ignore_errors=True)
+                with suppress(OSError):  # It is only room that it takes.
+                    path.rename(leaving)
+                    shutil.rmtree(leaving, ignore_errors=True)
 
     def _path(self, run_id: str, step: int) -> Path:
         return self._directory / run_id / str(step)

@@ -14,6 +14,7 @@ from river_trainer.protocol import (
     Forward,
     LoadWeights,
     SaveWeights,
+    TaskError,
     TrainMessage,
     TrainResult,
 )
@@ -29,19 +30,24 @@ LOADING = (CreateRun, LoadWeights)
 class Work:
     """An operation to do; `files` are those of the checkpoint it reads, or why they cannot be had.
 
-    `told` is the result that an earlier process has published for it.
+    `told` is the result that an earlier process has published for it. `gone` says why nobody knows any more what was
+    asked for; the message is an empty one then.
     """
 
     message: TrainMessage
     files: dict[str, bytes] | TaskFailedError | None = None
     told: TrainResult | None = None
+    gone: TaskError | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether it was done or refused and left nothing in the run that has to be done again."""
-        return self.told is not None and (
-            self.told.error is not None or isinstance(self.message.task, PURE)
-        )
+        if self.told is None:
+            return False
+        if self.gone is not None:
+            # Nobody knows what it was; only a save leaves nothing in the run and tells by its result that it was one.
+            return self.told.error is not None or self.told.checkpoint is not None
+        return self.told.error is not None or isinstance(self.message.task, PURE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,12 @@ class Outcome:
     @property
     def message(self) -> TrainMessage:
         return self.work.message
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the copies."""
+        version = 0 if self.version is None else self.version.weights.flat.nbytes
+        return version + (0 if self.frozen is None else self.frozen.size_bytes)
 
 
 @dataclass(slots=True)
@@ -87,17 +99,22 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self._queues)
 
+    def first_messages(self) -> list[TrainMessage]:
+        """The next message of every run."""
+        return [queue[0].message for queue in self._queues.values()]
+
     def take(
         self, *kinds: type[AnyTask], waiting: Container[str] = (), over: bool = False
     ) -> Iterator[Work]:
         """Takes the next works of every run, as long as they are of these kinds and the run is none of `waiting`.
 
-        What is over already is taken with `over` and only then.
+        What is over already, or gone, is taken with `over` and only then.
         """
         for run_id, queue in list(self._queues.items()):
             while queue and run_id not in waiting:
                 work = queue[0]
-                if not (over if work.is_over else isinstance(work.message.task, kinds)):
+                is_over = work.is_over or work.gone is not None
+                if not (over if is_over else isinstance(work.message.task, kinds)):
                     break
                 yield queue.popleft()
             if not queue:

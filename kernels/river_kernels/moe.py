@@ -156,9 +156,10 @@ def run_experts(
     """Every row through its expert and adapter, [P, H], and what `run_experts_backward` needs."""
     z_PF, v1 = _project(x_PH, gate_up, grouped, gate_up_pairs)
     gate_PI, up_PI = z_PF.chunk(2, dim=1)
-    h_PI = functional.silu(gate_PI).mul_(up_PI)
+    activated_PI = functional.silu(gate_PI)
+    h_PI = activated_PI * up_PI
     y_PH, v2 = _project(h_PI, down, grouped, down_pairs)
-    return y_PH, [x_PH, z_PF, h_PI, *v1, *v2]
+    return y_PH, [x_PH, z_PF, activated_PI, h_PI, *v1, *v2]
 
 
 def run_experts_backward(
@@ -175,14 +176,15 @@ def run_experts_backward(
 
     `dout_PH` is the gradient of each row's token, not yet weighted by the router's `weight_P`.
     """
-    x_PH, z_PF, h_PI, *shrunk = kept
+    x_PH, z_PF, activated_PI, h_PI, *shrunk = kept
     assert x_PH is not None
     assert z_PF is not None
+    assert activated_PI is not None
     assert h_PI is not None
     v1, v2 = shrunk[: len(grouped.groups)], shrunk[len(grouped.groups) :]
     dh_PI = _project_backward(dout_PH, h_PI, down, grouped, down_pairs, v2, weight_P)
     dweight_P = (dh_PI * h_PI).sum(1)
-    dz_PF = _swiglu_backward(dh_PI.mul_(weight_P[:, None]), z_PF)
+    dz_PF = _swiglu_backward(dh_PI.mul_(weight_P[:, None]), z_PF, activated_PI)
     return _project_backward(dz_PF, x_PH, gate_up, grouped, gate_up_pairs, v1), dweight_P
 
 
@@ -276,11 +278,13 @@ def sum_over_chosen(y_PH: torch.Tensor, inverse: torch.Tensor, chosen: int) -> t
     return y_PH.index_select(0, inverse).view(-1, chosen, y_PH.shape[1]).sum(1)
 
 
-def _swiglu_backward(dh_PI: torch.Tensor, z_PF: torch.Tensor) -> torch.Tensor:
-    """The gradient of z for h = silu(gate) * up; [P, 2I]."""
+def _swiglu_backward(
+    dh_PI: torch.Tensor, z_PF: torch.Tensor, activated_PI: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of z for h = silu(gate) * up, [P, 2I], from silu(gate)."""
     gate_PI, up_PI = z_PF.chunk(2, dim=1)
     dz_PF = torch.empty_like(z_PF)
     dgate_PI, dup_PI = dz_PF.chunk(2, dim=1)
-    torch.mul(dh_PI, functional.silu(gate_PI), out=dup_PI)
+    torch.mul(dh_PI, activated_PI, out=dup_PI)
     dgate_PI.copy_(torch.ops.aten.silu_backward(dh_PI * up_PI, gate_PI))
     return dz_PF

@@ -314,6 +314,12 @@ def test_versions_are_immutable_and_few(make_executor: Maker, tmp_path: Path) ->
     folders = sorted(int(path.name) for path in (tmp_path / "adapters/run_a").iterdir())
     assert folders == list(range(4, 12))
     weights = tmp_path / "adapters/run_a/11/adapter_model.safetensors"
+    # What a process left behind that died while removing a version is in nobody's way.
+    stale = tmp_path / "adapters/run_a/.4.leaving"
+    stale.mkdir()
+    (stale / "rest").write_bytes(b"x")
+    versions.write("run_a", 12, run.adapter)
+    assert not stale.exists()
     before = weights.stat().st_mtime_ns
     versions.write("run_a", 11, run.adapter)
     assert weights.stat().st_mtime_ns == before

@@ -106,9 +106,10 @@ async def test_a_run_that_cannot_be_rebuilt_is_refused(
 ) -> None:
     """When a replay ends elsewhere than what was told, the run trains no further; others do."""
     script = training_script("run_other", steps=1, base_model=world.base_name)
-    script.do(forward_backward(5, [8]))  # Pending gradients keep the journal.
+    script.do(forward_backward(5, [8]))
     good = training_script("run_good", steps=1, base_model=world.base_name)
     good.do(forward_backward(5, [8]))
+    world.options = {"snapshot_idle_s": 3600.0}  # The journal is to be replayed.
     async with world.trainer():
         await world.submit(*script.messages, *good.messages)
         results = await world.results(script)

@@ -42,6 +42,7 @@ from river_trainer.protocol import (
     BODIES_BUCKET,
     CreateRun,
     ForwardBackward,
+    LoadWeights,
     OptimStep,
     SaveWeights,
     Sequence,
@@ -203,6 +204,48 @@ async def test_a_lost_adapter_directory_is_written_again(world: World) -> None:
     async with world.trainer(), asyncio.timeout(WAIT_S):
         while not folder.exists():
             await asyncio.sleep(0.02)
+
+
+async def test_a_run_goes_on_after_loading_and_dying(world: World) -> None:
+    """The snapshot that a load makes holds the load: a successor neither repeats it nor finds the run too far on."""
+    script = training_script("run_loaded", steps=2, base_model=world.base_name)
+    save = script.do(SaveWeights(checkpoint_id="ckpt_loaded", name="x", mode="training"))
+    world.options = {"snapshot_idle_s": 3600.0, "snapshot_every_steps": 1000}
+    async with world.trainer():
+        await world.submit(*script.messages)
+        checkpoint = (await world.result(save)).checkpoint
+        assert checkpoint is not None
+        load = script.do(LoadWeights(location=checkpoint.location, optimizer=True))
+        later = script.do(forward_backward(1, [8]))
+        await world.submit(load, later)
+        assert (await world.result(load)).step == 3
+        assert (await world.result(later)).error is None
+    async with world.trainer():
+        step = script.do(OptimStep(adam=ADAM))
+        await world.submit(step)
+        result = await world.result(step)
+        assert (result.error, result.step) == (None, 4)
+
+
+async def test_a_pending_gradient_survives_an_idle_time(world: World) -> None:
+    """A run that is left alone with a gradient is snapshotted with it, its journal goes, and it steps as if nothing."""
+    script = training_script("run_idle", steps=1, base_model=world.base_name)
+    script.do(forward_backward(4, [9, 7]))
+    async with world.trainer():
+        await world.submit(*script.messages)
+        await world.until_trimmed("run_idle")
+    script.do(forward_backward(5, [6]))
+    script.do(OptimStep(adam=ADAM))
+    async with world.trainer():
+        await world.submit(*script.messages[-2:])
+        told = await world.results(script)
+    together = training_script("run_idle_twin", steps=1, base_model=world.base_name)
+    for message in script.messages[-3:]:
+        together.do(message.task)
+    async with world.trainer():
+        await world.submit(*together.messages)
+        expected = await world.results(together)
+    assert told[-1].metrics["grad_norm"] == expected[-1].metrics["grad_norm"]
 
 
 @pytest.mark.parametrize("killed_after", [2, 5], ids=["gradients pending", "later"])

@@ -32,12 +32,12 @@ async def test_runs_are_kept_on_s3(world: World, s3: S3, monkeypatch: pytest.Mon
     url = use_s3(s3, monkeypatch)
     facts = {field.name: getattr(world, field.name) for field in dataclasses.fields(world)}
     stored = StoredWorld(**facts, store_url=url)
-    source = training_script("run_source", steps=2, base_model=world.base_name)
+    source = training_script("run_s3_source", steps=2, base_model=world.base_name)
     source.do(SaveWeights(checkpoint_id="ckpt_1", name="x", mode="training"))
     further = [forward_backward(9, [12]), OptimStep(adam=ADAM), forward_backward(9, [12])]
     for task in further:
         source.do(task)
-    copy = RunScript("run_copy", world.base_name)
+    copy = RunScript("run_s3_copy", world.base_name)
     async with stored.trainer():
         await stored.submit(*source.messages)
         results = await stored.results(source)
@@ -56,7 +56,7 @@ async def test_runs_are_kept_on_s3(world: World, s3: S3, monkeypatch: pytest.Mon
         error = (await stored.result(missing)).error
         assert error is not None
         assert error.type == "checkpoint_missing"
-        await stored.until_trimmed("run_copy")
+        await stored.until_trimmed("run_s3_copy")
     parts = urlsplit(url)
     listed = s3.client.list_objects_v2(Bucket=parts.netloc, Prefix="river/snapshots/")
     assert any(item["Key"].endswith("manifest.json") for item in listed["Contents"])

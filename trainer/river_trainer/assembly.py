@@ -11,7 +11,7 @@ import torch
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
 from river_trainer.executor import Executor
-from river_trainer.lanes import Lanes, keep_memory
+from river_trainer.lanes import Lanes, settle
 from river_trainer.passes import Passes
 from river_trainer.residency import Residency
 from river_trainer.settings import TrainerSettings
@@ -49,13 +49,15 @@ def load(settings: TrainerSettings) -> Parts:
         ShardingError: the model cannot be divided among so many processes.
         GroupBrokenError: another process has ended already.
     """
-    keep_memory()
     lanes = Lanes(settings.torch_threads)
     dtype = getattr(torch, settings.trainer_dtype)
     if not find_place().is_shared:
-        return parts_of(settings, BaseModel(settings.model_path, dtype), lanes)
+        base = BaseModel(settings.model_path, dtype)
+        settle()
+        return parts_of(settings, base, lanes)
     group = Group()
     base = ShardedBaseModel(settings.model_path, group, dtype)
+    settle()
     parts = parts_of(settings, base, lanes, make_passes=partial(ShardedPasses, group=group))
     return replace(parts, leader=Leader(group))
 

@@ -8,6 +8,7 @@ of a batch. An accelerator needs one lane.
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ Answer = TypeVar("Answer")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 30
+_OBJECTS_BEFORE_COLLECTION = 50_000
 
 
 class Lanes:
@@ -57,12 +59,16 @@ class PerLane(threading.local):
     """Base of what each lane keeps for itself."""
 
 
-def keep_memory() -> None:
-    """Lets the C library keep the memory that it was given back, where it can be told so.
+def settle() -> None:
+    """Makes the process fit for passes: call it once, when the model is loaded and before the first of them.
 
-    A pass frees and allocates the same hundreds of megabytes again and again; given back to the system each time, every
-    page of it has to be faulted in anew. Call it once, before the first pass.
+    Lets the C library, where it can be told so, keep the memory that it was given back: a pass frees and allocates the
+    same hundreds of megabytes again and again, and every page of it would have to be faulted in anew. Takes what is
+    loaded out of the garbage collector's sight, and lets it look less often: a pass makes many objects and no garbage.
     """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # no glibc

@@ -10,7 +10,7 @@ import torch
 from river_trainer import limits
 from river_trainer.base_model import BaseModel
 from river_trainer.executor import Executor
-from river_trainer.lanes import Lanes, keep_memory
+from river_trainer.lanes import Lanes, settle
 from river_trainer.peft_files import export_adapter
 from river_trainer.protocol import (
     Adam,
@@ -34,8 +34,8 @@ class OurTrainer:
     def __init__(
         self, model_path: Path, *, shape: AdapterShape, runs: int, adam: Adam, lanes: int
     ) -> None:
-        keep_memory()  # For the peer in this process too.
         base = BaseModel(model_path)
+        settle()  # For the peer in this process too.
         self._executor = Executor(
             base,
             Lanes(lanes),

@@ -11,7 +11,7 @@ import torch
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import GroupBrokenError, ShardingError
 from river_trainer.gradients import GradientPool
-from river_trainer.lanes import Lanes, keep_memory
+from river_trainer.lanes import Lanes, settle
 from river_trainer.settings import TrainerSettings
 from river_trainer.sharding.base_model import ShardedBaseModel
 from river_trainer.sharding.group import Group
@@ -26,10 +26,10 @@ def follow(settings: TrainerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         # torchrun sends it to all; rank 0 finishes its batch first, and then sends us home.
         signal.signal(number, signal.SIG_IGN)
-    keep_memory()
     try:
         group = Group()
         base = ShardedBaseModel(settings.model_path, group, getattr(torch, settings.trainer_dtype))
+        settle()
         take_part(group, base, settings)
         group.leave()
     except (GroupBrokenError, ShardingError) as error:

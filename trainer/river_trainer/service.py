@@ -47,7 +47,7 @@ from river_trainer.runs import FailedRun, Run
 from river_trainer.scheduling import Entry, Gap, Scheduler
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshotting import Snapshotting
-from river_trainer.work import LOADING, Outcome, Work
+from river_trainer.work import LOADING, Outcome, Report, Work
 
 logger = logging.getLogger("river.trainer")
 
@@ -321,11 +321,8 @@ class Service:
                 works.append((entry, prepared.work))
         if not works:
             return
-        await self._in_worker(self._residency.bring, {entry.run_id for entry, _ in works})
         started = time.perf_counter()
-        outcomes, report = await self._in_worker(
-            self._executor.execute, [work for _, work in works]
-        )
+        outcomes, report = await self._in_worker(self._compute, [work for _, work in works])
         self.metrics.batch(
             report,
             operations=len(works),
@@ -338,12 +335,24 @@ class Service:
             progress.used_at = time.monotonic()
             self._conclude(outcome)
         for run_id in {entry.run_id for entry, _ in works}:
-            self._snapshotting.consider(self._tasks, self._executor.runs[run_id])
+            self._consider_snapshot(run_id)
         self.metrics.runs(
             resident=len(self._executor.runs),
             spilled=self._residency.spilled,
             resident_bytes=self._residency.resident_bytes,
         )
+
+    def _compute(self, works: list[Work]) -> tuple[list[Outcome], Report]:
+        """In the worker, at one go: between bringing runs and working on them another could push them out again."""
+        self._residency.bring({work.message.run_id for work in works})
+        return self._executor.execute(works)
+
+    def _consider_snapshot(self, run_id: str, *, idle: bool = False) -> None:
+        run = self._executor.runs.get(run_id)
+        if (
+            run is not None
+        ):  # Otherwise it has been moved to disk meanwhile, and comes back for it when idle.
+            self._snapshotting.consider(self._tasks, run, idle=idle)
 
     def _conclude(self, outcome: Outcome) -> None:
         """Submits what an outcome means to others, unless an earlier process has told them."""
@@ -410,8 +419,7 @@ class Service:
                 # An earlier process has waited for it already, and told so.
                 self._scheduler.continue_at(gap.run_id, gap.seq + 1, now)
                 await self._load(gap.run_id)
-                await self._in_worker(self._residency.bring, {gap.run_id})
-                self._executor.pass_seq(gap.run_id, gap.seq)
+                await self._in_worker(self._pass_over, gap.run_id, gap.seq)
             elif overdue:
                 await self._close(gap, now)
 
@@ -432,30 +440,35 @@ class Service:
         for entry in dropped:
             self._preparing.forget(entry)
         await self._load(gap.run_id)
-        await self._in_worker(self._residency.bring, {gap.run_id})
+        step = await self._in_worker(self._pass_over, gap.run_id, gap.waiting[-1].seq)
         error = GapError(
             f"operation {gap.seq} of the run did not come within {self._settings.gap_max_s:.0f} s; "
             "operations after it were not done"
         )
         logger.error("operations are missing", extra={"run": gap.run_id, "seq": gap.seq})
         for seq in range(gap.seq, gap.waiting[-1].seq + 1):
-            self._fail(gap.run_id, seq, error.as_task_error())
+            result = TrainResult(
+                operation_id=operation_id(gap.run_id, seq),
+                run_id=gap.run_id,
+                seq=seq,
+                step=step,
+                error=error.as_task_error(),
+            )
+            self._effects.submit(
+                self._tasks,
+                gap.run_id,
+                lambda result=result: self._effects.tell_failure(result),
+            )
         progress = self._snapshotting.of(gap.run_id)
         progress.stream_seq = max(progress.stream_seq, *(entry.stream_seq for entry in dropped))
         progress.used_at = now
 
-    def _fail(self, run_id: str, seq: int, error: TaskError) -> None:
-        """An operation that is not done, without a message to bill it by; the catalog hears of it."""
-        run = self._executor.runs.get(run_id)
+    def _pass_over(self, run_id: str, seq: int) -> int:
+        """In the worker: the run's operations up to `seq` count as done; returns its step."""
+        self._residency.bring({run_id})
         self._executor.pass_seq(run_id, seq)
-        result = TrainResult(
-            operation_id=operation_id(run_id, seq),
-            run_id=run_id,
-            seq=seq,
-            step=run.step if isinstance(run, Run) else 0,
-            error=error,
-        )
-        self._effects.submit(self._tasks, run_id, lambda: self._effects.tell_failure(result))
+        run = self._executor.runs.get(run_id)
+        return run.step if isinstance(run, Run) else 0
 
     async def _forget(self, stream_seq: int, body_name: str | None) -> None:
         with suppress(NotFoundError):  # Trimmed already.
@@ -471,7 +484,7 @@ class Service:
                 return
             if self._effects.settled(run_id) and self._residency.holds(run_id):
                 await self._in_worker(self._residency.bring, {run_id})
-                self._snapshotting.consider(self._tasks, self._executor.runs[run_id], idle=True)
+                self._consider_snapshot(run_id, idle=True)
 
     async def _beat(self) -> None:
         """Keeps the record by which gateways find this trainer."""

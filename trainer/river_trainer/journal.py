@@ -1,7 +1,7 @@
 """The trainer's side of NATS: streams, buckets, bodies, messages and results. The gateway uses it too: no torch here.
 
-Everything is msgpack. A body over `BODY_INLINE_MAX_BYTES` goes to the object store, under a name of its own, and the
-message carries that name in a header instead.
+Everything is msgpack. A large body goes to an object store under a name of its own, and the message has that name in a
+header instead.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from river_trainer.protocol import (
     LEASES_BUCKET,
     LIVE_BUCKET,
     RESULT_BODIES_BUCKET,
+    RESULT_INLINE_MAX_BYTES,
     RESULTS_MAX_AGE_S,
     RESULTS_STREAM,
     TENANT_HEADER,
@@ -172,7 +173,7 @@ async def publish_body(
     all_headers = dict(headers or {})
     if message_id is not None:
         all_headers[MESSAGE_ID_HEADER] = message_id
-    if len(body) <= BODY_INLINE_MAX_BYTES:
+    if len(body) <= (RESULT_INLINE_MAX_BYTES if of_result else BODY_INLINE_MAX_BYTES):
         return await js.publish(
             subject, body, timeout=limits.NATS_REQUEST_TIMEOUT_S, headers=all_headers or None
         )

@@ -6,9 +6,9 @@ JetStream (every body is msgpack, see `journal`):
   kept until the trainer has snapshotted the run and trims it. The headers `TENANT_HEADER`, `TOKENS_HEADER` and
   `ADVANCES_HEADER` say what a trainer's queue has to know before it reads the body.
 * `RESULTS_STREAM`, subjects `results.<operation>`, last value per subject: `TrainResult`s.
-* `BODIES_BUCKET`, an object store: any body over `BODY_INLINE_MAX_BYTES`; the message then is empty and its header
-  `BODY_HEADER` names the object. Bodies of results lie in a bucket of their own, `RESULT_BODIES_BUCKET`, which the
-  header `BODY_BUCKET_HEADER` then names; its objects fade with the results.
+* `BODIES_BUCKET`, an object store: any body over `BODY_INLINE_MAX_BYTES` (of a result: over `RESULT_INLINE_MAX_BYTES`);
+  the message then is empty and its header `BODY_HEADER` names the object. Bodies of results lie in a bucket of their
+  own, `RESULT_BODIES_BUCKET`, which the header `BODY_BUCKET_HEADER` then names; its objects fade with the results.
 * `LIVE_BUCKET`, a KV bucket, key = run id: the `LiveVersion` of a run, written before the result that made it.
 * `TRAINERS_BUCKET`, a KV bucket: a `TrainerRecord` per trainer, renewed every `HEARTBEAT_INTERVAL_S`.
 * `LEASES_BUCKET`, a KV bucket, key = token of the base: the id of the one trainer that may follow that base's journal.
@@ -35,6 +35,8 @@ LEASES_BUCKET = "leases"
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_LOST_AFTER_S = 8.0
 BODY_INLINE_MAX_BYTES = 512 * 1024
+RESULT_INLINE_MAX_BYTES = 32 * 1024
+"""Of a result: the stream that keeps everybody's for a day must not be filled by a few long ones."""
 BODY_HEADER = "River-Body"
 BODY_BUCKET_HEADER = "River-Body-Bucket"
 TENANT_HEADER = "River-Tenant"

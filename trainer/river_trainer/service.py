@@ -29,8 +29,9 @@ from river_billing import streams as billing
 from river_trainer import journal, limits
 from river_trainer.assembly import Parts
 from river_trainer.effects import Disk, Effects
-from river_trainer.errors import CorruptError, GapError, InvalidTaskError, RunLostError
+from river_trainer.errors import CorruptError, InvalidTaskError, RunLostError
 from river_trainer.follower import Follower
+from river_trainer.gaps import Gaps
 from river_trainer.lease import Lease
 from river_trainer.metrics import TrainerMetrics
 from river_trainer.preparing import Preparing
@@ -44,7 +45,7 @@ from river_trainer.protocol import (
 )
 from river_trainer.queue_state import QueueStates
 from river_trainer.runs import FailedRun, Run
-from river_trainer.scheduling import Entry, Gap, Scheduler
+from river_trainer.scheduling import Entry, Scheduler
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshotting import Snapshotting
 from river_trainer.work import LOADING, Outcome, Report, Work
@@ -122,6 +123,16 @@ class Service:
             done=self._arrived.set,
         )
         self._loading: dict[str, asyncio.Task[None]] = {}
+        self._gaps = Gaps(
+            self._scheduler,
+            self._effects,
+            self._executor,
+            self._snapshotting,
+            self._preparing,
+            gap_max_s=settings.gap_max_s,
+            load=self._load,
+            pass_over=lambda run_id, seq: self._in_worker(self._pass_over, run_id, seq),
+        )
         self._tasks = asyncio.TaskGroup()
         self._trainer_id = f"trainer_{time.time_ns():x}"
         self._lease = Lease(client, settings.base_model, self._trainer_id)
@@ -398,70 +409,11 @@ class Service:
         )
 
     async def _look_at_gaps(self, now: float) -> None:
-        """Fails what has waited too long for an operation that is missing; the run goes on after it.
-
-        A missing operation that was done, says its result, means that what it did is gone.
-        """
         if not self._client.is_connected:
             # What is missing cannot come.
             self._scheduler.restart_gaps(now)
-        if not self._client.is_connected or not self._follower.caught_up:
-            return
-        for gap in self._scheduler.gaps():
-            told = await self._effects.find_result(operation_id(gap.run_id, gap.seq))
-            if self._scheduler.gap_of(gap.run_id) != gap or gap.run_id in self._loading:
-                continue  # Something has come meanwhile.
-            overdue = now - gap.since >= self._settings.gap_max_s
-            done = told is not None and (gap.seq == 0 or told.error is None)
-            if done or (gap.seq == 0 and overdue):
-                self._lose(gap, now)
-            elif told is not None and told.error is not None:
-                # An earlier process has waited for it already, and told so.
-                self._scheduler.continue_at(gap.run_id, gap.seq + 1, now)
-                await self._load(gap.run_id)
-                await self._in_worker(self._pass_over, gap.run_id, gap.seq)
-            elif overdue:
-                await self._close(gap, now)
-
-    def _lose(self, gap: Gap, now: float) -> None:
-        """Neither a snapshot nor the journal holds what came before a gap: what the run had learned is gone."""
-        error = RunLostError(
-            f"neither a snapshot nor the journal holds its operation {gap.seq}, which was done"
-        )
-        logger.critical("a run is lost", extra={"run": gap.run_id, "reason": str(error)})
-        first = gap.waiting[0].seq
-        self._executor.give_up(gap.run_id, error.as_task_error(), first - 1)
-        self._scheduler.continue_at(gap.run_id, first, now)
-
-    async def _close(self, gap: Gap, now: float) -> None:
-        """The missing operation and those that wait for it fail, and say why."""
-        # First of all, so that whatever still arrives is answered by these failures.
-        dropped = self._scheduler.continue_at(gap.run_id, gap.waiting[-1].seq + 1, now)
-        for entry in dropped:
-            self._preparing.forget(entry)
-        await self._load(gap.run_id)
-        step = await self._in_worker(self._pass_over, gap.run_id, gap.waiting[-1].seq)
-        error = GapError(
-            f"operation {gap.seq} of the run did not come within {self._settings.gap_max_s:.0f} s; "
-            "operations after it were not done"
-        )
-        logger.error("operations are missing", extra={"run": gap.run_id, "seq": gap.seq})
-        for seq in range(gap.seq, gap.waiting[-1].seq + 1):
-            result = TrainResult(
-                operation_id=operation_id(gap.run_id, seq),
-                run_id=gap.run_id,
-                seq=seq,
-                step=step,
-                error=error.as_task_error(),
-            )
-            self._effects.submit(
-                self._tasks,
-                gap.run_id,
-                lambda result=result: self._effects.tell_failure(result),
-            )
-        progress = self._snapshotting.of(gap.run_id)
-        progress.stream_seq = max(progress.stream_seq, *(entry.stream_seq for entry in dropped))
-        progress.used_at = now
+        elif self._follower.caught_up:
+            await self._gaps.look(self._tasks, now, loading=self._loading)
 
     def _pass_over(self, run_id: str, seq: int) -> int:
         """In the worker: the run's operations up to `seq` count as done; returns its step."""

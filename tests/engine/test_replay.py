@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -127,23 +128,41 @@ def test_in_float32_trainer_and_engine_choose_the_same_experts(
     assert judgement.largest < 1e-3
 
 
-@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("which", ["base", "adapters"])
 def test_replay_takes_away_the_largest_differences_of_bfloat16(
     rounded_engine: RunningEngine,
     tiny_moe: Path,
     make_adapter: Callable[..., AdapterRef],
     which: str,
 ) -> None:
-    """Sampler and trainer in bfloat16 differ at most a third as much when the trainer uses the sampler's experts."""
-    ref = None if which == "base" else make_adapter(seed=52, std=0.03)
-    groups = samples_of(rounded_engine, ref)
+    """Sampler and trainer in bfloat16 differ at most a third as much when the trainer uses the sampler's experts.
+
+    Of one adapter few tokens flip, and how much they matter is chance; four together tell.
+    """
     base = BaseModel(tiny_moe, torch.bfloat16)
-    adapter = trainer_adapter(base, ref)
-    plain = judge(base, adapter, groups, replay=False)
-    replayed = judge(base, adapter, groups, replay=True)
-    assert 0 < plain.flips.different < plain.flips.compared * 0.05
-    assert replayed.flips == Flips()
-    assert plain.largest >= 3 * replayed.largest, (plain.largest, replayed.largest)
-    assert np.quantile(np.abs(plain.differences), 0.999) >= 3 * np.quantile(
-        np.abs(replayed.differences), 0.999
-    )
+    plain, replayed = _Differences(), _Differences()
+    for seed in (None,) if which == "base" else (52, 53, 54, 55):
+        ref = None if seed is None else make_adapter(seed=seed, std=0.03)
+        groups = samples_of(rounded_engine, ref)
+        adapter = trainer_adapter(base, ref)
+        without = judge(base, adapter, groups, replay=False)
+        assert 0 < without.flips.different < without.flips.compared * 0.05
+        with_replay = judge(base, adapter, groups, replay=True)
+        assert with_replay.flips == Flips()
+        plain.add(without)
+        replayed.add(with_replay)
+    for share in (0.999, 1.0):
+        assert plain.quantile(share) >= 3 * replayed.quantile(share)
+
+
+class _Differences:
+    """Absolute differences of log-probabilities over several judgements."""
+
+    def __init__(self) -> None:
+        self._found: list[npt.NDArray[np.float64]] = []
+
+    def add(self, judgement: Judgement) -> None:
+        self._found.append(np.abs(judgement.differences))
+
+    def quantile(self, share: float) -> float:
+        return float(np.quantile(np.concatenate(self._found), share))

@@ -78,10 +78,10 @@ class FusedAttention(nn.Module):
             projected_TO[:, start:end].unflatten(1, (-1, self.head_size))
             for _, start, end in self._bounds
         )
-        cos_TD, sin_TD = (table[0].float() for table in position_embeddings)
+        cos_TD, sin_TD = (table[0] for table in position_embeddings)
         attended_THD = packed_causal_attention(
-            rotate(self.q_norm(query).float(), cos_TD, sin_TD),
-            rotate(self.k_norm(key).float(), cos_TD, sin_TD),
+            rotate(self.q_norm(query), cos_TD, sin_TD).float(),
+            rotate(self.k_norm(key), cos_TD, sin_TD).float(),
             value.float(),
             running.packing,
             scale=self.scale,

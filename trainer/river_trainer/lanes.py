@@ -7,6 +7,7 @@ of a batch. An accelerator needs one lane.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import threading
@@ -68,6 +69,7 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # Or extension modules complain at the end of what was not collected.
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -69,7 +69,8 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # Or extension modules complain at the end of what was not collected.
+    # Extension modules complain at the end of what was never collected.
+    atexit.register(gc.unfreeze)
     gc.set_threshold(_OBJECTS_BEFORE_COLLECTION)
     try:
         mallopt = ctypes.CDLL(None).mallopt

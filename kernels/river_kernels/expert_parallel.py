@@ -30,11 +30,12 @@ from river_kernels.moe import (
     Group,
     Grouped,
     Kept,
+    check_experts,
     run_experts,
     run_experts_backward,
     sum_over_chosen,
 )
-from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segments, check_segments
+from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +79,7 @@ def moe_lora_parallel(
 
     Pairs are whole, for all E experts; those of a slot without local tokens too.
     """
-    slots = len(gate_up_pairs)
-    assert len(down_pairs) == slots
-    check_segments(segments, tokens=x_TH.shape[0], slots=slots)
-    assert not gate_up.requires_grad, "the base model is frozen"
-    assert not down.requires_grad, "the base model is frozen"
+    check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
     own = gate_up.shape[0]
     exchange = _make_exchange(experts_TK, segments, own, process_group)
     first = own * dist.get_rank(process_group)

@@ -74,13 +74,25 @@ def moe_lora(
     `down_pairs[slot]` A [E, r, I] and B [E, H, r]; None where a slot has no adapter here. Gradients flow to x and to
     the router weights through autograd, to A and B through their pairs.
     """
+    check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
+    route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
+    return _MoeLora.apply(x_TH, weights_TK, gate_up, down, route, gate_up_pairs, down_pairs)
+
+
+def check_experts(
+    x_TH: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    segments: Segments,
+    gate_up_pairs: Pairs,
+    down_pairs: Pairs,
+) -> None:
+    """Asserts that segments and pairs fit the tokens, and that the experts are frozen."""
     slots = len(gate_up_pairs)
     assert len(down_pairs) == slots
     check_segments(segments, tokens=x_TH.shape[0], slots=slots)
     assert not gate_up.requires_grad, "the base model is frozen"
     assert not down.requires_grad, "the base model is frozen"
-    route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
-    return _MoeLora.apply(x_TH, weights_TK, gate_up, down, route, gate_up_pairs, down_pairs)
 
 
 def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -> Route:

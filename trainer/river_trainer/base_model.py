@@ -142,10 +142,8 @@ class LogprobHead(nn.Module):
         logprobs, entropy_T = lora_logprobs(
             hidden_TH.float(), self.weight, targets, running.segments, pairs
         )
-        return (
-            logprobs.clone(),
-            entropy_T,
-        )  # FSDP hooks into what a module returns, and views get lost.
+        # FSDP hooks into what a module returns, and views get lost.
+        return logprobs.clone(), entropy_T
 
 
 class Network(nn.Module):

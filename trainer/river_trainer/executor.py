@@ -148,12 +148,14 @@ class Executor:
         assert work.told is not None
         message, error = work.message, work.told.error
         if isinstance(message.task, CreateRun) and error is not None:
-            self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
+            self.give_up(message.run_id, error, message.seq)
         self._finish(batch, Outcome(work, work.told))
 
-    def give_up(self, run_id: str, error: TaskError, last_seq: int) -> None:
+    def give_up(
+        self, run_id: str, error: TaskError, last_seq: int, *, durable: bool = True
+    ) -> None:
         """The run cannot be brought to where it was: it answers everything with this from now on."""
-        self.runs[run_id] = FailedRun(run_id, error, last_seq)
+        self.runs[run_id] = FailedRun(run_id, error, last_seq, durable)
 
     def pass_seq(self, run_id: str, seq: int) -> None:
         """Operation `seq` of a run counts as done, whatever became of it."""
@@ -378,18 +380,17 @@ class Executor:
         reason = result.error.message if result.error else f"step {result.step}, not {told.step}"
         extra = {"operation": told.operation_id, "told_step": told.step}
         logger.critical("cannot rebuild a run: %s", reason, extra=extra)
-        error = RunLostError(f"it could not be rebuilt after a restart: {reason}")
-        self.give_up(told.run_id, error.as_task_error(), told.seq)
-        if result.error is not None and result.error.type == _INTERNAL:
-            # Memory was short, or we are at fault: the next process may do better with the same journal.
-            unavailable = TaskError(type=RunUnavailableError.type, message=str(error))
-            self.runs[told.run_id] = FailedRun(told.run_id, unavailable, told.seq, durable=False)
+        # Where memory was short, or we are at fault, the next process may do better with the same journal.
+        durable = result.error is None or result.error.type != _INTERNAL
+        kind = RunLostError if durable else RunUnavailableError
+        error = kind(f"it could not be rebuilt after a restart: {reason}")
+        self.give_up(told.run_id, error.as_task_error(), told.seq, durable=durable)
 
     def _fail(self, batch: Batch, work: Work, error: TaskError) -> None:
         message = work.message
         run = self.runs.get(message.run_id)
         if run is None:
-            run = self.runs[message.run_id] = FailedRun(message.run_id, error, message.seq)
+            self.give_up(message.run_id, error, message.seq)
         result = TrainResult(
             operation_id=operation_id(message.run_id, message.seq),
             run_id=message.run_id,

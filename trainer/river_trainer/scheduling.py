@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from river_trainer import limits
 
@@ -134,7 +134,7 @@ class Scheduler:
         line = self._lines.setdefault(entry.run_id, _Line(entry.tenant_id, next_seq=0))
         line.tenant_id = line.tenant_id or entry.tenant_id
         if entry.seq < line.next_seq or entry.seq in line.waiting:
-            self._duplicates.append(_as_duplicate(entry))
+            self._duplicates.append(replace(entry, duplicate=True))
             return
         line.waiting[entry.seq] = entry
         self._size += 1
@@ -281,7 +281,3 @@ class Scheduler:
         """How many operations of all runs wait, if `seq` is one of them; None if it is not."""
         line = self._lines.get(run_id)
         return self._size - 1 if line is not None and seq in line.waiting else None
-
-
-def _as_duplicate(entry: Entry) -> Entry:
-    return Entry(entry.run_id, entry.seq, entry.stream_seq, entry.tenant_id, duplicate=True)

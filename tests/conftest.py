@@ -13,6 +13,12 @@ for name in [
 ]:
     del os.environ[name]
 
+# Triton decides when it is loaded whether kernels run in its interpreter; here they do, but not in other processes.
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+del os.environ["TRITON_INTERPRET"]
+
 import asyncio
 import itertools
 from collections.abc import Iterator

@@ -40,8 +40,9 @@ Segments = tuple[Segment, ...]
 class LoraPair:
     """One adapter at one place: the update is `scale * B (A x)`.
 
-    Dense layers have `a` [r, in] and `b` [out, r]; experts have `a` [E, r, in] and `b` [E, out, r]. Backward adds the
-    gradients to `a_grad` and `b_grad`, of the same shapes; None where nobody wants them.
+    Dense layers have `a` [r, in] and `b` [out, r]; experts have `a` [E, r, in] and `b` [E, out, r]. A factor that all
+    experts share is stored once, with one in the place of E. Backward adds the gradients to `a_grad` and `b_grad`, of
+    the same shapes; None where nobody wants them.
     """
 
     a: torch.Tensor
@@ -49,6 +50,10 @@ class LoraPair:
     scale: float
     a_grad: torch.Tensor | None = None
     b_grad: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[-1]
 
 
 Pairs = Sequence[LoraPair | None]

@@ -1,0 +1,93 @@
+"""What the adapters in a batch do at one place of the model, as numbers that kernels read.
+
+Adapters are not copied together: a kernel finds each one's tensors by address. Any number of adapters of any ranks
+share a launch, and none of them is padded.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from river_kernels.segments import LoraPair, Pairs
+
+RANK: tl.constexpr = tl.constexpr(0)
+SCALE: tl.constexpr = tl.constexpr(1)
+A: tl.constexpr = tl.constexpr(2)
+B: tl.constexpr = tl.constexpr(3)
+A_GRAD: tl.constexpr = tl.constexpr(4)
+B_GRAD: tl.constexpr = tl.constexpr(5)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """`rows` int64 [6, slots]: rank, scale (the bits of a float32), and the addresses of A, B and their gradients.
+
+    The last slot is that of tokens without an adapter. A slot that does nothing here has rank 0; an address of a
+    gradient that nobody wants is 0. `rank_max` is what grids have to cover. The tensors themselves are kept alive by
+    `pairs`.
+    """
+
+    rows: torch.Tensor
+    slots: int
+    rank_max: int
+    pairs: tuple[LoraPair | None, ...]
+
+
+def adapter_table(pairs: Pairs, device: torch.device) -> AdapterTable:
+    """The table of `pairs`, whose tensors lie on `device`, contiguous."""
+    columns = [_column(pair) for pair in (*pairs, None)]
+    rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    ranks = [column[0] for column in columns]
+    return AdapterTable(rows.to(device, non_blocking=True), len(columns), max(ranks), tuple(pairs))
+
+
+def _column(pair: LoraPair | None) -> tuple[int, ...]:
+    if pair is None:
+        return (0,) * 6
+    return (
+        pair.rank,
+        struct.unpack("<i", struct.pack("<f", pair.scale))[0],
+        _address(pair.a),
+        _address(pair.b),
+        _address(pair.a_grad),
+        _address(pair.b_grad),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    if tensor is None or tensor.is_meta:
+        return 0
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+@triton.jit
+def rank_of(table, slots, slot):
+    """The rank of the adapter in `slot`, 0 if it does nothing here."""
+    return tl.load(table + RANK * slots + slot).to(tl.int32)
+
+
+@triton.jit
+def scale_of(table, slots, slot):
+    """What the update of the adapter in `slot` is multiplied by."""
+    return tl.load(table + SCALE * slots + slot).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def weights_of(table, slots, slot, WHICH: tl.constexpr, like):
+    """A pointer to A or B of the adapter in `slot`, whose elements are of the type that `like` points to."""
+    address = tl.load(table + WHICH * slots + slot)
+    return address.to(tl.pointer_type(like.dtype.element_ty))
+
+
+@triton.jit
+def gradient_of(table, slots, slot, WHICH: tl.constexpr):
+    """A pointer to the float32 gradient of A or B of the adapter in `slot`; null if nobody wants it."""
+    return tl.load(table + WHICH * slots + slot).to(tl.pointer_type(tl.float32))

@@ -41,8 +41,8 @@ class LoraPair:
     """One adapter at one place: the update is `scale * B (A x)`.
 
     Dense layers have `a` [r, in] and `b` [out, r]; experts have `a` [E, r, in] and `b` [E, out, r]. A factor that all
-    experts share is stored once, with one in the place of E. Backward adds the gradients to `a_grad` and `b_grad`, of
-    the same shapes; None where nobody wants them.
+    experts share (`shares_a`, `shares_b`) is stored once, with one in the place of E. Backward adds the gradients to
+    `a_grad` and `b_grad`, of the same shapes; None where nobody wants them.
     """
 
     a: torch.Tensor
@@ -50,6 +50,8 @@ class LoraPair:
     scale: float
     a_grad: torch.Tensor | None = None
     b_grad: torch.Tensor | None = None
+    shares_a: bool = False
+    shares_b: bool = False
 
     @property
     def rank(self) -> int:

@@ -16,6 +16,9 @@ for name in [
 # Triton decides when it is loaded whether kernels run in its interpreter; here they do, but not in other processes.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import triton.experimental.gluon  # noqa: F401  # which triton would load at the first start of a kernel
+
+import river_kernels.gpu  # noqa: F401  # it is the import that counts
 
 del os.environ["TRITON_INTERPRET"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from river_kernels import AdamRule, AdamUpdate, gradient_norms, multi_adam
 from river_trainer.adapter import FlatTensors, Layout
 from river_trainer.errors import InvalidTaskError, NonFiniteError
 from river_trainer.protocol import Adam
@@ -85,37 +85,28 @@ class AdamStep:
 
 @torch.no_grad()
 def adam_steps(steps: Sequence[AdamStep]) -> list[float | NonFiniteError]:
-    """Does all `steps`, those of equal hyper-parameters in one fused call.
+    """Does all `steps` in one go.
 
     Returns each one's norm before clipping, or its error; a step that fails has changed nothing.
     """
-    norms: list[float | NonFiniteError] = [_norm(step.gradient.flat) for step in steps]
-    harmless: dict[tuple[float, ...], list[AdamStep]] = defaultdict(list)
+    norms: list[float | NonFiniteError] = [
+        norm if math.isfinite(norm) else NonFiniteError("the norm of the gradients is not finite")
+        for norm in gradient_norms([step.gradient.flat for step in steps])
+    ]
+    harmless: list[AdamUpdate] = []
     for index, (step, norm) in enumerate(zip(steps, norms, strict=True)):
         if isinstance(norm, NonFiniteError):
             continue
         if _is_harmless(step.adam, norm):
-            _clip(step, norm)
-            adam = step.adam
-            key = (adam.lr, adam.beta1, adam.beta2, adam.eps, adam.weight_decay)
-            harmless[key].append(step)
+            step.state.steps += 1
+            harmless.append(_update(step, norm))
             continue
         try:
             _step_with_a_way_back(step, norm)
         except NonFiniteError as error:
             norms[index] = error
-    for group in harmless.values():
-        _fused(group)
+    multi_adam(harmless)
     return norms
-
-
-def _norm(flat: torch.Tensor) -> float | NonFiniteError:
-    norm = float(torch.linalg.vector_norm(flat))
-    if not math.isfinite(norm):
-        norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-    if not math.isfinite(norm):
-        return NonFiniteError("the norm of the gradients is not finite")
-    return norm
 
 
 def _is_harmless(adam: Adam, norm: float) -> bool:
@@ -129,33 +120,20 @@ def _is_harmless(adam: Adam, norm: float) -> bool:
     )
 
 
-def _clip(step: AdamStep, norm: float) -> None:
-    limit = step.adam.grad_clip_norm
+def _update(step: AdamStep, norm: float) -> AdamUpdate:
+    """The update that `step.state.steps` counts already."""
+    adam, limit, multiplier = step.adam, step.adam.grad_clip_norm, 1.0
     if limit is not None and norm + CLIP_EPSILON > limit:
-        step.gradient.flat.mul_(limit / (norm + CLIP_EPSILON))
-
-
-def _fused(steps: Sequence[AdamStep]) -> None:
-    """One multi-tensor update; all have the same hyper-parameters, but for their step count."""
-    adam = steps[0].adam
-    counts = [torch.tensor(float(step.state.steps + 1)) for step in steps]
-    torch.ops.aten._fused_adamw_(  # what torch.optim.AdamW(fused=True) calls
-        [step.weights.flat for step in steps],
-        [step.gradient.flat for step in steps],
-        [step.state.first.flat for step in steps],
-        [step.state.second.flat for step in steps],
-        [],
-        counts,
-        lr=adam.lr,
-        beta1=adam.beta1,
-        beta2=adam.beta2,
-        weight_decay=adam.weight_decay,
-        eps=max(adam.eps, EPS_MIN),
-        amsgrad=False,
-        maximize=False,
+        multiplier = limit / (norm + CLIP_EPSILON)
+    return AdamUpdate(
+        step.weights.flat,
+        step.gradient.flat,
+        step.state.first.flat,
+        step.state.second.flat,
+        step.state.steps,
+        AdamRule(adam.lr, adam.beta1, adam.beta2, max(adam.eps, EPS_MIN), adam.weight_decay),
+        multiplier,
     )
-    for step in steps:
-        step.state.steps += 1
 
 
 def _step_with_a_way_back(step: AdamStep, norm: float) -> None:
@@ -165,11 +143,11 @@ def _step_with_a_way_back(step: AdamStep, norm: float) -> None:
         NonFiniteError: they do; nothing has been changed.
     """
     attempt = AdamStep(step.weights.clone(), step.gradient.clone(), step.state.clone(), step.adam)
-    _clip(attempt, norm)
-    rate = step.adam.lr / (1.0 - step.adam.beta1 ** (step.state.steps + 1))
+    attempt.state.steps += 1
+    rate = step.adam.lr / (1.0 - step.adam.beta1**attempt.state.steps)
     if rate > torch.finfo(torch.float32).max:
         raise NonFiniteError("the learning rate leaves the range of floats")
-    _fused([attempt])
+    multi_adam([_update(attempt, norm)])
     # The square of a finite gradient may be infinite; it would make every later step zero.
     for flat in (attempt.weights.flat, attempt.state.first.flat, attempt.state.second.flat):
         if not bool(flat.isfinite().all()):

@@ -7,6 +7,7 @@ share a launch, and none of them is padded.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,19 @@ class AdapterTable:
 def adapter_table(pairs: Pairs, device: torch.device) -> AdapterTable:
     """The table of `pairs`, whose tensors lie on `device`, contiguous."""
     columns = [_column(pair) for pair in (*pairs, None)]
-    rows = torch.tensor(columns, dtype=torch.int64).T.contiguous()
-    if device.type == "cuda":
-        rows = rows.pin_memory()
     ranks = [column[0] for column in columns]
-    return AdapterTable(rows.to(device, non_blocking=True), len(columns), max(ranks), tuple(pairs))
+    rows = uploaded(list(zip(*columns, strict=True)), torch.int64, device)
+    return AdapterTable(rows, len(columns), max(ranks), tuple(pairs))
+
+
+def uploaded(
+    rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A table on `device`, without waiting for it."""
+    table = torch.tensor(rows, dtype=dtype)
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 def _column(pair: LoraPair | None) -> tuple[int, ...]:

@@ -154,6 +154,7 @@ def _lora(services: Services, plan: ImportPlan, base_model: str, run_id: str) ->
         train_attn=shape.train_attn,
         train_mlp=shape.train_mlp,
         train_unembed=shape.train_unembed,
+        expert_layout="per_expert",
     )
     validation.adapter_shape(lora, rank_max(services, base_model), default_seed=0)
     return lora

@@ -200,7 +200,7 @@ def check_source(
 def _facts(base_model: str, lora: wire.LoraConfig) -> dict[str, str]:
     """What has to be equal, as it is told; the seed need not be."""
     facts = {"base model": base_model}
-    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
+    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed", "expert_layout"):
         value = getattr(lora, name)
         facts[name] = f"{value:g}" if isinstance(value, float) else str(value)
     return facts

@@ -248,6 +248,7 @@ def adapter_shape(
         train_attn=lora.train_attn,
         train_mlp=lora.train_mlp,
         train_unembed=lora.train_unembed,
+        expert_layout=lora.expert_layout,
     )
 
 

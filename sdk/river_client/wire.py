@@ -65,8 +65,16 @@ class Datum(Wire, frozen=True):
     expert_routing: Tensor | None = None
 
 
+ExpertLayout = Literal["shared_outer", "per_expert"]
+
+
 class LoraConfig(Wire, frozen=True):
-    """The shape of a new adapter. The update is scaled by `alpha / rank`; `alpha` absent means 32."""
+    """The shape of a new adapter. The update is scaled by `alpha / rank`; `alpha` absent means 32.
+
+    On a mixture of experts `expert_layout` says what each expert has of its own: with `per_expert` both factors, as in
+    PEFT; with `shared_outer` only those of its inner width, while the factors of the model's width are one for all
+    experts of a layer, which takes a fraction of the memory.
+    """
 
     rank: int = 16
     alpha: float | None = None
@@ -74,6 +82,7 @@ class LoraConfig(Wire, frozen=True):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = False
+    expert_layout: ExpertLayout = "shared_outer"
 
 
 class AdamParams(Wire, frozen=True):

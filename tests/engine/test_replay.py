@@ -31,7 +31,13 @@ from .conftest import RunningEngine, running_engine
 PROMPTS = np.random.default_rng(5).integers(5, 500, (32, 24)).tolist()
 """Of random tokens: what comes after them is uncertain, so that rounding shows."""
 NOTHING = AdapterShape(
-    rank=1, alpha=1.0, seed=0, train_attn=True, train_mlp=False, train_unembed=False
+    rank=1,
+    alpha=1.0,
+    seed=0,
+    train_attn=True,
+    train_mlp=False,
+    train_unembed=False,
+    expert_layout="per_expert",
 )
 
 

@@ -42,15 +42,23 @@ def relative_error(actual: torch.Tensor | None, expected: torch.Tensor | None) -
 
 
 def make_pairs(
-    generator: torch.Generator, *, inputs: int, outputs: int, experts: int | None = None
+    generator: torch.Generator,
+    *,
+    inputs: int,
+    outputs: int,
+    experts: int | None = None,
+    shared: str = "",
 ) -> list[LoraPair | None]:
+    """One pair of each rank; the slots that `shared` names by factor, as "a02", store it once for all experts."""
     lead = () if experts is None else (experts,)
     pairs: list[LoraPair | None] = []
-    for rank in RANKS:
-        a = torch.randn(*lead, rank, inputs, generator=generator)
-        b = torch.randn(*lead, outputs, rank, generator=generator)
+    for slot, rank in enumerate(RANKS):
+        is_shared = {factor: shared[:1] == factor and str(slot) in shared for factor in "ab"}
+        of_a, of_b = ((1,) if is_shared[factor] else lead for factor in "ab")
+        a = torch.randn(*of_a, rank, inputs, generator=generator)
+        b = torch.randn(*of_b, outputs, rank, generator=generator)
         grads = torch.zeros_like(a), torch.zeros_like(b)
-        pairs.append(LoraPair(a, b, 2.0 / rank, *grads))
+        pairs.append(LoraPair(a, b, 2.0 / rank, *grads, is_shared["a"], is_shared["b"]))
     return pairs
 
 
@@ -62,6 +70,8 @@ def in_double(pairs: list[LoraPair | None]) -> list[LoraPair | None]:
             pair.a.double().requires_grad_(),
             pair.b.double().requires_grad_(),
             pair.scale,
+            shares_a=pair.shares_a,
+            shares_b=pair.shares_b,
         )
         for pair in pairs
     ]
@@ -108,7 +118,8 @@ def naive_moe(
     ) -> torch.Tensor:
         out = weight[expert] @ row
         if pair is not None:
-            out = out + pair.scale * (pair.b[expert] @ (pair.a[expert] @ row))
+            a, b = pair.a[0 if pair.shares_a else expert], pair.b[0 if pair.shares_b else expert]
+            out = out + pair.scale * (b @ (a @ row))
         return out
 
     rows: list[torch.Tensor] = []
@@ -159,8 +170,9 @@ def test_linear_equals_a_loop_over_tokens() -> None:
     check_gradients(pairs, pairs64)
 
 
-def test_moe_equals_a_loop_over_tokens() -> None:
-    """Values and gradients of a mixed batch are those of the formula, with an expert nobody chose."""
+@pytest.mark.parametrize("slots", ["", "012", "02"], ids=["per expert", "shared", "both"])
+def test_moe_equals_a_loop_over_tokens(slots: str) -> None:
+    """Values and gradients of a mixed batch are those of the formula, in either layout, with an expert nobody chose."""
     generator = torch.Generator().manual_seed(2)
     hidden, inner, experts, top = 16, 12, 6, 2
     x = torch.randn(TOKENS, hidden, generator=generator).requires_grad_()
@@ -168,8 +180,12 @@ def test_moe_equals_a_loop_over_tokens() -> None:
     weights = torch.rand(TOKENS, top, generator=generator).requires_grad_()
     gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
     down = torch.randn(experts, hidden, inner, generator=generator)
-    first = make_pairs(generator, inputs=hidden, outputs=2 * inner, experts=experts)
-    second = make_pairs(generator, inputs=inner, outputs=hidden, experts=experts)
+    first = make_pairs(
+        generator, inputs=hidden, outputs=2 * inner, experts=experts, shared=f"a{slots}"
+    )
+    second = make_pairs(
+        generator, inputs=inner, outputs=hidden, experts=experts, shared=f"b{slots}"
+    )
     second[1] = None
     upstream = torch.randn(TOKENS, hidden, generator=generator)
     y = moe_lora(x, chosen, weights, gate_up, down, SEGMENTS, first, second)
@@ -327,7 +343,8 @@ def test_packed_attention_equals_each_sequence_alone() -> None:
         assert relative_error(tensor.grad, copy.grad) < TOLERANCE
 
 
-def test_an_adapter_gets_the_same_alone_and_in_company() -> None:
+@pytest.mark.parametrize("slots", ["", "012"], ids=["per expert", "shared"])
+def test_an_adapter_gets_the_same_alone_and_in_company(slots: str) -> None:
     """What one adapter computes does not change with the others in the batch, not even in the last bit."""
     generator = torch.Generator().manual_seed(5)
     hidden, inner, experts = 16, 12, 4
@@ -336,8 +353,12 @@ def test_an_adapter_gets_the_same_alone_and_in_company() -> None:
     weights = torch.rand(TOKENS, 2, generator=generator)
     gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
     down = torch.randn(experts, hidden, inner, generator=generator)
-    first = make_pairs(generator, inputs=hidden, outputs=2 * inner, experts=experts)
-    second = make_pairs(generator, inputs=inner, outputs=hidden, experts=experts)
+    first = make_pairs(
+        generator, inputs=hidden, outputs=2 * inner, experts=experts, shared=f"a{slots}"
+    )
+    second = make_pairs(
+        generator, inputs=inner, outputs=hidden, experts=experts, shared=f"b{slots}"
+    )
 
     def gradients(rows: slice, segments: Segments) -> list[torch.Tensor]:
         for pair in (*first, *second):

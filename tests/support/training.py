@@ -12,6 +12,7 @@ from river_trainer.protocol import (
     AdapterShape,
     AnyTask,
     CreateRun,
+    ExpertLayout,
     ForwardBackward,
     OptimStep,
     Sequence,
@@ -23,9 +24,21 @@ VOCAB_SIZE = 512
 ADAM = Adam(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, grad_clip_norm=1.0)
 
 
-def shape(*, rank: int = 8, seed: int = 1, unembed: bool = True) -> AdapterShape:
+def shape(
+    *,
+    rank: int = 8,
+    seed: int = 1,
+    unembed: bool = True,
+    expert_layout: ExpertLayout = "shared_outer",
+) -> AdapterShape:
     return AdapterShape(
-        rank=rank, alpha=32.0, seed=seed, train_attn=True, train_mlp=True, train_unembed=unembed
+        rank=rank,
+        alpha=32.0,
+        seed=seed,
+        train_attn=True,
+        train_mlp=True,
+        train_unembed=unembed,
+        expert_layout=expert_layout,
     )
 
 

@@ -187,7 +187,13 @@ def test_optim_step_needs_gradients(make_executor: Maker) -> None:
         (shape(rank=33), "lora.rank"),
         (
             AdapterShape(
-                rank=4, alpha=8, seed=0, train_attn=False, train_mlp=False, train_unembed=False
+                rank=4,
+                alpha=8,
+                seed=0,
+                train_attn=False,
+                train_mlp=False,
+                train_unembed=False,
+                expert_layout="per_expert",
             ),
             "lora",
         ),

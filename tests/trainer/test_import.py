@@ -72,6 +72,7 @@ def shape_of(plan: ImportPlan) -> AdapterShape:
         train_attn=shape.train_attn,
         train_mlp=shape.train_mlp,
         train_unembed=shape.train_unembed,
+        expert_layout="per_expert",
     )
 
 
@@ -243,7 +244,13 @@ def test_a_wrong_shape_is_told_with_both_values(
         return error.message
 
     other = AdapterShape(
-        rank=8, alpha=32.0, seed=5, train_attn=True, train_mlp=True, train_unembed=False
+        rank=8,
+        alpha=32.0,
+        seed=5,
+        train_attn=True,
+        train_mlp=True,
+        train_unembed=False,
+        expert_layout="per_expert",
     )
     assert refusal("run_1", other) == (
         "the checkpoint has rank 4 instead of 8 and alpha 8.0 instead of 32.0 "

@@ -11,7 +11,7 @@ from peft import PeftModel
 from support.training import VOCAB_SIZE, random_sequences, shape
 from transformers import AutoModelForCausalLM
 
-from river_trainer.adapter import Adapter, new_adapter
+from river_trainer.adapter import Adapter, layout_of, new_adapter
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import InvalidTaskError
 from river_trainer.gradients import GradientPool
@@ -19,10 +19,11 @@ from river_trainer.lanes import Lanes
 from river_trainer.losses import LOSSES
 from river_trainer.packing import TrainingSequence, decode_sequence
 from river_trainer.passes import Job, JobOutput, Passes
-from river_trainer.peft_files import CONFIG_FILE, export_adapter, import_adapter
-from river_trainer.protocol import AdapterShape
+from river_trainer.peft_files import CONFIG_FILE, WEIGHTS_FILE, export_adapter, import_adapter
+from river_trainer.protocol import AdapterShape, ExpertLayout
 
 LENGTHS = [7, 33, 2, 18]
+RANK = 6
 RunJobs = Callable[..., list[JobOutput]]
 
 
@@ -75,12 +76,22 @@ def plain_logprobs(model: torch.nn.Module, sequence: TrainingSequence) -> torch.
     return chosen
 
 
+LAYOUTS: tuple[ExpertLayout, ...] = ("shared_outer", "per_expert")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("unembed", [True, False], ids=["with lm_head", "without"])
 def test_packed_logprobs_equal_peft(
-    base: BaseModel, run_jobs: RunJobs, tiny_moe: Path, tmp_path: Path, *, unembed: bool
+    base: BaseModel,
+    run_jobs: RunJobs,
+    tiny_moe: Path,
+    tmp_path: Path,
+    layout: ExpertLayout,
+    *,
+    unembed: bool,
 ) -> None:
     """Exported files load in PEFT, and its log-probabilities are those of the packed pass to 1e-5."""
-    adapter = learned_adapter(base, shape(rank=5, unembed=unembed))
+    adapter = learned_adapter(base, shape(rank=5, unembed=unembed, expert_layout=layout))
     data = sequences(3, LENGTHS)
     job = Job(adapter, data, LOSSES["cross_entropy"], backward=False)
     (output,) = run_jobs([job])
@@ -93,9 +104,10 @@ def test_packed_logprobs_equal_peft(
     assert (output.logprobs[1] - without).abs().max() > 1e-2, "the adapter has to matter"
 
 
-def test_adapter_files_round_trip(base: BaseModel) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adapter_files_round_trip(base: BaseModel, layout: ExpertLayout) -> None:
     """Importing what was exported gives the same shape and the same bits."""
-    adapter = learned_adapter(base, shape(rank=3, seed=9))
+    adapter = learned_adapter(base, shape(rank=3, seed=9, expert_layout=layout))
     files = export_adapter(adapter, base_model="tiny")
     stored, tensors = import_adapter(files, base.sites, seed=9)
     assert stored == adapter.shape
@@ -129,6 +141,31 @@ def test_wrong_adapter_files_are_refused(
         import_adapter(files, base.sites, seed=0)
 
 
+def test_a_shared_factor_with_different_copies_is_refused(base: BaseModel) -> None:
+    """A file that says its experts share a factor, and has different ones, is broken."""
+    adapter = new_adapter(base.sites, shape(rank=3, expert_layout="per_expert"))
+    files = export_adapter(adapter, base_model="tiny")
+    end = 8 + int.from_bytes(files[WEIGHTS_FILE][:8], "little")
+    header = files[WEIGHTS_FILE][8:end].replace(b'"per_expert"', b'"shared_outer"')
+    lying = len(header).to_bytes(8, "little") + header + files[WEIGHTS_FILE][end:]
+    with pytest.raises(InvalidTaskError, match="differs from expert to expert"):
+        import_adapter(files | {WEIGHTS_FILE: lying}, base.sites, seed=0)
+
+
+def test_shared_factors_make_an_adapter_smaller(base: BaseModel) -> None:
+    """Of the experts' factors those of the model's width are stored once, not once for each expert."""
+    sizes = {
+        layout: layout_of(base.sites, shape(rank=RANK, expert_layout=layout)).size
+        for layout in LAYOUTS
+    }
+    saved = sum(
+        RANK * (site.experts - 1) * (site.inputs if site.outer == "a" else site.outputs)
+        for site in base.sites
+        if site.experts is not None
+    )
+    assert sizes["per_expert"] - sizes["shared_outer"] == saved
+
+
 def test_the_seed_decides_about_a_new_adapter(base: BaseModel) -> None:
     """The same seed gives the same A, another one another; B is zero."""
     one, same, other = (new_adapter(base.sites, shape(seed=seed)) for seed in (4, 4, 5))
@@ -143,23 +180,25 @@ def test_the_seed_decides_about_a_new_adapter(base: BaseModel) -> None:
 def test_a_job_gets_the_same_bits_alone_and_in_company(base: BaseModel, run_jobs: RunJobs) -> None:
     """Log-probabilities, sums and gradients of every job are bit for bit those of the job alone, and of a second time.
 
-    Ranks, targets, losses and lengths differ; some jobs are cut into pieces, and pieces share passes.
+    Ranks, targets, layouts, losses and lengths differ; some jobs are cut into pieces, and pieces share passes.
     """
-    kinds = [
-        (4, LENGTHS, "cross_entropy"),
-        (16, [40, 3], "importance_sampling"),
-        (1, [2], "cross_entropy"),
-        (8, [64] * 9, "cross_entropy"),
-        (3, [200, 100, 1, 90, 31], "importance_sampling"),
+    kinds: list[tuple[int, ExpertLayout, list[int], str]] = [
+        (4, "shared_outer", LENGTHS, "cross_entropy"),
+        (16, "per_expert", [40, 3], "importance_sampling"),
+        (1, "shared_outer", [2], "cross_entropy"),
+        (8, "shared_outer", [64] * 9, "cross_entropy"),
+        (3, "per_expert", [200, 100, 1, 90, 31], "importance_sampling"),
     ]
     jobs = [
         Job(
-            learned_adapter(base, shape(rank=rank, seed=rank, unembed=rank != 8)),
+            learned_adapter(
+                base, shape(rank=rank, seed=rank, unembed=rank != 8, expert_layout=layout)
+            ),
             sequences(rank, lengths),
             LOSSES[loss],
             backward=True,
         )
-        for rank, lengths, loss in kinds
+        for rank, layout, lengths, loss in kinds
     ]
     for piece_tokens in (100, 256):
         mixed = run_jobs(jobs, piece_tokens)
@@ -187,11 +226,15 @@ def test_gradients_of_small_passes_add_up(base: BaseModel, run_jobs: RunJobs) ->
     torch.testing.assert_close(whole.gradient.flat, split.gradient.flat, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_peft(
-    base: BaseModel, run_jobs: RunJobs, tiny_moe: Path, tmp_path: Path
+    base: BaseModel, run_jobs: RunJobs, tiny_moe: Path, tmp_path: Path, layout: ExpertLayout
 ) -> None:
-    """Autograd through transformers and PEFT gives the gradients of our own functions."""
-    adapter = learned_adapter(base, shape(rank=4))
+    """Autograd through transformers and PEFT gives the gradients of our own functions.
+
+    PEFT has a copy of a shared factor for every expert: the sum of their gradients is that of the one.
+    """
+    adapter = learned_adapter(base, shape(rank=4, expert_layout=layout))
     data = sequences(3, [24])
     job = Job(adapter, data, LOSSES["cross_entropy"], backward=True)
     (output,) = run_jobs([job])
@@ -210,8 +253,11 @@ def test_gradients_are_those_of_peft(
             assert output.gradient is not None
             ours = output.gradient.tensors[f"{site.name}.{key}"]
             if site.experts is not None:
-                packed = (
-                    ours.permute(1, 2, 0).flatten(1, 2) if key == "lora_B" else ours.flatten(0, 1)
+                theirs = (
+                    theirs.unflatten(0, (site.experts, -1))
+                    if key == "lora_A"
+                    else theirs.unflatten(1, (-1, site.experts)).permute(2, 0, 1)
                 )
-                ours = packed
+                if ours.shape[0] == 1:
+                    theirs = theirs.sum(0, keepdim=True)
             torch.testing.assert_close(ours, theirs, atol=5e-4, rtol=2e-3)

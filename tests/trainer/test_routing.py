@@ -28,7 +28,13 @@ from river_trainer.routing import (
 )
 
 SHAPE = AdapterShape(
-    rank=4, alpha=32.0, seed=1, train_attn=True, train_mlp=True, train_unembed=True
+    rank=4,
+    alpha=32.0,
+    seed=1,
+    train_attn=True,
+    train_mlp=True,
+    train_unembed=True,
+    expert_layout="shared_outer",
 )
 LAYERS, EXPERTS, PER_TOKEN = 4, 8, 2
 
@@ -150,7 +156,8 @@ def test_the_given_experts_are_used(base: BaseModel) -> None:
     torch.testing.assert_close(replayed.logprobs[0], expected.logprobs[0], rtol=0, atol=1e-6)
     assert replayed.gradient is not None
     assert expected.gradient is not None
-    torch.testing.assert_close(replayed.gradient.flat, expected.gradient.flat, rtol=1e-4, atol=1e-5)
+    difference = (replayed.gradient.flat - expected.gradient.flat).norm()
+    assert difference < 1e-5 * expected.gradient.flat.norm()
     difference = (replayed.logprobs[0] - compared.logprobs[0]).abs().max()
     assert difference > 0.1, "the random experts changed nothing, so the test shows nothing"
 

@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
 from river_kernels import LoraPair
-from river_trainer.protocol import AdapterShape
+from river_trainer.protocol import AdapterShape, ExpertLayout
 from river_trainer.sites import Site, trained_sites
 
 
@@ -27,10 +28,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where A and B of every trained site lie: `<site>.lora_A` [r, in] or [E, r, in]; B [out, r] or [E, out, r]."""
+    """Where A and B of every trained site lie: `<site>.lora_A` [r, in] or [E, r, in]; B [out, r] or [E, out, r].
+
+    What the experts share has a one in the place of E.
+    """
 
     sites: tuple[Site, ...]
     rank: int
+    experts: ExpertLayout
     places: Mapping[str, Place]
     size: int
     """Elements of a whole buffer."""
@@ -42,10 +47,10 @@ def layout_of(sites: tuple[Site, ...], shape: AdapterShape) -> Layout:
     trained = trained_sites(sites, shape)
     places: dict[str, Place] = {}
     offset = 0
-    for name, dimensions in tensor_shapes(trained, shape.rank).items():
+    for name, dimensions in tensor_shapes(trained, shape).items():
         places[name] = Place(offset, dimensions)
         offset += math.prod(dimensions)
-    return Layout(trained, shape.rank, places, offset)
+    return Layout(trained, shape.rank, shape.expert_layout, places, offset)
 
 
 class FlatTensors:
@@ -93,15 +98,22 @@ class Adapter:
 
     def pairs(self, gradient: FlatTensors | None) -> dict[str, LoraPair]:
         """What the adapter does at each of its sites, by name; backward passes add to `gradient`."""
-        a_and_b = [(site.name, a_name(site), b_name(site)) for site in self.layout.sites]
-        weights, scale = self.tensors, self.scale
-        if gradient is None:
-            return {site: LoraPair(weights[a], weights[b], scale) for site, a, b in a_and_b}
-        grads = gradient.tensors
-        return {
-            site: LoraPair(weights[a], weights[b], scale, grads[a], grads[b])
-            for site, a, b in a_and_b
-        }
+        weights = self.tensors
+        grads = {} if gradient is None else gradient.tensors
+        experts = self.layout.experts
+        pairs: dict[str, LoraPair] = {}
+        for site in self.layout.sites:
+            a, b = a_name(site), b_name(site)
+            pairs[site.name] = LoraPair(
+                weights[a],
+                weights[b],
+                self.scale,
+                grads.get(a),
+                grads.get(b),
+                shares_a=site.shares("a", experts),
+                shares_b=site.shares("b", experts),
+            )
+        return pairs
 
     def clone(self) -> Adapter:
         """The adapter as it is now, for whoever reads it while the run goes on."""
@@ -135,11 +147,19 @@ def b_name(site: Site) -> str:
     return f"{site.name}.lora_B"
 
 
-def tensor_shapes(sites: tuple[Site, ...], rank: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of an adapter of `rank` on `sites`."""
+def tensor_shapes(sites: tuple[Site, ...], shape: AdapterShape) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an adapter on `sites`, whatever else `shape` says it changes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
-        lead = () if site.experts is None else (site.experts,)
-        shapes[a_name(site)] = (*lead, rank, site.inputs)
-        shapes[b_name(site)] = (*lead, site.outputs, rank)
+        of_a, of_b = (_experts_of(site, factor, shape.expert_layout) for factor in ("a", "b"))
+        shapes[a_name(site)] = (*of_a, shape.rank, site.inputs)
+        shapes[b_name(site)] = (*of_b, site.outputs, shape.rank)
     return shapes
+
+
+def _experts_of(
+    site: Site, factor: Literal["a", "b"], layout: ExpertLayout
+) -> tuple[()] | tuple[int]:
+    if site.experts is None:
+        return ()
+    return (1,) if site.shares(factor, layout) else (site.experts,)

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -326,11 +326,24 @@ def _expert_sites(name: str, module: Any) -> list[Site]:
     assert not module.is_transposed, "experts are stored (experts, out, in)"
     assert not module.has_bias
     sites: list[Site] = []
-    for kind, prefix in (("gate_up_proj", f"{name}.base_layer"), ("down_proj", name)):
+    kinds: tuple[tuple[str, str, Literal["a", "b"]], ...] = (
+        ("gate_up_proj", f"{name}.base_layer", "a"),
+        ("down_proj", name, "b"),
+    )
+    for kind, prefix, outer in kinds:
         experts, outputs, inputs = getattr(module, kind).shape
         target = f"{'.'.join(name.split('.')[-2:])}.{kind}"
         sites.append(
-            Site(f"{name}.{kind}", Group.MLP, inputs, outputs, PEFT_ROOT + prefix, target, experts)
+            Site(
+                f"{name}.{kind}",
+                Group.MLP,
+                inputs,
+                outputs,
+                PEFT_ROOT + prefix,
+                target,
+                experts,
+                outer,
+            )
         )
     return sites
 

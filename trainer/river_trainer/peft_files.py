@@ -4,6 +4,9 @@ Written by us and not through PEFT, which needs the whole model for it and saves
 
 The trap in PEFT's layout of expert parameters: A is stored as [E * r, in] with the expert slowest, B as [out, r * E]
 with the expert *fastest*. The two parameters of one experts module nest, so `gate_up_proj` hides under `base_layer`.
+
+PEFT has no layout in which experts share a factor. Such an adapter is written with a copy for every expert, which means
+the same, and the file's metadata says that the copies are one.
 """
 
 from __future__ import annotations
@@ -11,20 +14,39 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from river_trainer.adapter import Adapter, Layout, a_name, b_name, new_adapter, tensor_shapes
+from river_trainer.adapter import Adapter, Layout, a_name, b_name, new_adapter
 from river_trainer.errors import InvalidTaskError
-from river_trainer.protocol import AdapterShape
+from river_trainer.protocol import AdapterShape, ExpertLayout
 from river_trainer.sites import Group, Site, trained_sites
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+_METADATA = "__metadata__"
+_EXPERT_LAYOUT = "expert_layout"
+_LENGTH_BYTES = 8
+
+
+Factor = Literal["a", "b"]
+_FACTORS: dict[str, Factor] = {"lora_A": "a", "lora_B": "b"}
+_NAMES = {"a": a_name, "b": b_name}
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    expert_layout: ExpertLayout = "per_expert"
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """What of a safetensors file's header is not about tensors."""
+
+    metadata: _Metadata = msgspec.field(name=_METADATA, default=_Metadata())
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,14 +80,15 @@ def _weights_file(adapter: Adapter) -> bytes:
     for site in adapter.layout.sites:
         a, b = (adapter.tensors[name(site)] for name in (a_name, b_name))
         if site.experts is not None:
-            b = b.permute(1, 2, 0).contiguous()  # (out, r, E)
+            a = a.expand(site.experts, -1, -1).contiguous()
+            b = b.expand(site.experts, -1, -1).permute(1, 2, 0).contiguous()  # (out, r, E)
         parts += (tensor.numpy().data.cast("B") for tensor in (a, b))
     return b"".join(parts)
 
 
 @lru_cache(maxsize=256)
 def _weights_header(layout: Layout) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", _EXPERT_LAYOUT: layout.experts}}
     end = 0
     for site in layout.sites:
         experts = site.experts or 1
@@ -99,6 +122,7 @@ def import_adapter(
     try:
         config = msgspec.json.decode(files[CONFIG_FILE], type=PeftConfig)
         stored = load(files[WEIGHTS_FILE])
+        expert_layout = _expert_layout(files[WEIGHTS_FILE])
     except KeyError as error:
         raise InvalidTaskError(f"the checkpoint has no file {error}") from error
     except (msgspec.DecodeError, SafetensorError) as error:
@@ -119,16 +143,24 @@ def import_adapter(
         train_attn=Group.ATTENTION in present,
         train_mlp=Group.MLP in present,
         train_unembed=Group.UNEMBED in present,
+        expert_layout=expert_layout,
     )
     absent = frozenset(
         site.name for site in trained_sites(sites, shape) if not _is_changed(site, stored)
     )
     if complete or not absent:
-        return shape, _unpack(stored, trained_sites(sites, shape), shape.rank)
+        return shape, _unpack(stored, trained_sites(sites, shape), shape)
     changed = tuple(site for site in trained_sites(sites, shape) if site.name not in absent)
     new = new_adapter(sites, shape).tensors
     tensors = {name: tensor.detach() for name, tensor in new.items()}
-    return shape, tensors | _unpack(stored, changed, shape.rank)
+    return shape, tensors | _unpack(stored, changed, shape)
+
+
+def _expert_layout(weights_file: bytes) -> ExpertLayout:
+    """What the metadata of a readable file says; a file of PEFT's own says nothing."""
+    length = int.from_bytes(weights_file[:_LENGTH_BYTES], "little")
+    header = weights_file[_LENGTH_BYTES : _LENGTH_BYTES + length]
+    return msgspec.json.decode(header, type=_Header).metadata.expert_layout
 
 
 def _is_changed(site: Site, stored: Mapping[str, torch.Tensor]) -> bool:
@@ -136,29 +168,27 @@ def _is_changed(site: Site, stored: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _unpack(
-    stored: Mapping[str, torch.Tensor], sites: tuple[Site, ...], rank: int
+    stored: Mapping[str, torch.Tensor], sites: tuple[Site, ...], shape: AdapterShape
 ) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     known: set[str] = set()
     for site in sites:
-        shapes = tensor_shapes((site,), rank)
-        for key, name in (("lora_A", a_name(site)), ("lora_B", b_name(site))):
+        for key, factor in _FACTORS.items():
             stored_name = f"{site.peft_prefix}.{key}.weight"
             known.add(stored_name)
             if stored_name not in stored:
                 raise InvalidTaskError(f"the checkpoint's adapter lacks {stored_name}")
             tensor = stored[stored_name].float()
-            expected = shapes[name]
-            flat = _flat_shape(expected, site, key)
+            flat = _flat_shape(site, factor, shape.rank)
             if tuple(tensor.shape) != flat:
                 raise InvalidTaskError(
                     f"{stored_name} has the shape {tuple(tensor.shape)}, {flat} is this base model's"
                 )
-            if site.experts is None or key == "lora_A":
-                tensor = tensor.reshape(expected)
-            else:
-                tensor = tensor.reshape(site.outputs, rank, site.experts).permute(2, 0, 1)
-            tensors[name] = tensor.contiguous()
+            if site.experts is not None:
+                tensor = _by_expert(tensor, site.experts, factor)
+                if site.shares(factor, shape.expert_layout):
+                    tensor = _shared(tensor, stored_name)
+            tensors[_NAMES[factor](site)] = tensor.contiguous()
     unknown = sorted(stored.keys() - known)
     if unknown:
         raise InvalidTaskError(
@@ -167,12 +197,24 @@ def _unpack(
     return tensors
 
 
-def _flat_shape(shape: tuple[int, ...], site: Site, key: str) -> tuple[int, ...]:
+def _flat_shape(site: Site, factor: Factor, rank: int) -> tuple[int, int]:
     """The shape in PEFT's file: the experts lie along the rank."""
-    if site.experts is None:
-        return shape
-    experts, rows, columns = shape
-    return (experts * rows, columns) if key == "lora_A" else (rows, columns * experts)
+    rows = rank * (site.experts or 1)
+    return (rows, site.inputs) if factor == "a" else (site.outputs, rows)
+
+
+def _by_expert(tensor: torch.Tensor, experts: int, factor: Factor) -> torch.Tensor:
+    """PEFT's flat tensor as [E, r, in] or [E, out, r]."""
+    if factor == "a":
+        return tensor.unflatten(0, (experts, -1))
+    return tensor.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def _shared(tensor: torch.Tensor, stored_name: str) -> torch.Tensor:
+    """The one that all experts have."""
+    if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
+        raise InvalidTaskError(f"{stored_name} differs from expert to expert and should not")
+    return tensor[:1]
 
 
 def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:

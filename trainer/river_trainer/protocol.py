@@ -20,6 +20,8 @@ Core NATS:
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct, field
 
 from river_billing.events import CheckpointSaved
@@ -65,8 +67,14 @@ def policy_version(run_id: str, step: int) -> str:
     return f"{run_id}@{step}"
 
 
+ExpertLayout = Literal["shared_outer", "per_expert"]
+
+
 class AdapterShape(Struct, frozen=True, kw_only=True):
-    """What of the base model an adapter changes; the update is scaled by `alpha / rank`."""
+    """What of the base model an adapter changes; the update is scaled by `alpha / rank`.
+
+    With `shared_outer` the experts of a layer share the factors of the model's width.
+    """
 
     rank: int
     alpha: float
@@ -74,6 +82,7 @@ class AdapterShape(Struct, frozen=True, kw_only=True):
     train_attn: bool
     train_mlp: bool
     train_unembed: bool
+    expert_layout: ExpertLayout
 
 
 class Sequence(Struct, frozen=True, kw_only=True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
-from river_trainer.protocol import AdapterShape
+from river_trainer.protocol import AdapterShape, ExpertLayout
 
 
 class Group(Enum):
@@ -21,7 +22,7 @@ class Site:
     """One frozen matrix [outputs, inputs], or `experts` of them in one parameter [experts, outputs, inputs].
 
     `name` is its path in the model, `peft_prefix` what its two tensors are called in PEFT's file, `target` how
-    PEFT's configuration refers to it.
+    PEFT's configuration refers to it. `outer` is the factor of the model's width, which experts may share.
     """
 
     name: str
@@ -31,6 +32,11 @@ class Site:
     peft_prefix: str
     target: str
     experts: int | None = None
+    outer: Literal["a", "b"] | None = None
+
+    def shares(self, factor: Literal["a", "b"], layout: ExpertLayout) -> bool:
+        """Whether `factor` is one for all experts."""
+        return self.outer == factor and layout == "shared_outer"
 
 
 def trained_sites(sites: tuple[Site, ...], shape: AdapterShape) -> tuple[Site, ...]:

@@ -75,6 +75,7 @@ def measure(settings: StepSettings) -> StepAnswer:
         train_attn=True,
         train_mlp=True,
         train_unembed=True,
+        expert_layout="per_expert",
     )
     ours = OurTrainer(TINY_MOE, shape=shape, runs=runs, adam=ADAM, lanes=torch.get_num_threads())
     with tempfile.TemporaryDirectory() as name:

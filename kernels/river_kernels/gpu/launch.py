@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+FUSES_MULTIPLY_ADD = True
+"""Said aloud, because Triton changes what it does when nobody says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -64,7 +67,13 @@ def launch(
     if 0 in grid or tensors[0].is_meta:
         return
     with torch.cuda.device_of(tensors[0]):
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](
+            *arguments,
+            **constants,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=FUSES_MULTIPLY_ADD,
+        )
 
 
 @triton.jit

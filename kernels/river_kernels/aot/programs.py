@@ -15,6 +15,7 @@ DIVISOR = 16
 """Triton compiles another program where it can rely on an address or a number being a multiple of this."""
 
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from river_kernels.adam import AdamRule, AdamUpdate, multi_adam
+from river_kernels.gpu.adam import norms
 from river_kernels.gpu.launch import Launch, recorded
 from river_kernels.quantized import (
     Fp8Weight,
@@ -26,6 +28,7 @@ def all_launches() -> list[Launch]:
     launches: list[Launch] = []
     with recorded(launches.append):
         _stored_weights()
+        _optimizer()
     return launches
 
 
@@ -58,3 +61,20 @@ def _stored_weights() -> None:
         for weight in stored:
             for dtype in (torch.bfloat16, torch.float32):
                 dense_weight(QuantizedWeight((weight,), dtype, Scratch()))
+
+
+def _optimizer() -> None:
+    rule = AdamRule(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
+    for copy_dtype in (torch.bfloat16, None):
+        updates = [
+            AdamUpdate(
+                *(_empty(size, dtype=torch.float32) for _ in range(4)),
+                step=3,
+                rule=rule,
+                copy=None if copy_dtype is None else _empty(size, dtype=copy_dtype),
+            )
+            for size in (40_000_000, 100, 65_537)
+        ]
+        multi_adam(updates)
+        multi_adam(updates[:1])
+        norms([update.gradient for update in updates])

@@ -3,6 +3,7 @@
 from river_kernels.adam import AdamRule, AdamUpdate, gradient_norms, multi_adam
 from river_kernels.attention import Packing, make_packing, packed_causal_attention
 from river_kernels.expert_parallel import moe_lora_parallel
+from river_kernels.frozen import verify_rows
 from river_kernels.linear import Block, lora_linear, lora_linear_blocks
 from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
@@ -31,4 +32,5 @@ __all__ = [
     "multi_adam",
     "packed_causal_attention",
     "rotate",
+    "verify_rows",
 ]

@@ -3,10 +3,10 @@
 Process r of W holds the experts r E/W to (r + 1) E/W. Every pair (token, chosen expert) goes to the process that has
 the expert, with the slot of its adapter, and its result comes back:
 
-    x [T, H] --gather, sorted by (process, segment, expert)--> [P, H] ==all_to_all==> [R, H] --experts--> [R, H]
+    x [T, H] --gather, sorted by (process, expert, segment)--> [P, H] ==all_to_all==> [R, H] --experts--> [R, H]
         ==all_to_all==> [P, H] --weigh, sum over k--> [T, H]
 
-Backward goes the same way. The rows that arrive are ordered by (process they come from, segment, expert), and each such
+Backward goes the same way. The rows that arrive are ordered by (process they come from, expert, segment), and each such
 group is computed by itself, as `moe_lora` does it: results and gradients have the same bits as in one process, as long
 as rows fill whole vector registers (a matrix library may round a row differently that begins at an odd address).
 
@@ -53,7 +53,7 @@ from river_kernels.shared_factors import (
 class _Exchange:
     """Where the rows of this process go: `sent[r]` of them to process r, from which `received[r]` come.
 
-    `permutation` [P] sorts the flattened (token, k) pairs by process, segment and expert, `inverse` undoes it; `token`
+    `permutation` [P] sorts the flattened (token, k) pairs by process, expert and segment, `inverse` undoes it; `token`
     of each row. `grouped` says what arrives, with experts numbered from this process's first.
     """
 
@@ -153,9 +153,8 @@ def _make_exchange(
 
     owner_P = expert_P // own
     segment_P = per_row(list(range(len(segments))))
-    permutation = torch.argsort(
-        (owner_P * len(segments) + segment_P) * own + expert_P % own, stable=True
-    )
+    # Experts are numbered process by process.
+    permutation = torch.argsort(expert_P * len(segments) + segment_P, stable=True)
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel())
     # A row's slot and expert travel as one number, and slots are counted from NO_ADAPTER.

@@ -2,8 +2,8 @@
 
     x [P, H] --W1, + A1/B1--> z [P, 2I] --silu(gate) * up--> h [P, I] --W2, + A2/B2--> y [P, H]
 
-Rows lie group by group (segment, expert), and each group is computed by itself. Gate and up have one A, as in PEFT's
-layout of a fused parameter.
+Rows lie group by group (expert, segment). Each group is a part of its own (`frozen_product`); groups of one expert that
+lie together are one product with the frozen weights. Gate and up have one A, as in PEFT's layout of a fused parameter.
 
 A factor that the experts share touches tokens and not rows. It is applied outside of here, where tokens are: `x A1^T`
 of the rows comes in then, and `h A2^T` goes out beside y; backward the other way round.
@@ -14,6 +14,7 @@ of the rows comes in then, and `h A2^T` goes out beside y; backward the other wa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ from river_kernels.segments import (
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Consecutive rows: one segment, one expert."""
+    """Consecutive rows: one expert, one segment."""
 
     slot: int
     expert: int
@@ -45,6 +46,18 @@ class Grouped:
 
     groups: tuple[Group, ...]
     sizes: list[int]
+
+    def product(self, x_PI: torch.Tensor, weights_OI: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Every row times the frozen matrix of its expert, [P, O]."""
+        outputs: list[torch.Tensor] = []
+        start = 0
+        sized = zip(self.groups, self.sizes, strict=True)
+        for expert, run in itertools.groupby(sized, lambda item: item[0].expert):
+            sizes = [size for _, size in run]
+            end = start + sum(sizes)
+            outputs.append(frozen_product(x_PI[start:end], weights_OI[expert], sizes))
+            start = end
+        return joined(outputs)
 
 
 ByGroup = list[torch.Tensor | None]
@@ -139,15 +152,12 @@ def _project(
     given: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, ByGroup]:
     """Every row through its expert and, unless B is shared, its adapter, [P, O]; `x A^T` of every group, [rows, r]."""
-    weights_OI = weight_EOI.unbind()
+    y_PO = grouped.product(x_PI, weight_EOI.unbind())
     adapters = [None if pair is None else _transposed(pair) for pair in pairs]
-    outputs: list[torch.Tensor] = []
     shrunk: ByGroup = []
     given = given or [None] * len(grouped.groups)
-    rows = x_PI.split_with_sizes(grouped.sizes)
-    for group, x, given_v in zip(grouped.groups, rows, given, strict=True):
-        y = frozen_product(x, weights_OI[group.expert])
-        outputs.append(y)
+    rows = (tensor.split_with_sizes(grouped.sizes) for tensor in (x_PI, y_PO))
+    for group, given_v, x, y in zip(grouped.groups, given, *rows, strict=True):
         adapter = pair_at(adapters, group.slot)
         if adapter is None:
             shrunk.append(None)
@@ -157,7 +167,7 @@ def _project(
         if adapter.b is not None:
             y.addmm_(v, adapter.b[group.expert], alpha=adapter.scale)
         shrunk.append(v)
-    return joined(outputs), shrunk
+    return y_PO, shrunk
 
 
 def _project_backward(
@@ -175,20 +185,17 @@ def _project_backward(
     Adds the gradients of A and B that are not shared to their buffers. With `row_weight_P` they are those of
     `row_weight * dy`, while that of x stays unweighted.
     """
-    input_grads: list[torch.Tensor] = []
+    dx_PI = grouped.product(dy_PO, weight_EOI.transpose(1, 2).unbind())
     left: ByGroup = []
-    weights_IO = weight_EOI.transpose(1, 2).unbind()
     adapters = [None if pair is None else _by_expert(pair) for pair in pairs]
     nothing = [None] * len(grouped.groups)
     row_weights = (
         nothing if row_weight_P is None else row_weight_P[:, None].split_with_sizes(grouped.sizes)
     )
-    rows = (tensor.split_with_sizes(grouped.sizes) for tensor in (dy_PO, x_PI))
+    rows = (tensor.split_with_sizes(grouped.sizes) for tensor in (dy_PO, x_PI, dx_PI))
     columns = zip(grouped.groups, shrunk, row_weights, given or nothing, *rows, strict=True)
-    for group, v, weight, given_dv, dy, x in columns:
+    for group, v, weight, given_dv, dy, x, dx in columns:
         expert = group.expert
-        dx = frozen_product(dy, weights_IO[expert])
-        input_grads.append(dx)
         adapter = pair_at(adapters, group.slot)
         if adapter is None or v is None:
             left.append(None)
@@ -204,7 +211,7 @@ def _project_backward(
         if adapter.b_grad is not None:
             weighted = v if weight is None else v * weight
             add_product(adapter.b_grad[expert], dy.T, weighted, adapter.scale)
-    return joined(input_grads), left
+    return dx_PI, left
 
 
 Cut = tuple[torch.Tensor, ...]

@@ -18,8 +18,15 @@ from typing import Any
 
 import torch
 
-from river_kernels.frozen import frozen_product, joined
-from river_kernels.segments import Pairs, Segments, add_product, check_segments, pair_at
+from river_kernels.frozen import frozen_product
+from river_kernels.segments import (
+    Pairs,
+    Segments,
+    add_product,
+    check_segments,
+    pair_at,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +83,11 @@ class _LoraLinear(torch.autograd.Function):
         segments: Segments,
         blocks: tuple[Block, ...],
     ) -> torch.Tensor:
-        outputs: list[torch.Tensor] = []
+        y_TO = frozen_product(x_TI, weight_OI, sizes_of(segments))
         shrunk: list[torch.Tensor | None] = []  # x A^T of each segment and block, [t, r]
         for segment in segments:
-            x = x_TI[segment.start : segment.end]
-            y = frozen_product(x, weight_OI)
-            outputs.append(y)
+            rows = slice(segment.start, segment.end)
+            x, y = x_TI[rows], y_TO[rows]
             for block in blocks:
                 pair = pair_at(block.pairs, segment.slot)
                 if pair is None:
@@ -90,7 +96,6 @@ class _LoraLinear(torch.autograd.Function):
                 v_TR = x @ pair.a.T
                 y[:, block.start : block.end].addmm_(v_TR, pair.b.T, alpha=pair.scale)
                 shrunk.append(v_TR)
-        y_TO = joined(outputs)
         if bias_O is not None:
             y_TO += bias_O
         ctx.segments, ctx.blocks, ctx.weight = segments, blocks, weight_OI
@@ -102,11 +107,10 @@ class _LoraLinear(torch.autograd.Function):
         (dy_TO,) = grads
         x_TI, *shrunk = ctx.saved_tensors
         kept = iter(shrunk)
-        input_grads: list[torch.Tensor] = []
+        dx_TI = frozen_product(dy_TO, ctx.weight.T, sizes_of(ctx.segments))
         for segment in ctx.segments:
             rows = slice(segment.start, segment.end)
-            x, dy = x_TI[rows], dy_TO[rows]
-            dx = frozen_product(dy, ctx.weight.T)
+            x, dy, dx = x_TI[rows], dy_TO[rows], dx_TI[rows]
             for block in ctx.blocks:
                 pair, v_TR = pair_at(block.pairs, segment.slot), next(kept)
                 if pair is None:
@@ -116,5 +120,4 @@ class _LoraLinear(torch.autograd.Function):
                 dx.addmm_(dv_TR, pair.a, alpha=pair.scale)
                 add_product(pair.a_grad, dv_TR.T, x, pair.scale)
                 add_product(pair.b_grad, dy_block.T, v_TR, pair.scale)
-            input_grads.append(dx)
-        return joined(input_grads), None, None, None, None
+        return dx_TI, None, None, None, None

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from river_kernels.frozen import frozen_product
+from river_kernels.frozen import frozen_product, joined
 from river_kernels.segments import (
-    LoraPair,
     Pairs,
     Segment,
     Segments,
     add_product,
     check_segments,
     pair_at,
+    sizes_of,
 )
 
 CHUNK_TOKENS = 2048
@@ -56,20 +56,70 @@ def lora_logprobs(
     return logprobs_TK.view(targets.shape), entropy_T
 
 
-def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Segment]:
+Chunk = list[Segment]
+"""Consecutive segments, or a part of one."""
+
+
+def _chunks(segments: Segments, chunk_tokens: int) -> Iterator[Chunk]:
+    """Whole segments together, as many as fit; those that do not fit at all in parts, which only they decide about."""
+    chunk: Chunk = []
     for segment in segments:
-        for start in range(segment.start, segment.end, chunk_tokens):
-            yield Segment(segment.slot, start, min(start + chunk_tokens, segment.end))
+        if chunk and segment.end - chunk[0].start > chunk_tokens:
+            yield chunk
+            chunk = []
+        parts = [
+            Segment(segment.slot, start, min(start + chunk_tokens, segment.end))
+            for start in range(segment.start, segment.end, chunk_tokens)
+        ]
+        for part in parts[:-1]:
+            yield [part]
+        if len(parts) > 1:
+            yield parts[-1:]
+        else:
+            chunk += parts
+    if chunk:
+        yield chunk
 
 
 def _logits(
-    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, pair: LoraPair | None
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, chunk: Chunk, pairs: Pairs
 ) -> torch.Tensor:
     """The logits [t, V] of a chunk."""
-    logits_TV = frozen_product(hidden_TH, weight_VH)
-    if pair is not None:
-        logits_TV.addmm_(hidden_TH @ pair.a.T, pair.b.T, alpha=pair.scale)
+    first = chunk[0].start
+    logits_TV = frozen_product(hidden_TH[first : chunk[-1].end], weight_VH, sizes_of(tuple(chunk)))
+    for segment in chunk:
+        pair = pair_at(pairs, segment.slot)
+        if pair is not None:
+            rows = logits_TV[segment.start - first : segment.end - first]
+            v_TR = hidden_TH[segment.start : segment.end] @ pair.a.T
+            rows.addmm_(v_TR, pair.b.T, alpha=pair.scale)
     return logits_TV
+
+
+def _hidden_gradient(
+    dlogits_TV: torch.Tensor,
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    chunk: Chunk,
+    pairs: Pairs,
+) -> torch.Tensor:
+    """The gradient of a chunk's hidden states, [t, H]; adds those of A and B."""
+    first = chunk[0].start
+    dhidden_TH = frozen_product(dlogits_TV, weight_VH.T, sizes_of(tuple(chunk)))
+    for segment in chunk:
+        pair = pair_at(pairs, segment.slot)
+        if pair is None:
+            continue
+        hidden = hidden_TH[segment.start : segment.end]
+        dlogits = dlogits_TV[segment.start - first : segment.end - first]
+        dv_TR = dlogits @ pair.b
+        dhidden_TH[segment.start - first : segment.end - first].addmm_(
+            dv_TR, pair.a, alpha=pair.scale
+        )
+        add_product(pair.a_grad, dv_TR.T, hidden, pair.scale)
+        if pair.b_grad is not None:
+            add_product(pair.b_grad, dlogits.T, hidden @ pair.a.T, pair.scale)
+    return dhidden_TH
 
 
 class _LoraLogprobs(torch.autograd.Function):
@@ -89,8 +139,8 @@ class _LoraLogprobs(torch.autograd.Function):
         is_kept = ctx.needs_input_grad[0] and hidden_TH.shape[0] <= chunk_tokens
         softmax: list[torch.Tensor] = []  # [t, V] of each chunk
         for chunk in _chunks(segments, chunk_tokens):
-            rows = slice(chunk.start, chunk.end)
-            logits_TV = _logits(hidden_TH[rows], weight_VH, pair_at(pairs, chunk.slot))
+            rows = slice(chunk[0].start, chunk[-1].end)
+            logits_TV = _logits(hidden_TH, weight_VH, chunk, pairs)
             normaliser = torch.logsumexp(logits_TV, dim=1)
             normaliser_T[rows] = normaliser
             log_p_TV = logits_TV.sub_(normaliser[:, None])
@@ -110,29 +160,20 @@ class _LoraLogprobs(torch.autograd.Function):
         dlogprobs_TK = grads[0]
         hidden_TH, targets_TK, normaliser_T, *softmax = ctx.saved_tensors
         weight_VH: torch.Tensor = ctx.weight
-        dhidden_TH = torch.empty_like(hidden_TH)
+        gradients: list[torch.Tensor] = []
         for index, chunk in enumerate(_chunks(ctx.segments, ctx.chunk_tokens)):
-            rows = slice(chunk.start, chunk.end)
-            hidden, dhidden = hidden_TH[rows], dhidden_TH[rows]
-            pair = pair_at(ctx.pairs, chunk.slot)
+            rows = slice(chunk[0].start, chunk[-1].end)
             if softmax:
                 p_TV = softmax[index]
             else:
-                logits_TV = _logits(hidden, weight_VH, pair)
+                logits_TV = _logits(hidden_TH, weight_VH, chunk, ctx.pairs)
                 p_TV = logits_TV.sub_(normaliser_T[rows, None]).exp_()
             upstream_TK = dlogprobs_TK[rows]
             # d logprob / d logits = onehot(target) - softmax
             dlogits_TV = p_TV.mul_(-_sum_in_order(upstream_TK)[:, None])
             dlogits_TV.scatter_add_(1, targets_TK[rows], upstream_TK)
-            dhidden.copy_(frozen_product(dlogits_TV, weight_VH.T))
-            if pair is None:
-                continue
-            dv_TR = dlogits_TV @ pair.b
-            dhidden.addmm_(dv_TR, pair.a, alpha=pair.scale)
-            add_product(pair.a_grad, dv_TR.T, hidden, pair.scale)
-            if pair.b_grad is not None:
-                add_product(pair.b_grad, dlogits_TV.T, hidden @ pair.a.T, pair.scale)
-        return dhidden_TH, None, None, None, None, None
+            gradients.append(_hidden_gradient(dlogits_TV, hidden_TH, weight_VH, chunk, ctx.pairs))
+        return joined(gradients), None, None, None, None, None
 
 
 def _sum_in_order(values_TK: torch.Tensor) -> torch.Tensor:

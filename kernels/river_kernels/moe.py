@@ -1,7 +1,7 @@
 """Mixture-of-experts with a LoRA adapter on every expert, many adapters in one pass.
 
-The pairs (token, chosen expert) are sorted by segment and expert with a stable sort, so that every group (segment,
-expert) is one slice:
+The pairs (token, chosen expert) are sorted by expert and segment with a stable sort, so that every group (expert,
+segment) is one slice, and all rows of an expert another:
 
     x [T, H] --gather--> [P, H] --experts.py--> y [P, H] --weigh, gather back, sum over k--> [T, H]
 
@@ -28,50 +28,82 @@ from river_kernels.experts import (
     run_experts_backward,
     sum_over_chosen,
 )
-from river_kernels.segments import Pairs, Segments
+from river_kernels.segments import Pairs, Segments, sizes_of
 from river_kernels.shared_factors import (
     BySegment,
     expand_tokens,
     expand_tokens_backward,
     sharing_b,
+    sharing_segments,
     shrink_tokens,
     shrink_tokens_backward,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """The rows and groups of one segment: `start` to `end` (exclusive), `first` to `last` (exclusive)."""
+class Share:
+    """What of the rows belongs to one segment.
 
-    start: int
-    end: int
-    first: int
-    last: int
+    `rows` [p] in their order, with the `token` of each, counted from the segment's first; `inverse` [p] sorts them by
+    (token, k).
+    """
+
+    rows: torch.Tensor
+    token: torch.Tensor
+    inverse: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Route(Grouped):
     """`permutation` [P] sorts the flattened (token, k) pairs by group, `inverse` undoes it; `token` of each row.
 
-    `spans` has one of each segment. `chosen` is the number of experts of a token.
+    `chosen` is the number of experts of a token. `groups_of` has the indices of each segment's groups.
     """
 
     permutation: torch.Tensor
     inverse: torch.Tensor
     token: torch.Tensor
     chosen: int
-    segments: Segments
-    spans: tuple[Span, ...]
+    groups_of: list[list[int]]
+
+
+class Shares:
+    """What of the rows belongs to the segments whose experts share a factor."""
+
+    def __init__(self, route: Route, segments: Segments, pairs: Sequence[Pairs]) -> None:
+        self._route = route
+        self._shares: dict[int, Share] = {}
+        sharing = {index for of_site in pairs for index in sharing_segments(segments, of_site)}
+        if not sharing:
+            return
+        sizes = [size * route.chosen for size in sizes_of(segments)]
+        of_token = torch.repeat_interleave(
+            torch.arange(len(segments)), torch.tensor(sizes_of(segments))
+        )
+        # Rows segment by segment, in each as they lie.
+        order = torch.argsort(of_token[route.token], stable=True)
+        inverse = _inverted(order)[route.inverse]
+        for index, (rows, inverse_rows) in enumerate(
+            zip(order.split(sizes), inverse.split(sizes), strict=True)
+        ):
+            if index in sharing:
+                segment = segments[index]
+                self._shares[index] = Share(
+                    rows,
+                    route.token[rows] - segment.start,
+                    inverse_rows - segment.start * route.chosen,
+                )
 
     def to_rows(self, by_segment: Mapping[int, torch.Tensor]) -> ByGroup:
         """What tokens have, copied to each one's rows."""
-        by_group: ByGroup = [None] * len(self.groups)
+        route = self._route
+        by_group: ByGroup = [None] * len(route.groups)
         for index, values_TR in by_segment.items():
-            span = self.spans[index]
-            token = self.token[span.start : span.end] - self.segments[index].start
-            sizes = self.sizes[span.first : span.last]
-            rows = values_TR.index_select(0, token).split_with_sizes(sizes)
-            by_group[span.first : span.last] = rows
+            groups = route.groups_of[index]
+            sizes = [route.sizes[group] for group in groups]
+            rows = values_TR.index_select(0, self._shares[index].token).split_with_sizes(sizes)
+            for group, part in zip(groups, rows, strict=True):
+                by_group[group] = part
         return by_group
 
     def to_tokens(
@@ -83,14 +115,12 @@ class Route(Grouped):
         """What rows have, weighted and summed by token, of the segments at `indices`."""
         summed: BySegment = {}
         for index in indices:
-            span, segment = self.spans[index], self.segments[index]
-            rows = [part for part in by_group[span.first : span.last] if part is not None]
-            values_PR = torch.cat(rows)
+            share = self._shares[index]
+            parts = [by_group[group] for group in self._route.groups_of[index]]
+            values_PR = torch.cat([part for part in parts if part is not None])
             if weight_P is not None:
-                values_PR *= weight_P[span.start : span.end, None]
-            pairs = slice(segment.start * self.chosen, segment.end * self.chosen)
-            inverse = self.inverse[pairs] - span.start
-            summed[index] = sum_over_chosen(values_PR, inverse, self.chosen)
+                values_PR *= weight_P.index_select(0, share.rows)[:, None]
+            summed[index] = sum_over_chosen(values_PR, share.inverse, self._route.chosen)
         return summed
 
 
@@ -112,41 +142,43 @@ def moe_lora(
     """
     check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
     route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
-    return _MoeLora.apply(x_TH, weights_TK, gate_up, down, route, gate_up_pairs, down_pairs)
+    return _MoeLora.apply(
+        x_TH, weights_TK, gate_up, down, route, segments, gate_up_pairs, down_pairs
+    )
 
 
 def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -> Route:
     tokens, chosen = experts_TK.shape
+    count = len(segments)
+    sizes = [size * chosen for size in sizes_of(segments)]
     key = experts_TK.reshape(-1)
-    if len(segments) > 1:
-        lengths = torch.tensor([(segment.end - segment.start) * chosen for segment in segments])
-        first_key = torch.arange(0, len(segments) * experts, experts)
-        key = key + torch.repeat_interleave(first_key, lengths, output_size=tokens * chosen)
+    if count > 1:
+        of_segment = torch.repeat_interleave(
+            torch.arange(count), torch.tensor(sizes), output_size=tokens * chosen
+        )
+        key = key * count + of_segment
+    # Stable, and tokens lie segment by segment: the order within a group is that of the tokens.
     permutation = torch.argsort(key, stable=True)
+    inverse = _inverted(permutation)
+    found = torch.bincount(key, minlength=experts * count).tolist()
+    groups: list[Group] = []
+    group_sizes: list[int] = []
+    groups_of: list[list[int]] = [[] for _ in segments]
+    for index, size in enumerate(found):
+        if size:
+            expert, segment = divmod(index, count)
+            groups_of[segment].append(len(groups))
+            groups.append(Group(segments[segment].slot, expert))
+            group_sizes.append(size)
+    return Route(
+        tuple(groups), group_sizes, permutation, inverse, permutation // chosen, chosen, groups_of
+    )
+
+
+def _inverted(permutation: torch.Tensor) -> torch.Tensor:
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel())
-    counts = torch.bincount(key, minlength=experts * len(segments)).tolist()
-    groups: list[Group] = []
-    sizes: list[int] = []
-    spans: list[Span] = []
-    for index, segment in enumerate(segments):
-        first = len(groups)
-        for expert, count in enumerate(counts[index * experts : (index + 1) * experts]):
-            if count:
-                groups.append(Group(segment.slot, expert))
-                sizes.append(count)
-        start, end = segment.start * chosen, segment.end * chosen
-        spans.append(Span(start, end, first, len(groups)))
-    return Route(
-        tuple(groups),
-        sizes,
-        permutation,
-        inverse,
-        permutation // chosen,
-        chosen,
-        segments,
-        tuple(spans),
-    )
+    return inverse
 
 
 class _MoeLora(torch.autograd.Function):
@@ -158,22 +190,24 @@ class _MoeLora(torch.autograd.Function):
         gate_up: torch.Tensor,
         down: torch.Tensor,
         route: Route,
+        segments: Segments,
         gate_up_pairs: Pairs,
         down_pairs: Pairs,
     ) -> torch.Tensor:
-        segments = route.segments
         x_PH = x_TH.index_select(0, route.token)
         weight_P = weights_TK.reshape(-1)[route.permutation]
+        shares = Shares(route, segments, (gate_up_pairs, down_pairs))
         v1 = shrink_tokens(x_TH, segments, gate_up_pairs)
         y_PH, v2, kept = run_experts(
-            x_PH, gate_up, down, route, gate_up_pairs, down_pairs, route.to_rows(v1)
+            x_PH, gate_up, down, route, gate_up_pairs, down_pairs, shares.to_rows(v1)
         )
-        u = route.to_tokens(v2, sharing_b(segments, down_pairs), weight_P)
+        u = shares.to_tokens(v2, sharing_b(segments, down_pairs), weight_P)
         y_PH.mul_(weight_P[:, None])
         out_TH = sum_over_chosen(y_PH, route.inverse, route.chosen)
         expand_tokens(out_TH, u, segments, down_pairs)
-        ctx.route, ctx.weights, ctx.pairs = route, (gate_up, down), (gate_up_pairs, down_pairs)
-        ctx.shared = tuple(v1), tuple(u)
+        ctx.route, ctx.shares, ctx.segments = route, shares, segments
+        ctx.weights, ctx.pairs = (gate_up, down), (gate_up_pairs, down_pairs)
+        ctx.with_v1, ctx.with_u = tuple(v1), tuple(u)
         ctx.save_for_backward(x_TH, weight_P, *u.values(), *kept)
         return out_TH
 
@@ -183,10 +217,10 @@ class _MoeLora(torch.autograd.Function):
         route: Route = ctx.route
         gate_up, down = ctx.weights
         gate_up_pairs, down_pairs = ctx.pairs
-        with_v1, with_u = ctx.shared
+        segments, shares, with_u = ctx.segments, ctx.shares, ctx.with_u
         x_TH, weight_P, *saved = ctx.saved_tensors
         u = dict(zip(with_u, saved[: len(with_u)], strict=True))
-        du = expand_tokens_backward(dout_TH, u, route.segments, down_pairs)
+        du = expand_tokens_backward(dout_TH, u, segments, down_pairs)
         dx_PH, dweight_P, dv1 = run_experts_backward(
             dout_TH.index_select(0, route.token),
             weight_P,
@@ -196,12 +230,12 @@ class _MoeLora(torch.autograd.Function):
             route,
             gate_up_pairs,
             down_pairs,
-            route.to_rows(du),
+            shares.to_rows(du),
         )
         dx_TH = sum_over_chosen(dx_PH, route.inverse, route.chosen)
-        dv1_tokens = route.to_tokens(dv1, with_v1)
-        shrink_tokens_backward(dx_TH, dv1_tokens, x_TH, route.segments, gate_up_pairs)
+        dv1_tokens = shares.to_tokens(dv1, ctx.with_v1)
+        shrink_tokens_backward(dx_TH, dv1_tokens, x_TH, segments, gate_up_pairs)
         dweights_TK = (
             dweight_P[route.inverse].view(-1, route.chosen) if ctx.needs_input_grad[1] else None
         )
-        return dx_TH, dweights_TK, None, None, None, None, None
+        return dx_TH, dweights_TK, None, None, None, None, None, None

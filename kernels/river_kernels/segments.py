@@ -4,8 +4,8 @@
     segment  slot 0     slot 2    NO_ADAPTER
 
 Tokens are laid out adapter by adapter, so that an adapter's share of any per-token matrix is one slice and needs no
-permutation. Every matrix product runs segment by segment, the frozen ones too: what a segment gets has the same bits
-whoever else is in the batch, because a matrix library may round a row differently when there are more rows beside it.
+permutation. What a segment gets has the same bits whoever else is in the batch: its adapter's products are its own, and
+the frozen ones are shared only where that cannot change a bit (`frozen.py`).
 
 Adapters are no inputs of autograd. A backward pass adds each segment's gradient, in the order of the segments, to the
 buffers that its `LoraPair` names: many steps and many requests add up without allocating anything.
@@ -71,6 +71,11 @@ def check_segments(segments: Segments, *, tokens: int, slots: int) -> None:
         assert NO_ADAPTER <= segment.slot < slots, f"slot {segment.slot} of {slots}"
         position = segment.end
     assert position == tokens, f"segments cover {position} of {tokens} tokens"
+
+
+def sizes_of(segments: Segments) -> list[int]:
+    """The tokens of each segment."""
+    return [segment.end - segment.start for segment in segments]
 
 
 def pair_at(pairs: Sequence[Pair | None], slot: int) -> Pair | None:

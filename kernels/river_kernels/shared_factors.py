@@ -66,6 +66,14 @@ def expand_tokens_backward(
     return du
 
 
+def sharing_segments(segments: Segments, pairs: Pairs) -> list[int]:
+    """The indices of the segments whose pair shares a factor."""
+    return [
+        index
+        for index, _, _ in _sharing(segments, pairs, lambda pair: pair.shares_a or pair.shares_b)
+    ]
+
+
 def sharing_b(segments: Segments, pairs: Pairs) -> list[int]:
     """The indices of the segments whose pair shares B."""
     return [index for index, _, _ in _sharing(segments, pairs, _shares_b)]

@@ -13,6 +13,7 @@ from river_kernels import (
     LoraPair,
     Segment,
     Segments,
+    frozen,
     lora_linear,
     lora_logprobs,
     make_packing,
@@ -137,19 +138,65 @@ def naive_moe(
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 37, 100, 129])
-def test_frozen_products_are_right_wherever_the_rows_lie(rows: int) -> None:
+@pytest.fixture
+def no_verified_weights(monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """What is known of weights: nothing yet."""
+    verified: set[object] = set()
+    monkeypatch.setattr(frozen, "_verified", verified)
+    return verified
+
+
+@pytest.mark.parametrize("verified", [False, True], ids=["by parts", "together"])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 37, 100, 129])
+def test_frozen_products_are_right_wherever_the_rows_lie(
+    no_verified_weights: set[object], rows: int, *, verified: bool
+) -> None:
     """Slices of larger matrices, last rows, transposed weights and every number of rows give the same as a product."""
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(24, 40, generator=generator)
+    if verified:
+        assert frozen.verify_rows([weight, weight.T.contiguous()])
     around = torch.randn(rows + 50, 40, generator=generator)
     around[20 + rows :] = torch.nan  # What lies behind must not matter.
+    sizes = [rows // 3, 0, rows - rows // 3]
     for x in (around[20 : 20 + rows], around[:rows].clone(), around[20 : 20 + rows].T.clone().T):
         expected = x.double() @ weight.double().T
-        assert relative_error(frozen_product(x, weight), expected) < TOLERANCE
-        assert relative_error(frozen_product(x, weight.T.contiguous().T), expected) < TOLERANCE
+        for stored in (weight, weight.T.contiguous().T):
+            assert relative_error(frozen_product(x, stored, sizes), expected) < TOLERANCE
     inside = around[20 : 20 + rows]
-    assert torch.equal(frozen_product(inside, weight), frozen_product(inside.clone(), weight))
+    again = frozen_product(inside.clone(), weight, sizes)
+    assert torch.equal(frozen_product(inside, weight, sizes), again)
+
+
+def test_more_rows_than_were_verified_are_right(no_verified_weights: set[object]) -> None:
+    """They are computed block by block, with the same bits as by themselves."""
+    weight = torch.randn(8, 16)
+    x = torch.randn(2 * frozen.ROWS_MAX + 5, 16)
+    assert frozen.verify_rows([weight])
+    together = frozen_product(x, weight, [len(x)])
+    assert relative_error(together, x.double() @ weight.double().T) < TOLERANCE
+    assert torch.equal(together[-9:], frozen_product(x[-9:], weight, [9]))
+
+
+def test_rows_that_depend_on_others_stay_by_themselves(
+    no_verified_weights: set[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a library lets a row feel its company, every part is a product of its own."""
+    weight, x = torch.randn(8, 16), torch.randn(40, 16)
+    real = frozen._linear
+    assert real is not None
+    calls: list[int] = []
+
+    def sensitive(rows: torch.Tensor, *others: object) -> torch.Tensor:
+        calls.append(len(rows))
+        return real(rows, *others) * (1 + 1e-6 * len(rows))
+
+    monkeypatch.setattr(frozen, "_linear", sensitive)
+    assert not frozen.verify_rows([weight])
+    calls.clear()
+    mixed = frozen_product(x, weight, [16, 24])
+    assert calls == [16, 24]
+    assert torch.equal(mixed[16:], frozen_product(x[16:].clone(), weight, [24]))
 
 
 def test_linear_equals_a_loop_over_tokens() -> None:

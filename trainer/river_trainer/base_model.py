@@ -18,7 +18,7 @@ transformers owns the architecture; some of its seams are ours:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +41,9 @@ from river_kernels import (
     make_packing,
     moe_lora,
     packed_causal_attention,
+    verify_rows,
 )
-from river_trainer.attention import fused
+from river_trainer.attention import FusedAttention, fused
 from river_trainer.lanes import PerLane
 from river_trainer.packing import PackedBatch
 from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
@@ -193,6 +194,7 @@ class BaseModel:
         self.context_length: int = config.max_position_embeddings
         self.sites = tuple(self._instrument())
         self._fuse_attention()
+        verify_rows(self._frozen_weights())
         self.routed_experts = self._routed_experts()
         self._network = Network(model)
 
@@ -226,6 +228,14 @@ class BaseModel:
         sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
         self._model.lm_head = LogprobHead(self._model.lm_head.weight, self._pass)
         return sites
+
+    def _frozen_weights(self) -> Iterator[torch.Tensor]:
+        """Every matrix [O, I] that adapters go with."""
+        for module in self._model.modules():
+            if isinstance(module, LoraLinear | FusedAttention | LogprobHead):
+                yield module.weight
+            elif hasattr(module, "river_experts"):
+                yield from (module.gate_up_proj[0], module.down_proj[0])
 
     def _fuse_attention(self) -> None:
         """Puts one module in the place of each attention whose projections can be one product."""

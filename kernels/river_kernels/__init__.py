@@ -8,6 +8,17 @@ from river_kernels.linear import Block, lora_linear, lora_linear_blocks
 from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
 from river_kernels.norm import RmsNorm
+from river_kernels.quantized import (
+    Fp8Weight,
+    FrozenWeight,
+    Nvfp4Weight,
+    QuantizedWeight,
+    Scratch,
+    StoredWeight,
+    dense_weight,
+    matrices_of,
+    rows_of,
+)
 from river_kernels.rotary import rotate
 from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segment, Segments
 
@@ -16,21 +27,30 @@ __all__ = [
     "AdamRule",
     "AdamUpdate",
     "Block",
+    "Fp8Weight",
+    "FrozenWeight",
     "LoraPair",
+    "Nvfp4Weight",
     "Packing",
     "Pairs",
+    "QuantizedWeight",
     "RmsNorm",
+    "Scratch",
     "Segment",
     "Segments",
+    "StoredWeight",
+    "dense_weight",
     "gradient_norms",
     "lora_linear",
     "lora_linear_blocks",
     "lora_logprobs",
     "make_packing",
+    "matrices_of",
     "moe_lora",
     "moe_lora_parallel",
     "multi_adam",
     "packed_causal_attention",
     "rotate",
+    "rows_of",
     "verify_rows",
 ]

@@ -39,6 +39,7 @@ from river_kernels.experts import (
     run_experts_backward,
     sum_over_chosen,
 )
+from river_kernels.quantized import FrozenWeight
 from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs, Segments
 from river_kernels.shared_factors import (
     BySegment,
@@ -115,8 +116,8 @@ def moe_lora_parallel(
     x_TH: torch.Tensor,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: FrozenWeight,
+    down: FrozenWeight,
     segments: Segments,
     gate_up_pairs: Pairs,
     down_pairs: Pairs,
@@ -202,8 +203,8 @@ class _MoeLoraParallel(torch.autograd.Function):
         ctx: Any,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: FrozenWeight,
+        down: FrozenWeight,
         exchange: _Exchange,
         gate_up_pairs: Pairs,
         down_pairs: Pairs,

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from river_kernels.frozen import frozen_product, joined
+from river_kernels.quantized import FrozenWeight, dense_weight
 from river_kernels.segments import (
     LoraPair,
     Pairs,
@@ -69,8 +70,8 @@ Kept = list[torch.Tensor | None]
 
 def check_experts(
     x_TH: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: FrozenWeight,
+    down: FrozenWeight,
     segments: Segments,
     gate_up_pairs: Pairs,
     down_pairs: Pairs,
@@ -89,8 +90,8 @@ def check_experts(
 
 def run_experts(
     x_PH: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: FrozenWeight,
+    down: FrozenWeight,
     grouped: Grouped,
     gate_up_pairs: Pairs,
     down_pairs: Pairs,
@@ -114,8 +115,8 @@ def run_experts_backward(
     dout_PH: torch.Tensor,
     weight_P: torch.Tensor,
     kept: Sequence[torch.Tensor | None],
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: FrozenWeight,
+    down: FrozenWeight,
     grouped: Grouped,
     gate_up_pairs: Pairs,
     down_pairs: Pairs,
@@ -146,13 +147,13 @@ def sum_over_chosen(y_PH: torch.Tensor, inverse: torch.Tensor, chosen: int) -> t
 
 def _project(
     x_PI: torch.Tensor,
-    weight_EOI: torch.Tensor,
+    weight_EOI: FrozenWeight,
     grouped: Grouped,
     pairs: Pairs,
     given: Sequence[torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, ByGroup]:
     """Every row through its expert and, unless B is shared, its adapter, [P, O]; `x A^T` of every group, [rows, r]."""
-    y_PO = grouped.product(x_PI, weight_EOI.unbind())
+    y_PO = grouped.product(x_PI, dense_weight(weight_EOI).unbind())
     adapters = [None if pair is None else _transposed(pair) for pair in pairs]
     shrunk: ByGroup = []
     given = given or [None] * len(grouped.groups)
@@ -173,7 +174,7 @@ def _project(
 def _project_backward(
     dy_PO: torch.Tensor,
     x_PI: torch.Tensor,
-    weight_EOI: torch.Tensor,
+    weight_EOI: FrozenWeight,
     grouped: Grouped,
     pairs: Pairs,
     shrunk: Sequence[torch.Tensor | None],
@@ -185,7 +186,8 @@ def _project_backward(
     Adds the gradients of A and B that are not shared to their buffers. With `row_weight_P` they are those of
     `row_weight * dy`, while that of x stays unweighted.
     """
-    dx_PI = grouped.product(dy_PO, weight_EOI.transpose(1, 2).unbind())
+    weights_IO = dense_weight(weight_EOI).transpose(1, 2).unbind()
+    dx_PI = grouped.product(dy_PO, weights_IO)
     left: ByGroup = []
     adapters = [None if pair is None else _by_expert(pair) for pair in pairs]
     nothing = [None] * len(grouped.groups)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from river_kernels.frozen import frozen_product
+from river_kernels.quantized import FrozenWeight, dense_weight
 from river_kernels.segments import (
     Pairs,
     Segments,
@@ -40,7 +41,7 @@ class Block:
 
 def lora_linear(
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: FrozenWeight,
     segments: Segments,
     pairs: Pairs,
     bias_O: torch.Tensor | None = None,
@@ -57,12 +58,15 @@ def lora_linear(
 
 def lora_linear_blocks(
     x_TI: torch.Tensor,
-    weight_OI: torch.Tensor,
+    weight_OI: FrozenWeight,
     segments: Segments,
     blocks: Sequence[Block],
     bias_O: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`lora_linear` of several layers at once; `weight_OI` has the rows of all, and `blocks` say which are whose."""
+    """`lora_linear` of several layers at once; `weight_OI` has the rows of all, and `blocks` say which are whose.
+
+    It may be stored in fewer bits.
+    """
     assert not weight_OI.requires_grad, "the base model is frozen"
     position = 0
     for block in blocks:
@@ -78,12 +82,12 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TI: torch.Tensor,
-        weight_OI: torch.Tensor,
+        weight: FrozenWeight,
         bias_O: torch.Tensor | None,
         segments: Segments,
         blocks: tuple[Block, ...],
     ) -> torch.Tensor:
-        y_TO = frozen_product(x_TI, weight_OI, sizes_of(segments))
+        y_TO = frozen_product(x_TI, dense_weight(weight), sizes_of(segments))
         shrunk: list[torch.Tensor | None] = []  # x A^T of each segment and block, [t, r]
         for segment in segments:
             rows = slice(segment.start, segment.end)
@@ -98,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
                 shrunk.append(v_TR)
         if bias_O is not None:
             y_TO += bias_O
-        ctx.segments, ctx.blocks, ctx.weight = segments, blocks, weight_OI
+        ctx.segments, ctx.blocks, ctx.weight = segments, blocks, weight
         ctx.save_for_backward(x_TI, *shrunk)
         return y_TO
 
@@ -107,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
         (dy_TO,) = grads
         x_TI, *shrunk = ctx.saved_tensors
         kept = iter(shrunk)
-        dx_TI = frozen_product(dy_TO, ctx.weight.T, sizes_of(ctx.segments))
+        dx_TI = frozen_product(dy_TO, dense_weight(ctx.weight).T, sizes_of(ctx.segments))
         for segment in ctx.segments:
             rows = slice(segment.start, segment.end)
             x, dy, dx = x_TI[rows], dy_TO[rows], dx_TI[rows]

@@ -28,6 +28,7 @@ from river_kernels.experts import (
     run_experts_backward,
     sum_over_chosen,
 )
+from river_kernels.quantized import FrozenWeight
 from river_kernels.segments import Pairs, Segments, sizes_of
 from river_kernels.shared_factors import (
     BySegment,
@@ -128,17 +129,18 @@ def moe_lora(
     x_TH: torch.Tensor,
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: FrozenWeight,
+    down: FrozenWeight,
     segments: Segments,
     gate_up_pairs: Pairs,
     down_pairs: Pairs,
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts of every token; [T, H].
 
-    `gate_up` [E, 2I, H] and `down` [E, H, I] are frozen. `gate_up_pairs[slot]` has A [E, r, H] and B [E, 2I, r],
-    `down_pairs[slot]` A [E, r, I] and B [E, H, r]; experts may share the factors of width H. None where a slot has no
-    adapter here. Gradients flow to x and to the router weights through autograd, to A and B through their pairs.
+    `gate_up` [E, 2I, H] and `down` [E, H, I] are frozen; they may be stored in fewer bits. `gate_up_pairs[slot]` has A
+    [E, r, H] and B [E, 2I, r], `down_pairs[slot]` A [E, r, I] and B [E, H, r]; experts may share the factors of width
+    H. None where a slot has no adapter here. Gradients flow to x and to the router weights through autograd, to A and B
+    through their pairs.
     """
     check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
     route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
@@ -187,8 +189,8 @@ class _MoeLora(torch.autograd.Function):
         ctx: Any,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        gate_up: FrozenWeight,
+        down: FrozenWeight,
         route: Route,
         segments: Segments,
         gate_up_pairs: Pairs,

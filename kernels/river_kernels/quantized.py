@@ -3,9 +3,10 @@
     FP8     w = value * scale                        e4m3; one scale for each block of rows x columns (128x128, 1x128)
     NVFP4   w = value * (scale * global_scale)       e2m1; one e4m3 scale for each 16 of a row, one float32 for all
 
-A sampler with the same checkpoint computes with the same numbers: every multiplication is one of float32, in the order
-of the parentheses, and the result is rounded once, to nearest even, to the type that the model computes in (not at all
-in float32). CPUs and GPUs give the same bits.
+Every multiplication is one of float32, in the order of the parentheses, and the result is rounded once, to nearest
+even, to the type that the model computes in (not at all in float32). CPUs and GPUs give the same bits, and they are
+those that vLLM makes of the same checkpoint where it dequantises. Where it multiplies 8 or 4 bits as they are, and
+quantises activations too, the rounding of its products differs, while the stored numbers are the same.
 
 No layer keeps its numbers. A product asks for them (`dense_weight`) when it begins and gets them in memory that all
 layers share (`Scratch`); the next layer's overwrite them, and backward makes them once more.
@@ -52,8 +53,9 @@ class Fp8Weight:
         return self.values, self.scales
 
     def matrices(self, first: int, end: int) -> Fp8Weight:
-        """The matrices `first` to `end` (exclusive) of several; views."""
-        return replace(self, values=self.values[first:end], scales=self.scales[first:end])
+        """The matrices `first` to `end` (exclusive) of several; copies."""
+        values, scales = (tensor[first:end].clone() for tensor in self.tensors)
+        return Fp8Weight(values, scales, self.block)
 
     def write(self, out: torch.Tensor) -> None:
         """Writes the numbers into `out` [..., N, K], whose rows may be longer than K in memory."""
@@ -99,8 +101,8 @@ class Nvfp4Weight:
         return self.packed, self.scales, self.global_scale
 
     def matrices(self, first: int, end: int) -> Nvfp4Weight:
-        """The matrices `first` to `end` (exclusive) of several; views."""
-        return Nvfp4Weight(*(tensor[first:end] for tensor in self.tensors))
+        """The matrices `first` to `end` (exclusive) of several; copies."""
+        return Nvfp4Weight(*(tensor[first:end].clone() for tensor in self.tensors))
 
     def write(self, out: torch.Tensor) -> None:
         """Writes the numbers into `out` [..., N, K], whose rows may be longer than K in memory."""
@@ -188,11 +190,11 @@ class QuantizedWeight:
         return False
 
     @property
-    def size_bytes(self) -> int:
-        return sum(tensor.nbytes for part in self.parts for tensor in part.tensors)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
 
     def matrices(self, first: int, end: int) -> QuantizedWeight:
-        """The matrices `first` to `end` (exclusive) of several; views."""
+        """The matrices `first` to `end` (exclusive) of several; copies."""
         return replace(self, parts=tuple(part.matrices(first, end) for part in self.parts))
 
     def write(self, out: torch.Tensor) -> None:
@@ -220,11 +222,18 @@ def dense_weight(weight: FrozenWeight) -> torch.Tensor:
     return weight if isinstance(weight, torch.Tensor) else weight.dense()
 
 
+def matrices_of(weight: FrozenWeight, first: int, end: int) -> FrozenWeight:
+    """The matrices `first` to `end` (exclusive) of several; copies, so that the others can be let go."""
+    if isinstance(weight, torch.Tensor):
+        return weight[first:end].clone()
+    return weight.matrices(first, end)
+
+
 def rows_of(weights: Sequence[FrozenWeight]) -> FrozenWeight:
-    """One weight with the rows of all, which are of one kind."""
+    """One weight with the rows of all; either all are stored or none."""
     stored = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     if not stored:
-        return torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
+        return torch.cat([w for w in weights if isinstance(w, torch.Tensor)], dim=-2)
     assert len(stored) == len(weights), "all stored or none"
     return replace(stored[0], parts=tuple(part for weight in stored for part in weight.parts))
 

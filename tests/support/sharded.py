@@ -23,6 +23,7 @@ from support.training import (
 from support.workbench import Workbench
 from torch import nn
 
+from river_kernels import QuantizedWeight
 from river_trainer import limits
 from river_trainer.base_model import BaseModel
 from river_trainer.lanes import Lanes
@@ -205,10 +206,17 @@ def run_rank(
 
 
 def frozen_bytes(base: BaseModel) -> int:
-    """Memory of the base model's parameters in this process."""
+    """Memory of the base model's weights in this process."""
     # Of a parameter that FSDP has sharded there is a local part.
     weights = [getattr(weight, "_local_tensor", weight) for weight in base._network.parameters()]
-    return _bytes(weights)
+    stored = [tensor for weight in stored_weights(base) for tensor in weight.tensors]
+    return _bytes([*weights, *stored])
+
+
+def stored_weights(base: BaseModel) -> list[QuantizedWeight]:
+    """All weights of a model that are not numbers."""
+    values = [value for module in base._network.modules() for value in vars(module).values()]
+    return [value for value in values if isinstance(value, QuantizedWeight)]
 
 
 def tensor_bytes() -> int:

@@ -46,6 +46,7 @@ def load(settings: TrainerSettings) -> Parts:
     Raises:
         OSError: the model or a directory cannot be read.
         StoreError: the store cannot be opened.
+        ModelFormatError: its weights are stored in a way that the trainer does not know.
         ShardingError: the model cannot be divided among so many processes.
         GroupBrokenError: another process has ended already.
     """

@@ -10,6 +10,7 @@ three, one function for the rotation, save a tenth of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from river_kernels import (
     lora_linear_blocks,
     packed_causal_attention,
     rotate,
+    rows_of,
 )
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -43,12 +45,13 @@ class FusedAttention(nn.Module):
     def __init__(self, original: Any, name: str, running: Running) -> None:
         super().__init__()
         layers = [getattr(original, kind) for kind in PROJECTIONS]
-        weight_OI = torch.cat([layer.weight for layer in layers])
-        ends = [0]
-        for layer in layers:
-            ends.append(ends[-1] + layer.weight.shape[0])
-            layer.weight = nn.Parameter(weight_OI[ends[-2] : ends[-1]], requires_grad=False)
-        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        weight_OI = rows_of([layer.weight for layer in layers])
+        ends = list(accumulate((layer.weight.shape[0] for layer in layers), initial=0))
+        if isinstance(weight_OI, torch.Tensor):
+            for layer, start, end in zip(layers, ends, ends[1:], strict=False):
+                layer.weight = nn.Parameter(weight_OI[start:end], requires_grad=False)
+            weight_OI = nn.Parameter(weight_OI, requires_grad=False)
+        self.weight = weight_OI
         biases = [layer.bias for layer in layers]
         self.bias = (
             None if biases[0] is None else nn.Parameter(torch.cat(biases), requires_grad=False)
@@ -97,6 +100,8 @@ def fused(original: Any, name: str, running: Running, rotary: nn.Module) -> Fuse
     """
     if not all(hasattr(original, kind) for kind in (*PROJECTIONS, "o_proj", "head_dim", "scaling")):
         return None
+    if len({type(getattr(original, kind).weight) for kind in PROJECTIONS}) != 1:
+        return None  # Some are stored in fewer bits, some are not.
     assert running.packing is not None
     tokens, width = running.packing.packed.numel(), original.q_proj.weight.shape[1]
     probe = torch.linspace(-2.0, 2.0, tokens * width).sin().view(1, tokens, width)

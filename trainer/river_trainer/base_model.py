@@ -25,12 +25,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging as transformers_logging
 
 from river_kernels import (
     NO_ADAPTER,
+    FrozenWeight,
     LoraPair,
     Packing,
     RmsNorm,
@@ -45,6 +46,7 @@ from river_kernels import (
 )
 from river_trainer.attention import FusedAttention, fused
 from river_trainer.lanes import PerLane
+from river_trainer.loading import StoredLinear, load_model
 from river_trainer.packing import PackedBatch
 from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
 from river_trainer.sites import Group, Site
@@ -77,9 +79,10 @@ class _Pass(PerLane):
 class LoraLinear(nn.Module):
     """A frozen linear layer that adds each segment's adapter."""
 
-    def __init__(self, linear: nn.Linear, name: str, running: _Pass) -> None:
+    def __init__(self, linear: nn.Linear | StoredLinear, name: str, running: _Pass) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight: FrozenWeight = linear.weight
+        self.bias = linear.bias
         self._name, self._running = name, running
 
     def forward(self, hidden_1TI: torch.Tensor) -> torch.Tensor:
@@ -176,16 +179,21 @@ class BaseModel:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Loads the model.
+
+        Raises:
+            OSError: it cannot be read.
+            ModelFormatError: its weights are stored in a way that the trainer does not know.
+        """
         AttentionInterface.register(ATTENTION_NAME, _attention)
         ExpertsInterface.register(EXPERTS_NAME, _experts)
         transformers_logging.disable_progress_bar()
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        self._model = load_model(
             path,
-            dtype=dtype,
+            dtype,
             attn_implementation=ATTENTION_NAME,
             experts_implementation=EXPERTS_NAME,
         )
-        self._model = model.eval().requires_grad_(requires_grad=False)
         self._pass = _Pass()
         config: Any = self._model.config
         assert config.hidden_act == "silu", "moe_lora computes SwiGLU"
@@ -196,7 +204,7 @@ class BaseModel:
         self._fuse_attention()
         verify_rows(self._frozen_weights())
         self.routed_experts = self._routed_experts()
-        self._network = Network(model)
+        self._network = Network(self._model)
 
     def _instrument(self) -> list[Site]:
         """Puts our modules in place; returns every place an adapter may change, in the model's order."""
@@ -206,7 +214,7 @@ class BaseModel:
         moe_layers = itertools.count()
         for name, module in named:
             kind = name.rpartition(".")[2]
-            if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+            if isinstance(getattr(module, "gate_up_proj", None), FrozenWeight):
                 sites += _expert_sites(name, module)
                 module.river_name, module.river_pass = name, self._pass
                 module.river_experts = moe_lora
@@ -358,6 +366,6 @@ def _expert_sites(name: str, module: Any) -> list[Site]:
     return sites
 
 
-def _linear_site(name: str, linear: nn.Linear, group: Group, target: str) -> Site:
+def _linear_site(name: str, linear: nn.Linear | StoredLinear, group: Group, target: str) -> Site:
     prefix = PEFT_ROOT + name
     return Site(name, group, linear.in_features, linear.out_features, prefix, target)

@@ -2,6 +2,7 @@
 
     TrainerError
     ├── LeaseLostError             another trainer follows this base model now
+    ├── ModelFormatError           the base model's checkpoint is stored in a way that the trainer does not know
     ├── ShardingError              the model cannot be divided among so many processes
     ├── GroupBrokenError           the processes that share the model are out of step, or one is gone
     ├── PassFailedError            a process of the group could not compute its share
@@ -31,6 +32,10 @@ class TrainerError(Exception):
 
 class LeaseLostError(TrainerError):
     """Somebody else holds the lease: this trainer has to stop."""
+
+
+class ModelFormatError(TrainerError):
+    """The weights of the base model are not stored as they should be, or in a way that is not supported."""
 
 
 class ShardingError(TrainerError):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from river_kernels import moe_lora_parallel
+from river_kernels import FrozenWeight, matrices_of, moe_lora_parallel
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import ShardingError
 from river_trainer.sharding.group import Group
@@ -20,7 +20,8 @@ class ShardedBaseModel(BaseModel):
     """A `BaseModel` divided among the processes of `group`, which call `token_logprobs` and backward in step.
 
     Slots and pairs are those of all processes, see `river_kernels.expert_parallel`; segments are of this one's tokens.
-    One lane only. The whole model is in memory while it is being loaded, and a part of it from then on.
+    One lane only. The whole model is in memory while it is being loaded, and a part of it from then on; of dense
+    layers that are stored in 8 or 4 bits every process keeps all, as gathering them would take longer than they save.
     """
 
     def __init__(self, path: str | Path, group: Group, dtype: torch.dtype = torch.float32) -> None:
@@ -28,6 +29,7 @@ class ShardedBaseModel(BaseModel):
 
         Raises:
             OSError: it cannot be read.
+            ModelFormatError: its weights are stored in a way that the trainer does not know.
             ShardingError: a layer's experts cannot be divided evenly.
         """
         super().__init__(path, dtype)
@@ -52,13 +54,14 @@ class ShardedBaseModel(BaseModel):
 def _keep_experts(module: Any, group: Group) -> None:
     """Leaves a layer with the experts of this process."""
     for name in ("gate_up_proj", "down_proj"):
-        whole: nn.Parameter = getattr(module, name)
+        whole: FrozenWeight = getattr(module, name)
         experts = whole.shape[0]
         if experts % group.size:
             raise ShardingError(
                 f"the {experts} experts of {module.river_name} cannot be divided evenly among {group.size} processes"
             )
         own = experts // group.size
-        part = whole[group.rank * own : (group.rank + 1) * own].clone()
-        setattr(module, name, nn.Parameter(part, requires_grad=False))
+        part = matrices_of(whole, group.rank * own, (group.rank + 1) * own)
+        is_tensor = isinstance(part, torch.Tensor)
+        setattr(module, name, nn.Parameter(part, requires_grad=False) if is_tensor else part)
     module.river_experts = partial(moe_lora_parallel, process_group=group.world)

@@ -37,9 +37,11 @@ from river_kernels import (
     RmsNorm,
     Segment,
     Segments,
+    dense_weight,
     lora_linear,
     lora_logprobs,
     make_packing,
+    matrices_of,
     moe_lora,
     packed_causal_attention,
     verify_rows,
@@ -238,12 +240,16 @@ class BaseModel:
         return sites
 
     def _frozen_weights(self) -> Iterator[torch.Tensor]:
-        """Every matrix [O, I] that adapters go with."""
+        """Every matrix [O, I] that adapters go with; of experts the first, of which the others have the form.
+
+        What is stored in fewer bits is only there until the next one.
+        """
         for module in self._model.modules():
             if isinstance(module, LoraLinear | FusedAttention | LogprobHead):
-                yield module.weight
+                yield dense_weight(module.weight)
             elif hasattr(module, "river_experts"):
-                yield from (module.gate_up_proj[0], module.down_proj[0])
+                for weight in (module.gate_up_proj, module.down_proj):
+                    yield dense_weight(matrices_of(weight, 0, 1))[0]
 
     def _fuse_attention(self) -> None:
         """Puts one module in the place of each attention whose projections can be one product."""

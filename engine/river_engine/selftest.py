@@ -21,7 +21,6 @@ from vllm.sampling_params import RequestOutputKind
 from river_engine.adapter_files import Target, write_random_adapter
 from river_engine.adapters import LoraEngine
 from river_engine.counting import Generate, final
-from river_engine.shared_experts import shared_directory, write_shared
 
 # Numbers that no adapter version reaches: vLLM knows an adapter by its number.
 _FIRST_NUMBER = 2_000_000_001
@@ -52,11 +51,10 @@ async def self_test(
     vocab_size: int,
     exact: bool,
     rank_max: int,
-    shared_experts: bool = False,
 ) -> None:
     """Raises `SelfTestError` if an adapter has no effect, or if rows of one batch disturb each other.
 
-    `exact` says that the engine computes in float32, `shared_experts` that experts of its adapters share factors.
+    `exact` says that the engine computes in float32.
     """
     tolerance = _TOLERANCE_FLOAT32 if exact else _TOLERANCE_ROUNDED
     kinds = {
@@ -71,22 +69,12 @@ async def self_test(
             if not part:
                 continue
             path = Path(directory) / name
-            write_random_adapter(
-                path,
-                part,
-                rank=min(_RANK, rank_max),
-                seed=number,
-                std=_STD,
-                shared_experts=shared_experts,
-            )
-            if shared_experts:
-                write_shared(path, part)
-                path = shared_directory(path)
+            write_random_adapter(path, part, rank=min(_RANK, rank_max), seed=number, std=_STD)
             lora = LoRARequest(
                 lora_name=f"selftest-{name}",
                 lora_int_id=_FIRST_NUMBER + number,
                 lora_path=str(path),
-                is_3d_lora_weight=not shared_experts,
+                is_3d_lora_weight=True,
             )
             await engine.add_lora(lora)
             rows.append(_Row(name, lora))

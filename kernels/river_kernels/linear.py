@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from river_kernels.device import uses_triton
 from river_kernels.frozen import frozen_product
 from river_kernels.quantized import FrozenWeight, dense_weight
 from river_kernels.segments import (
@@ -74,6 +75,12 @@ def lora_linear_blocks(
         check_segments(segments, tokens=x_TI.shape[0], slots=len(block.pairs))
         position = block.end
     assert position == weight_OI.shape[0], "blocks cover all rows"
+    if uses_triton(x_TI):
+        from river_kernels.gpu import linear  # noqa: PLC0415  # CPUs need no Triton
+
+        bounds = (0, *(block.end for block in blocks))
+        pairs = [block.pairs for block in blocks]
+        return linear.lora_linear_blocks(x_TI, weight_OI, bias_O, segments, pairs, bounds)
     return _LoraLinear.apply(x_TI, weight_OI, bias_O, segments, tuple(blocks))
 
 

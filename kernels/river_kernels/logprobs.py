@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from river_kernels.device import uses_triton
 from river_kernels.frozen import frozen_product, joined
 from river_kernels.segments import (
     Pairs,
@@ -49,10 +50,14 @@ def lora_logprobs(
     assert targets.shape[0] == hidden_TH.shape[0]
     assert not weight_VH.requires_grad, "the base model is frozen"
     assert chunk_tokens > 0
-    targets_TK = targets.view(len(targets), -1)
-    logprobs_TK, entropy_T = _LoraLogprobs.apply(
-        hidden_TH, weight_VH, targets_TK, segments, pairs, chunk_tokens
-    )
+    targets_TK = targets if targets.ndim == 2 else targets[:, None]  # noqa: PLR2004
+    arguments = (hidden_TH, weight_VH, targets_TK, segments, pairs)
+    if uses_triton(hidden_TH):
+        from river_kernels.gpu import logprobs  # noqa: PLC0415  # CPUs need no Triton
+
+        logprobs_TK, entropy_T = logprobs.lora_logprobs(*arguments, chunk_tokens)
+    else:
+        logprobs_TK, entropy_T = _LoraLogprobs.apply(*arguments, chunk_tokens)
     return logprobs_TK.view(targets.shape), entropy_T
 
 

@@ -21,7 +21,7 @@ from river_kernels.gpu.tables import uploaded
 CHUNK = 32768
 """Elements a program steps."""
 
-BLOCK = 2048
+BLOCK = 1024
 """Elements it has in registers at a time."""
 
 ALIGNMENT_BYTES = 16

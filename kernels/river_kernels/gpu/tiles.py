@@ -30,6 +30,12 @@ class Tiles:
         return self.rows.shape[1]
 
 
+def check_slots(segments: Segments) -> None:
+    """Asserts that no adapter has two segments: a gradient is written by whoever has the adapter's tokens."""
+    named = [segment.slot for segment in segments if segment.slot != NO_ADAPTER]
+    assert len(set(named)) == len(named), "a slot has one segment"
+
+
 def token_tiles(segments: Segments, *, slots: int, block: int, device: torch.device) -> Tiles:
     """Tiles of tokens; `slots` as in `AdapterTable`, one more than there are adapters."""
     return Tiles(_token_tiles(segments, slots, block, device), block, slots)

@@ -18,7 +18,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from river_engine.errors import AdapterNotFound, InvalidAdapter
 from river_engine.limits import ADAPTER_CONFIG_MAX_BYTES
+from river_engine.protocol import EXPERT_LAYOUT_METADATA, SHARED_OUTER
 from river_engine.stores import open_store
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,11 +42,15 @@ _EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A module an adapter may change: inputs, outputs, and how many experts its two tensors hold."""
+    """A module an adapter may change: inputs, outputs, and how many experts its two tensors hold.
+
+    `outer` is the factor of the model's width, which experts may share.
+    """
 
     inputs: int
     outputs: int
     experts: int = 1
+    outer: Literal["A", "B"] | None = None
 
     def shapes(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of A and B."""
@@ -83,8 +88,8 @@ def model_targets(config: Any) -> dict[str, Target]:
         targets[attention + "o_proj"] = Target(queries, hidden)
         if experts:
             inner, name = config.moe_intermediate_size, f"model.layers.{layer}.mlp.experts"
-            targets[name + ".base_layer"] = Target(hidden, 2 * inner, experts)
-            targets[name] = Target(inner, hidden, experts)
+            targets[name + ".base_layer"] = Target(hidden, 2 * inner, experts, "A")
+            targets[name] = Target(inner, hidden, experts, "B")
     return targets
 
 
@@ -143,18 +148,32 @@ def check_adapter(directory: Path, targets: dict[str, Target], *, rank_max: int)
 
 
 def write_random_adapter(
-    directory: Path, targets: dict[str, Target], *, rank: int, seed: int, std: float
+    directory: Path,
+    targets: dict[str, Target],
+    *,
+    rank: int,
+    seed: int,
+    std: float,
+    shared_experts: bool = False,
 ) -> None:
     """An adapter with both factors random, so that it moves every target by about `rank * std**2` per unit of input."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for module, target in targets.items():
         for factor, shape in zip("AB", target.shapes(rank), strict=True):
-            tensors[f"{_PREFIX}{module}.lora_{factor}.weight"] = (
-                torch.randn(shape, generator=generator) * std
-            )
+            tensor = torch.randn(shape, generator=generator) * std
+            if shared_experts and factor == target.outer:
+                # Of A the expert is the slowest index, of B the fastest.
+                one = tensor[:rank] if factor == "A" else tensor[:, :: target.experts]
+                tensor = (
+                    one.repeat(target.experts, 1)
+                    if factor == "A"
+                    else one.repeat_interleave(target.experts, 1)
+                )
+            tensors[f"{_PREFIX}{module}.lora_{factor}.weight"] = tensor
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_FILE)
+    metadata = {EXPERT_LAYOUT_METADATA: SHARED_OUTER} if shared_experts else None
+    save_file(tensors, directory / WEIGHTS_FILE, metadata)
     names = {module.rpartition(".")[2] for module in targets} - {"experts", "base_layer"}
     has_experts = any(target.experts > 1 for target in targets.values())
     config = {

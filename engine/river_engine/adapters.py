@@ -32,6 +32,7 @@ from river_engine.adapter_files import Target, check_adapter, fetch_adapter
 from river_engine.errors import EngineBusy, EngineRefusal, InvalidAdapter
 from river_engine.limits import ADAPTER_WAITERS_MAX, PRELOAD_INTEREST_S, PRELOAD_RUNS_MAX
 from river_engine.protocol import AdapterRef
+from river_engine.shared_experts import shared_directory, write_shared
 
 _log = logging.getLogger("river.engine")
 _MANIFEST = "manifest.json"
@@ -136,6 +137,7 @@ class AdapterStore:
         max_loras: int,
         resident_max: int,
         rank_max: int,
+        shared_experts: bool = False,
     ) -> None:
         assert resident_max >= max_loras >= 1
         self._engine = engine
@@ -143,6 +145,7 @@ class AdapterStore:
         self._targets = targets
         self._resident_max = resident_max
         self._rank_max = rank_max
+        self._shared_experts = shared_experts
         self._gate = AdapterGate(max_loras)
         self._numbers = itertools.count(1)
         # Least recently used first.
@@ -259,8 +262,12 @@ class AdapterStore:
     def _new_version(self, ref: AdapterRef, directory: Path | None = None) -> _Version:
         number = next(self._numbers)
         directory = directory or self._directory / str(number)
+        shared = self._shared_experts
         request = LoRARequest(
-            lora_name=ref.name, lora_int_id=number, lora_path=str(directory), is_3d_lora_weight=True
+            lora_name=ref.name,
+            lora_int_id=number,
+            lora_path=str(shared_directory(directory) if shared else directory),
+            is_3d_lora_weight=not shared,
         )
         version = _Version(ref, request, directory)
         self._versions[ref.name] = version
@@ -268,6 +275,8 @@ class AdapterStore:
 
     async def _load(self, version: _Version) -> None:
         check_adapter(version.directory, self._targets, rank_max=self._rank_max)
+        if self._shared_experts:
+            await asyncio.to_thread(write_shared, version.directory, self._targets)
         try:
             await self._engine.add_lora(version.request)
         except EngineDeadError as error:

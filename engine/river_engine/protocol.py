@@ -24,6 +24,10 @@ HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_LOST_AFTER_S = 8.0
 ADAPTER_HEADER = "x-river-adapter"
 MODEL_HEADER = "x-river-model"
+EXPERT_LAYOUT_METADATA = "expert_layout"
+"""Of the file `adapter_model.safetensors`."""
+SHARED_OUTER = "shared_outer"
+"""Its experts share the factors of the model's width."""
 
 
 def subject_token(name: str) -> str:

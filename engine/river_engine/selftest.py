@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from river_engine.adapter_files import Target, write_random_adapter
 from river_engine.adapters import LoraEngine
 from river_engine.counting import Generate, final
+from river_engine.shared_experts import shared_directory, write_shared
 
 # Numbers that no adapter version reaches: vLLM knows an adapter by its number.
 _FIRST_NUMBER = 2_000_000_001
@@ -51,10 +52,11 @@ async def self_test(
     vocab_size: int,
     exact: bool,
     rank_max: int,
+    shared_experts: bool = False,
 ) -> None:
     """Raises `SelfTestError` if an adapter has no effect, or if rows of one batch disturb each other.
 
-    `exact` says that the engine computes in float32.
+    `exact` says that the engine computes in float32, `shared_experts` that experts of its adapters share factors.
     """
     tolerance = _TOLERANCE_FLOAT32 if exact else _TOLERANCE_ROUNDED
     kinds = {
@@ -69,12 +71,22 @@ async def self_test(
             if not part:
                 continue
             path = Path(directory) / name
-            write_random_adapter(path, part, rank=min(_RANK, rank_max), seed=number, std=_STD)
+            write_random_adapter(
+                path,
+                part,
+                rank=min(_RANK, rank_max),
+                seed=number,
+                std=_STD,
+                shared_experts=shared_experts,
+            )
+            if shared_experts:
+                write_shared(path, part)
+                path = shared_directory(path)
             lora = LoRARequest(
                 lora_name=f"selftest-{name}",
                 lora_int_id=_FIRST_NUMBER + number,
                 lora_path=str(path),
-                is_3d_lora_weight=True,
+                is_3d_lora_weight=not shared_experts,
             )
             await engine.add_lora(lora)
             rows.append(_Row(name, lora))

@@ -37,7 +37,7 @@ from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
 from river_engine.logs import log_to_stderr
 from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
-from river_engine.protocol import EngineRecord
+from river_engine.protocol import SHARED_OUTER, EngineRecord
 from river_engine.registration import registered
 from river_engine.routing import RoutingShape, routing_shape
 from river_engine.sampling import Sampler
@@ -92,8 +92,10 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
         f"--max-loras={settings.max_loras}",
         f"--max-cpu-loras={settings.max_cpu_loras}",
         f"--max-lora-rank={settings.max_lora_rank}",
-        # Adapters with fused expert tensors, as PEFT writes them.
-        "--enable-mixed-moe-lora-format",
+        # Else adapters with fused expert tensors, as PEFT writes them.
+        "--enable-moe-shared-loras"
+        if settings.expert_layout == SHARED_OUTER
+        else "--enable-mixed-moe-lora-format",
         # The log-probability of what was drawn under the distribution it was drawn from.
         "--logprobs-mode=processed_logprobs",
         f"--max-logprobs={limits.TOP_LOGPROBS_MAX}",
@@ -189,6 +191,7 @@ async def _build(
         vocab_size=config.get_vocab_size(),
         exact=str(config.dtype) == "torch.float32",
         rank_max=settings.max_lora_rank,
+        shared_experts=settings.expert_layout == SHARED_OUTER,
     )
     store = AdapterStore(
         engine,
@@ -197,6 +200,7 @@ async def _build(
         max_loras=settings.max_loras,
         resident_max=settings.max_cpu_loras,
         rank_max=settings.max_lora_rank,
+        shared_experts=settings.expert_layout == SHARED_OUTER,
     )
     await store.restore()
     share_cached_count()

@@ -23,7 +23,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     `max_loras` adapters can be in one batch, `max_cpu_loras` stay loaded. `cpu_threads` is for models that fill a
     machine: threads that share cores with other processes spend their time waiting for each other. `expert_routing`
     makes vLLM record on a GPU which experts each token goes to, for which it needs its second model runner; on a CPU,
-    where that costs nothing until somebody asks, it is always possible.
+    where that costs nothing until somebody asks, it is always possible. With the `expert_layout` `shared_outer` vLLM
+    holds one copy of what the experts of an adapter share; adapters whose experts share nothing are refused then.
     """
 
     base_model: str
@@ -44,6 +45,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_mb: int = 256
     cpu_threads: int = 1
     expert_routing: bool = False
+    expert_layout: Literal["per_expert", "shared_outer"] = "per_expert"
 
     @property
     def on_cpu(self) -> bool:

@@ -160,11 +160,20 @@ def make_adapter(
     root = tmp_path_factory.mktemp("adapters")
     made: list[str] = []
 
-    def make(*, seed: int, rank: int = 8, std: float = 0.1, only: str = "") -> AdapterRef:
+    def make(
+        *,
+        seed: int,
+        rank: int = 8,
+        std: float = 0.1,
+        only: str = "",
+        shared_experts: bool = False,
+    ) -> AdapterRef:
         name = f"run_test{len(made)}@{seed}"
         made.append(name)
         chosen = {module: target for module, target in targets.items() if only in module}
-        write_random_adapter(root / name, chosen, rank=rank, seed=seed, std=std)
+        write_random_adapter(
+            root / name, chosen, rank=rank, seed=seed, std=std, shared_experts=shared_experts
+        )
         return AdapterRef(name=name, location=(root / name).as_uri())
 
     return make

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from river_engine.protocol import EXPERT_LAYOUT_METADATA
 from river_trainer.adapter import Adapter, Layout, a_name, b_name, new_adapter
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import AdapterShape, ExpertLayout
@@ -30,7 +31,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _METADATA = "__metadata__"
-_EXPERT_LAYOUT = "expert_layout"
 _LENGTH_BYTES = 8
 
 
@@ -40,7 +40,7 @@ _NAMES = {"a": a_name, "b": b_name}
 
 
 class _Metadata(msgspec.Struct, frozen=True):
-    expert_layout: ExpertLayout = "per_expert"
+    expert_layout: ExpertLayout = msgspec.field(name=EXPERT_LAYOUT_METADATA, default="per_expert")
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -88,7 +88,7 @@ def _weights_file(adapter: Adapter) -> bytes:
 
 @lru_cache(maxsize=256)
 def _weights_header(layout: Layout) -> bytes:
-    header: dict[str, Any] = {_METADATA: {"format": "pt", _EXPERT_LAYOUT: layout.experts}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", EXPERT_LAYOUT_METADATA: layout.experts}}
     end = 0
     for site in layout.sites:
         experts = site.experts or 1

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from river_kernels.adam import AdamUpdate
 from river_kernels.gpu.launch import launch
-from river_kernels.gpu.tables import uploaded
+from river_kernels.gpu.tables import to_device, uploaded
 
 CHUNK = 32768
 """Elements a program steps."""
@@ -94,7 +94,7 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor,
     begins = torch.tensor([0, *accumulate(counts.tolist())])
     numbers = torch.arange(len(runs)) - begins[runs]
     table = torch.stack([runs, numbers]).to(torch.int32)
-    return table.to(device), begins.to(torch.int32).to(device)
+    return to_device(table, device), to_device(begins.to(torch.int32), device)
 
 
 def _addresses(updates: Sequence[AdamUpdate]) -> list[list[int]]:

@@ -26,7 +26,7 @@ from river_kernels.gpu.columns import (
     row_tiles,
 )
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.tables import A_GRAD, B_GRAD
+from river_kernels.gpu.tables import A_GRAD, B_GRAD, to_device
 from river_kernels.segments import NO_ADAPTER, Segments
 
 CHUNK_TOKENS = 1024
@@ -71,7 +71,8 @@ def chunks_of(segments: Segments, slots: int, chunk_tokens: int, device: torch.d
 
 
 def _table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, width).T.contiguous().to(device)
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, width).T.contiguous()
+    return to_device(table, device)
 
 
 def add_input_gradients(
@@ -85,7 +86,7 @@ def add_input_gradients(
     waiting = x_TI.new_empty(chunks.sums, columns.width_max, inputs, dtype=torch.float32)
     launch(
         gram_inputs,
-        (chunks.rows.shape[1], groups, parts),
+        (groups, parts, chunks.rows.shape[1]),
         dv_TC,
         x_TI,
         waiting,
@@ -107,7 +108,7 @@ def add_input_gradients(
     )
     launch(
         add_waiting_inputs,
-        (chunks.waits.shape[1], groups, parts),
+        (groups, parts, chunks.waits.shape[1]),
         waiting,
         columns.table.rows,
         chunks.waits,
@@ -136,7 +137,7 @@ def add_output_gradients(
     waiting = dy_TO.new_empty(chunks.sums, outputs, width, dtype=torch.float32)
     launch(
         gram_outputs,
-        (chunks.rows.shape[1], groups, rows.shape[1]),
+        (groups, rows.shape[1], chunks.rows.shape[1]),
         dy_TO,
         v_TC,
         waiting,
@@ -161,7 +162,7 @@ def add_output_gradients(
     )
     launch(
         add_waiting_outputs,
-        (chunks.waits.shape[1], groups, rows.shape[1]),
+        (groups, rows.shape[1], chunks.waits.shape[1]),
         waiting,
         columns.table.rows,
         chunks.waits,
@@ -206,7 +207,7 @@ def gram_inputs(
     UPCAST: tl.constexpr,
 ):
     """A group of columns and some inputs, over one chunk of tokens."""
-    chunk, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(chunks + chunk)
     start = tl.load(chunks + chunk_count + chunk)
     end = tl.load(chunks + 2 * chunk_count + chunk)
@@ -258,7 +259,7 @@ def add_waiting_inputs(
     UPCAST: tl.constexpr,
 ):
     """Adds up what one segment's chunks left for a group of columns and some inputs."""
-    wait, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, part, wait = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(waits + wait)
     used = first_column(table, slots, slot, BLOCKS, BLOCKS)
     if group * COLUMNS >= used:
@@ -321,7 +322,7 @@ def gram_outputs(
     UPCAST: tl.constexpr,
 ):
     """Some outputs of one block and a group of its columns, over one chunk of tokens."""
-    chunk, group, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, row_tile, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(chunks + chunk)
     start = tl.load(chunks + chunk_count + chunk)
     end = tl.load(chunks + 2 * chunk_count + chunk)
@@ -382,7 +383,7 @@ def add_waiting_outputs(
     UPCAST: tl.constexpr,
 ):
     """Adds up what one segment's chunks left for some outputs of one block and a group of its columns."""
-    wait, group, row_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, row_tile, wait = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(waits + wait)
     block = tl.load(row_tiles + row_tile)
     rank, _, gradient = block_columns(table, slots, slot, block, waiting, B_GRAD, BLOCKS, EVEN)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from river_kernels.gpu.tables import RANK, SCALE, AdapterTable, adapter_table
+from river_kernels.gpu.tables import RANK, SCALE, AdapterTable, adapter_table, to_device
 from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs
 
 COLUMN_STEP = 64
@@ -121,13 +121,14 @@ def row_tiles(bounds: tuple[int, ...], step: int, device: torch.device) -> torch
         for block, (begin, end) in enumerate(itertools.pairwise(bounds))
         for start in range(begin, end, step)
     ]
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous().to(device)
+    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous()
+    return to_device(table, device)
 
 
 @lru_cache(maxsize=256)
 def first_rows(bounds: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`bounds` on the device, int32."""
-    return torch.tensor(bounds, dtype=torch.int32).to(device)
+    return to_device(torch.tensor(bounds, dtype=torch.int32), device)
 
 
 @triton.jit

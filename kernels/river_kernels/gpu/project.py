@@ -1,4 +1,7 @@
-"""Into the columns of the adapters: x A^T, and dy B."""
+"""Into the columns of the adapters: x A^T, and dy B.
+
+Programs that read the same rows follow each other, so that the second finds them in the cache.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def project(
     copy = v_TC if widened_TJ is None else widened_TJ
     launch(
         project_tokens,
-        (tiles.count, max(1, columns.width_max // COLUMN_STEP)),
+        (columns.width_max // COLUMN_STEP, tiles.count),
         x_TI,
         copy,
         v_TC,
@@ -71,7 +74,7 @@ def project_back(dy_TO: torch.Tensor, columns: Columns, tiles: Tiles, dv_TC: tor
     assert tiles.block == TOKENS
     launch(
         project_gradients,
-        (tiles.count, columns.blocks, max(1, -(-columns.table.rank_max // COLUMN_STEP))),
+        (-(-columns.table.rank_max // COLUMN_STEP), columns.blocks, tiles.count),
         dy_TO,
         dv_TC,
         columns.table.rows,
@@ -114,7 +117,7 @@ def project_tokens(
     UPCAST: tl.constexpr,
 ):
     """One tile of tokens and one group of columns; the first group copies x."""
-    tile, group = tl.program_id(0), tl.program_id(1)
+    group, tile = tl.program_id(0), tl.program_id(1)
     slot = tl.load(tiles + tile)
     start = tl.load(tiles + 2 * tile_count + tile)
     end = tl.load(tiles + 3 * tile_count + tile)
@@ -175,7 +178,7 @@ def project_gradients(
     UPCAST: tl.constexpr,
 ):
     """One tile of tokens and one group of columns of one block."""
-    tile, block, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group, block, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(tiles + tile)
     start = tl.load(tiles + 2 * tile_count + tile)
     end = tl.load(tiles + 3 * tile_count + tile)

@@ -51,7 +51,11 @@ def uploaded(
     rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A table on `device`, without waiting for it."""
-    table = torch.tensor(rows, dtype=dtype)
+    return to_device(torch.tensor(rows, dtype=dtype), device)
+
+
+def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the host has made, on `device`, without waiting for what runs there."""
     if device.type == "cuda":
         table = table.pin_memory()
     return table.to(device, non_blocking=True)

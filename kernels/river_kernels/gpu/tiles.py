@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from river_kernels.gpu.tables import to_device
 from river_kernels.segments import NO_ADAPTER, Segments
 
 
@@ -53,14 +54,15 @@ def _token_tiles(segments: Segments, slots: int, block: int, device: torch.devic
         for segment in segments
         for start in range(segment.start, segment.end, block)
     ]
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous().to(device)
+    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4).T.contiguous()
+    return to_device(table, device)
 
 
 @lru_cache(maxsize=64)
 def _token_slots(segments: Segments, slots: int, device: torch.device) -> torch.Tensor:
     of_segment = torch.tensor([_slot(segment.slot, slots) for segment in segments])
     lengths = torch.tensor([segment.end - segment.start for segment in segments])
-    return torch.repeat_interleave(of_segment, lengths).to(torch.int32).to(device)
+    return to_device(torch.repeat_interleave(of_segment, lengths).to(torch.int32), device)
 
 
 def _slot(slot: int, slots: int) -> int:

@@ -239,6 +239,18 @@ def test_long_segments_add_up_their_chunks() -> None:
         assert relative_error(grad, expected) < 2e-6
 
 
+@pytest.mark.parametrize("tokens", [0, 70])
+def test_without_adapters_only_the_frozen_layer_is_left(tokens: int) -> None:
+    """Tokens without an adapter, or none at all, go through the weights and launch nothing."""
+    case = make_case((Segment(NO_ADAPTER, 0, tokens),), ((0, 0, 0),), room=64)
+    launches: list[Launch] = []
+    with triton_on_cpu(), recorded(launches.append):
+        y, dx = compute(case)
+    assert relative_error(y, case.x.double() @ case.weight.double().T + case.bias) < 2e-6
+    assert relative_error(dx, case.dy.double() @ case.weight.double()) < 2e-6
+    assert launches == []
+
+
 def test_unwanted_gradients_are_left_out() -> None:
     """Where an adapter wants no gradient of A or of B, the others still get theirs."""
     case = make_case(MIXED, MIXED_RANKS)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from river_kernels.device import uses_triton
 from river_kernels.experts import (
     ByGroup,
     Group,
@@ -143,6 +144,12 @@ def moe_lora(
     through their pairs.
     """
     check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
+    if uses_triton(x_TH):
+        from river_kernels.gpu import moe  # noqa: PLC0415  # CPUs need no Triton
+
+        return moe.moe_lora(
+            x_TH, experts_TK, weights_TK, gate_up, down, segments, gate_up_pairs, down_pairs
+        )
     route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
     return _MoeLora.apply(
         x_TH, weights_TK, gate_up, down, route, segments, gate_up_pairs, down_pairs

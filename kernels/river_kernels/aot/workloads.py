@@ -10,6 +10,7 @@ import torch
 from river_kernels.adam import AdamRule, AdamUpdate, multi_adam
 from river_kernels.gpu.adam import norms
 from river_kernels.gpu.launch import Launch, recorded
+from river_kernels.moe import moe_lora
 from river_kernels.quantized import (
     Fp8Weight,
     Nvfp4Weight,
@@ -18,9 +19,10 @@ from river_kernels.quantized import (
     StoredWeight,
     dense_weight,
 )
+from river_kernels.segments import NO_ADAPTER, LoraPair, Segment
 
 META = torch.device("meta")
-WIDTH, EXPERT_WIDTH, EXPERTS = 2048, 512, 256
+WIDTH, EXPERT_WIDTH, EXPERTS, CHOSEN = 2048, 512, 256, 8
 
 
 def all_launches() -> list[Launch]:
@@ -29,6 +31,7 @@ def all_launches() -> list[Launch]:
     with recorded(launches.append):
         _stored_weights()
         _optimizer()
+        _experts()
     return launches
 
 
@@ -78,3 +81,42 @@ def _optimizer() -> None:
         multi_adam(updates)
         multi_adam(updates[:1])
         norms([update.gradient for update in updates])
+
+
+def _experts() -> None:
+    for shared in (True, False):
+        for ranks, tokens in (
+            ([16], 32768),
+            ([8, 32], 32768),
+            ([64, 8, 3], 8192),
+            ([128] * 4, 512),
+        ):
+            _mixture(ranks, tokens, torch.bfloat16, shared=shared)
+        _mixture([4, 3], 64, torch.float32, shared=shared)
+
+
+def _mixture(ranks: list[int], tokens: int, dtype: torch.dtype, *, shared: bool) -> None:
+    """Every slot has as many tokens, and so have those without an adapter; forward and backward."""
+
+    def pair(rank: int, width: int, outputs: int, *, shares_a: bool, shares_b: bool) -> LoraPair:
+        a_shape = 1 if shares_a else EXPERTS, rank, width
+        b_shape = 1 if shares_b else EXPERTS, outputs, rank
+        a, b = (_empty(*shape, dtype=dtype) for shape in (a_shape, b_shape))
+        grads = (_empty(*shape, dtype=torch.float32) for shape in (a_shape, b_shape))
+        return LoraPair(a, b, 2.0, *grads, shares_a=shares_a, shares_b=shares_b)
+
+    share = tokens // (len(ranks) + 1)
+    slots = [*range(len(ranks)), NO_ADAPTER]
+    segments = tuple(Segment(slot, n * share, (n + 1) * share) for n, slot in enumerate(slots))
+    total = segments[-1].end
+    out = moe_lora(
+        _empty(total, WIDTH, dtype=dtype).requires_grad_(),
+        _empty(total, CHOSEN, dtype=torch.int64),
+        _empty(total, CHOSEN, dtype=dtype).requires_grad_(),
+        _empty(EXPERTS, 2 * EXPERT_WIDTH, WIDTH, dtype=dtype),
+        _empty(EXPERTS, WIDTH, EXPERT_WIDTH, dtype=dtype),
+        segments,
+        [pair(rank, WIDTH, 2 * EXPERT_WIDTH, shares_a=shared, shares_b=False) for rank in ranks],
+        [pair(rank, EXPERT_WIDTH, WIDTH, shares_a=False, shares_b=shared) for rank in ranks],
+    )
+    out.backward(torch.empty_like(out))

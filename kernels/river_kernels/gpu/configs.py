@@ -1,0 +1,86 @@
+"""Shapes of tiles.
+
+They follow from the model's widths and its precision, never from what else is in the batch: an adapter gets the same
+bits in any company, and a program is compiled once for all batches and ranks. What the batch decides is how many
+programs there are, and whether threads may move 16 bytes at once, which moves the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from river_kernels.gpu.tables import A, AdapterTable
+
+RANK_BLOCK = 32
+"""Ranks that a program computes; larger adapters take several programs."""
+
+RANK_STEP = 16
+"""Ranks that an expansion sums at a time: what one matrix instruction takes."""
+
+ROUTE_ROWS = 32
+"""Rows of a tile of one expert and adapter. Fewer would read the factors more often where groups are long, more would
+be empty where they are short; with many adapters a group has 4 to 64 rows."""
+
+TOKEN_ROWS = 64
+"""Tokens of a tile of kernels that shrink tokens: one warp group's matrix instruction."""
+
+COMBINE_ROWS = 32
+COMBINE_WIDTH = 128
+
+GRAM_ROWS = 32
+GRAM_WIDTH = 128
+GRAM_CHUNK = 1024
+"""Tokens that one program of a segment's gram sums."""
+
+SHRINK_BYTES = 256
+"""Of each row, at a time."""
+
+ACTIVATION_BYTES = 256
+BACKWARD_BYTES = 128
+
+SHRINK_STAGES = 3
+GRAM_STAGES = 3
+EXPAND_WIDTH = 128
+
+_ALIGNED_BYTES = 16
+_ALIGNED_RANKS = 8
+_WIDTH_MIN = 16
+
+
+def block_of(width: int, bytes_max: int, dtype: torch.dtype) -> int:
+    """How much of `width` a program has at a time, a power of two."""
+    return min(bytes_max // dtype.itemsize, max(_WIDTH_MIN, triton.next_power_of_2(width)))
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Whether threads may move 16 bytes of every A and of every B, and of their gradients, at once."""
+
+    a: bool
+    b: bool
+
+    def of(self, factor: tl.constexpr) -> bool:
+        return self.a if factor == A else self.b
+
+
+def alignment_of(*tables: AdapterTable) -> Alignment:
+    """What addresses allow and, as rows of B are as long as the rank, what ranks do."""
+    pairs = [pair for table in tables for pair in table.pairs if pair is not None]
+    return Alignment(
+        all(_is_aligned(pair.a) and _is_aligned(pair.a_grad) for pair in pairs),
+        all(
+            pair.rank % _ALIGNED_RANKS == 0 and _is_aligned(pair.b) and _is_aligned(pair.b_grad)
+            for pair in pairs
+        ),
+    )
+
+
+def _is_aligned(tensor: torch.Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    start = tensor.storage_offset() * tensor.itemsize if tensor.is_meta else tensor.data_ptr()
+    return start % _ALIGNED_BYTES == 0

@@ -115,11 +115,17 @@ def _through_experts(x_PI: torch.Tensor, weight_EOI: torch.Tensor, plan: RoutePl
         return x_PI.new_empty(x_PI.shape[0], weight_EOI.shape[1])
     if x_PI.is_cuda:
         return functional.grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=plan.offsets)
-    # Here one can look, and give each adapter a product of its own.
-    sizes = (plan.groups.rows[3] - plan.groups.rows[2]).tolist()
-    experts = plan.groups.rows[1].tolist()
-    rows = zip(experts, x_PI.split_with_sizes(sizes), strict=True)
-    return joined([frozen_product(x, weight_EOI[expert]) for expert, x in rows if len(x)])
+    # Here one can look, and keep every adapter's rows to themselves.
+    experts, slots = weight_EOI.shape[0], plan.groups.slots
+    sizes = (plan.groups.rows[3] - plan.groups.rows[2]).view(experts, slots)
+    rows = x_PI.split_with_sizes(sizes.sum(1).tolist())
+    return joined(
+        [
+            frozen_product(x, weight_OI, of_slots)
+            for x, weight_OI, of_slots in zip(rows, weight_EOI, sizes.tolist(), strict=True)
+            if len(x)
+        ]
+    )
 
 
 def _narrow(

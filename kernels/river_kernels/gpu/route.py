@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import torch
 
-from river_kernels.gpu.tiles import Tiles, token_slots
-from river_kernels.segments import NO_ADAPTER, Segments
+from river_kernels.gpu.tiles import Tiles, check_slots, token_slots
+from river_kernels.segments import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,9 @@ def make_plan(
 ) -> RoutePlan:
     """The plan of `experts_TK`, integers on the device that computes.
 
-    `slots` as in `AdapterTable`, one more than there are adapters; `block` is the rows of a tile. A slot has one
-    segment: the gradient of its adapter is written by one program.
+    `slots` as in `AdapterTable`, one more than there are adapters; `block` is the rows of a tile.
     """
-    named = [segment.slot for segment in segments if segment.slot != NO_ADAPTER]
-    assert len(set(named)) == len(named), f"a slot has several segments: {sorted(named)}"
+    check_slots(segments)
     chosen = experts_TK.shape[1]
     pairs, groups = experts_TK.numel(), experts * slots
     device = experts_TK.device

@@ -88,6 +88,21 @@ def test_consistency() -> None:
     assert found["moved_abs_logprob_mean"] > 100 * found["max_abs_logprob_diff"]
 
 
+@pytest.mark.slow
+def test_kernels() -> None:
+    """Everybody agrees with float64, and every speed-up is that of the two times of its cell."""
+    found = report("kernels")
+    assert found["errors"] == []
+    assert all(error < 1e-5 for error in found["parity"].values())
+    for cell in found["cells"]:
+        times = {row["contender"]: row["both_ms"] for row in cell["rows"]}
+        assert all(is_positive(value) for value in times.values())
+        if found["cpu_speedup"]:
+            key = f"{cell['layout']} top{cell['chosen']} L{cell['adapters']}"
+            ratio = times["loop"] / times["river"]
+            assert found["cpu_speedup"][key] == pytest.approx(ratio, abs=0.01)
+
+
 def test_every_benchmark_is_tested() -> None:
     """A benchmark that is added is added here too."""
     assert all(f"test_{name}" in globals() for name in BENCHMARKS)

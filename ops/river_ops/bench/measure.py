@@ -7,15 +7,18 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from msgspec import Struct
 
 Seconds = float
 
 
-class Machine(Struct, frozen=True, kw_only=True):
-    """`load_average` is that of the last minute when the benchmark began: above zero, others were at work too."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """No struct, since benchmarks of kernels run where nothing but torch is installed.
+
+    `load_average` is that of the last minute when the benchmark began: above zero, others were at work too.
+    """
 
     processor: str
     cores: int

@@ -9,7 +9,7 @@ import msgspec
 
 from river_ops.children import ChildError
 
-BENCHMARKS = ("training", "hotload", "consistency")
+BENCHMARKS = ("training", "hotload", "consistency", "kernels")
 
 
 @click.command()
@@ -31,3 +31,6 @@ def bench(name: str, quick: bool, as_json: bool) -> None:
         for line in module.table(report):
             click.echo(line)
     click.echo(msgspec.json.encode(report).decode())
+    errors: list[str] = getattr(report, "errors", [])
+    if errors:
+        raise click.ClickException("; ".join(errors))

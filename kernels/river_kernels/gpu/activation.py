@@ -11,8 +11,8 @@ import triton.language as tl
 from river_kernels.gpu.configs import ACTIVATION_BYTES, RANK_STEP, Alignment, block_of
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.rows import EACH, factor_of, load_factor, tile_at
-from river_kernels.gpu.tables import AdapterTable, B, rank_of, scale_of
+from river_kernels.gpu.rows import EACH, factor_of, load_factor, rank_at, tile_at
+from river_kernels.gpu.tables import AdapterTable, B, scale_of
 from river_kernels.gpu.tiles import Tiles
 
 
@@ -49,7 +49,7 @@ def activate(
         v1.stride(0),
         warps=4,
         stages=1,
-        ALIGNED=alignment.b,
+        ALIGNED=alignment.value,
         MAPPED=token is not None,
         ROWS=tiles.block,
         WIDTH=block,
@@ -116,7 +116,7 @@ def expanded_gate_up(
     UPCAST: tl.constexpr,
 ):
     """`scale * v1 B^T` of the gate and of the up at `places`, float32 [ROWS, WIDTH] each; anything behind the width."""
-    rank = rank_of(table, slots, slot)
+    rank = rank_at(table, slots, slot, ALIGNED)
     factor = factor_of(table, slots, slot, expert, 2 * inner, rank, v1, B, EACH, ALIGNED)
     v1 += sources.to(tl.int64)[:, None] * v1_stride
     gate = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -126,8 +126,8 @@ def expanded_gate_up(
         v1_tile = tl.load(
             v1 + ranks[None, :], mask=inside[:, None] & (ranks[None, :] < rank), other=0.0
         )
-        gate_tile = load_factor(factor, 2 * inner, rank, places, ranks, B, ALIGNED)
-        up_tile = load_factor(factor, 2 * inner, rank, inner + places, ranks, B, ALIGNED)
+        gate_tile = load_factor(factor, 2 * inner, rank, places, ranks, B)
+        up_tile = load_factor(factor, 2 * inner, rank, inner + places, ranks, B)
         gate = dot(v1_tile, tl.trans(gate_tile), gate, UPCAST)
         up = dot(v1_tile, tl.trans(up_tile), up, UPCAST)
     scale = scale_of(table, slots, slot)

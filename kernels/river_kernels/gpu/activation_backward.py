@@ -16,8 +16,8 @@ from river_kernels.gpu.activation import expanded_gate_up
 from river_kernels.gpu.configs import BACKWARD_BYTES, RANK_BLOCK, RANK_STEP, Alignment, block_of
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.rows import EACH, factor_of, load_factor, tile_at
-from river_kernels.gpu.tables import A, AdapterTable, B, rank_of, scale_of
+from river_kernels.gpu.rows import EACH, factor_of, load_factor, rank_at, tile_at
+from river_kernels.gpu.tables import A, AdapterTable, B, scale_of
 from river_kernels.gpu.tiles import Tiles
 
 
@@ -78,8 +78,7 @@ def activate_backward(
         dv1_PR.stride(0),
         warps=4,
         stages=1,
-        A_ALIGNED=alignment.a,
-        B_ALIGNED=alignment.b,
+        ALIGNED=alignment.value,
         MAPPED=token is not None,
         ROWS=tiles.block,
         WIDTH=block_of(inner, BACKWARD_BYTES, z_PF.dtype),
@@ -110,8 +109,7 @@ def activation_gradients(
     v1_stride,
     dv2_stride,
     dv1_stride,
-    A_ALIGNED: tl.constexpr,
-    B_ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -128,8 +126,8 @@ def activation_gradients(
     sources = tl.load(token + rows, mask=inside, other=0) if MAPPED else rows
     row_weight = tl.load(weight + rows, mask=inside, other=0.0).to(tl.float32)
     wide_rows = rows.to(tl.int64)[:, None] * inner
-    rank = rank_of(gate_up, slots, slot)
-    b = factor_of(gate_up, slots, slot, expert, 2 * inner, rank, v1, B, EACH, B_ALIGNED)
+    rank = rank_at(gate_up, slots, slot, ALIGNED)
+    b = factor_of(gate_up, slots, slot, expert, 2 * inner, rank, v1, B, EACH, ALIGNED)
     fused_ranks = tl.arange(0, FUSED)
     dv1_sums = tl.zeros((ROWS, FUSED), tl.float32)
     dweight = tl.zeros((ROWS,), tl.float32)
@@ -138,7 +136,7 @@ def activation_gradients(
         mask = inside[:, None] & (places[None, :] < inner)
         gate_delta, up_delta = expanded_gate_up(
             v1, sources, inside, places, gate_up, slots, slot, expert, inner, v1_stride,
-            B_ALIGNED, ROWS, WIDTH, RANKS, UPCAST,
+            ALIGNED, ROWS, WIDTH, RANKS, UPCAST,
         )  # fmt: skip
         at_z = 2 * wide_rows + places[None, :]
         gate = tl.load(z + at_z, mask=mask, other=0.0).to(tl.float32) + gate_delta
@@ -146,7 +144,7 @@ def activation_gradients(
         gradient = tl.load(dh + wide_rows + places[None, :], mask=mask, other=0.0).to(tl.float32)
         gradient += _expanded_inner(
             dv2, sources, inside, places, down, slots, slot, expert, inner, dv2_stride,
-            A_ALIGNED, ROWS, WIDTH, RANKS, UPCAST,
+            ALIGNED, ROWS, WIDTH, RANKS, UPCAST,
         )  # fmt: skip
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
@@ -164,8 +162,8 @@ def activation_gradients(
         )
         if rank <= FUSED:
             # What lies behind the gate's width is multiplied by zeros.
-            gate_tile = load_factor(b, 2 * inner, rank, places, fused_ranks, B, B_ALIGNED)
-            up_tile = load_factor(b, 2 * inner, rank, inner + places, fused_ranks, B, B_ALIGNED)
+            gate_tile = load_factor(b, 2 * inner, rank, places, fused_ranks, B)
+            up_tile = load_factor(b, 2 * inner, rank, inner + places, fused_ranks, B)
             dv1_sums = dot(dgate, gate_tile, dv1_sums, UPCAST)
             dv1_sums = dot(dup, up_tile, dv1_sums, UPCAST)
     pairs = tl.load(permutation + rows, mask=inside, other=0)
@@ -197,7 +195,7 @@ def _expanded_inner(
     UPCAST: tl.constexpr,
 ):
     """`scale * dv2 A` at `places`, float32 [ROWS, WIDTH]."""
-    rank = rank_of(down, slots, slot)
+    rank = rank_at(down, slots, slot, ALIGNED)
     factor = factor_of(down, slots, slot, expert, inner, rank, dv2, A, EACH, ALIGNED)
     dv2 += sources.to(tl.int64)[:, None] * dv2_stride
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -206,6 +204,6 @@ def _expanded_inner(
         tile = tl.load(
             dv2 + ranks[None, :], mask=inside[:, None] & (ranks[None, :] < rank), other=0.0
         )
-        factor_tile = load_factor(factor, inner, rank, places, ranks, A, ALIGNED)
+        factor_tile = load_factor(factor, inner, rank, places, ranks, A)
         sums = dot(tile, tl.trans(factor_tile), sums, UPCAST)
     return sums * scale_of(down, slots, slot)

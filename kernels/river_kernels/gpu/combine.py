@@ -14,8 +14,8 @@ from river_kernels.gpu.configs import COMBINE_ROWS, COMBINE_WIDTH, RANK_STEP, Al
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
 from river_kernels.gpu.route import RoutePlan
-from river_kernels.gpu.rows import ALL, factor_of, load_factor, tile_at
-from river_kernels.gpu.tables import AdapterTable, rank_of, scale_of
+from river_kernels.gpu.rows import ALL, factor_of, load_factor, rank_at, tile_at
+from river_kernels.gpu.tables import AdapterTable, scale_of
 from river_kernels.gpu.tiles import token_tiles
 
 
@@ -67,7 +67,7 @@ def combine(
         stages=1,
         WHICH=0 if expansion is None else expansion.factor.value,
         EXPANDS=expansion is not None,
-        ALIGNED=expansion is not None and expansion.alignment.of(expansion.factor),
+        ALIGNED=0 if expansion is None else expansion.alignment.value,
         WEIGHTED=weights_TK is not None,
         CHOSEN=plan.chosen,
         ROWS=COMBINE_ROWS,
@@ -113,7 +113,7 @@ def combine_rows(
     mask = inside[:, None] & (places[None, :] < width)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     if EXPANDS:
-        rank = rank_of(table, slots, slot)
+        rank = rank_at(table, slots, slot, ALIGNED)
         factor = factor_of(table, slots, slot, 0, width, rank, out, WHICH, ALL, ALIGNED)
         for first in range(0, rank, RANKS):
             ranks = first + tl.arange(0, RANKS)
@@ -127,7 +127,7 @@ def combine_rows(
             if part == 0:
                 at = tokens.to(tl.int64)[:, None] * summed_stride + ranks[None, :]
                 tl.store(summed + at, total, mask=is_rank)
-            factor_tile = load_factor(factor, width, rank, places, ranks, WHICH, ALIGNED)
+            factor_tile = load_factor(factor, width, rank, places, ranks, WHICH)
             sums = dot(total, tl.trans(factor_tile), sums, UPCAST)
         sums *= scale_of(table, slots, slot)
     for chosen in tl.static_range(CHOSEN):  # pyright: ignore[reportGeneralTypeIssues]

@@ -7,13 +7,13 @@ programs there are, and whether threads may move 16 bytes at once, which moves t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 import triton
-import triton.language as tl
 
-from river_kernels.gpu.tables import A, AdapterTable
+from river_kernels.gpu.tables import AdapterTable
+from river_kernels.segments import LoraPair
 
 RANK_BLOCK = 32
 """Ranks that a program computes; larger adapters take several programs."""
@@ -56,27 +56,26 @@ def block_of(width: int, bytes_max: int, dtype: torch.dtype) -> int:
     return min(bytes_max // dtype.itemsize, max(_WIDTH_MIN, triton.next_power_of_2(width)))
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
-    """Whether threads may move 16 bytes of every A and of every B, and of their gradients, at once."""
+class Alignment(IntEnum):
+    """What allows threads to move 16 bytes of factors, their gradients and rank-sized rows at once."""
 
-    a: bool
-    b: bool
-
-    def of(self, factor: tl.constexpr) -> bool:
-        return self.a if factor == A else self.b
+    NOTHING = 0
+    ADDRESSES = 1
+    ADDRESSES_AND_RANKS = 2
 
 
 def alignment_of(*tables: AdapterTable) -> Alignment:
-    """What addresses allow and, as rows of B are as long as the rank, what ranks do."""
+    """What all adapters allow."""
     pairs = [pair for table in tables for pair in table.pairs if pair is not None]
-    return Alignment(
-        all(_is_aligned(pair.a) and _is_aligned(pair.a_grad) for pair in pairs),
-        all(
-            pair.rank % _ALIGNED_RANKS == 0 and _is_aligned(pair.b) and _is_aligned(pair.b_grad)
-            for pair in pairs
-        ),
-    )
+    if not all(map(_has_aligned_addresses, pairs)):
+        return Alignment.NOTHING
+    if any(pair.rank % _ALIGNED_RANKS for pair in pairs):
+        return Alignment.ADDRESSES
+    return Alignment.ADDRESSES_AND_RANKS
+
+
+def _has_aligned_addresses(pair: LoraPair) -> bool:
+    return all(map(_is_aligned, (pair.a, pair.b, pair.a_grad, pair.b_grad)))
 
 
 def _is_aligned(tensor: torch.Tensor | None) -> bool:

@@ -26,8 +26,8 @@ from river_kernels.gpu.configs import (
 )
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.rows import ALL, EACH, add_to_gradient, tile_at
-from river_kernels.gpu.tables import A_GRAD, B_GRAD, A, AdapterTable, rank_of, scale_of
+from river_kernels.gpu.rows import ALL, EACH, add_to_gradient, rank_at, tile_at
+from river_kernels.gpu.tables import A_GRAD, B_GRAD, A, AdapterTable, scale_of
 from river_kernels.gpu.tiles import Tiles, token_tiles
 from river_kernels.segments import Segments
 
@@ -85,7 +85,7 @@ def segment_gram(
         stages=2,
         WHICH=factor.value,
         GRADIENT=_gradient(factor).value,
-        ALIGNED=alignment.of(factor),
+        ALIGNED=alignment.value,
         WIDTH=GRAM_WIDTH,
         RANKS=RANK_BLOCK,
     )
@@ -128,7 +128,7 @@ def _launch_gram(
         stages=GRAM_STAGES,
         WHICH=factor.value,
         GRADIENT=_gradient(factor).value,
-        ALIGNED=alignment.of(factor),
+        ALIGNED=alignment.value,
         PARTIAL=partial,
         WIDE_MAPPED=wide_rows is not None,
         NARROW_MAPPED=narrow_rows is not None,
@@ -187,7 +187,7 @@ def gram_rows(
     """Some places and ranks of one group's gradient; or, if PARTIAL, of one chunk's share of it, not yet scaled."""
     group = tl.program_id(0) // rank_blocks
     slot, expert, start, end = tile_at(groups, group_count, group)
-    rank = rank_of(table, slots, slot)
+    rank = rank_at(table, slots, slot, ALIGNED)
     first_rank = tl.program_id(0) % rank_blocks * RANKS
     if start >= end or first_rank >= rank or tl.load(table + GRADIENT * slots + slot) == 0:
         return
@@ -243,7 +243,7 @@ def add_chunks(
 ):
     """Some places and ranks of one adapter's gradient, from the sums of its chunks."""
     slot, _, start, end = tile_at(spans, span_count, tl.program_id(0) // rank_blocks)
-    rank = rank_of(table, slots, slot)
+    rank = rank_at(table, slots, slot, ALIGNED)
     first_rank = tl.program_id(0) % rank_blocks * RANKS
     if start >= end or first_rank >= rank or tl.load(table + GRADIENT * slots + slot) == 0:
         return

@@ -11,8 +11,8 @@ import triton.language as tl
 from river_kernels.gpu.configs import EXPAND_WIDTH, RANK_STEP, Alignment
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.rows import EACH, factor_of, load_factor, tile_at
-from river_kernels.gpu.tables import AdapterTable, rank_of, scale_of
+from river_kernels.gpu.rows import EACH, factor_of, load_factor, rank_at, tile_at
+from river_kernels.gpu.tables import AdapterTable, scale_of
 from river_kernels.gpu.tiles import Tiles
 
 
@@ -43,7 +43,7 @@ def expand_into_rows(
         warps=4,
         stages=1,
         WHICH=factor.value,
-        ALIGNED=alignment.of(factor),
+        ALIGNED=alignment.value,
         ROWS=tiles.block,
         WIDTH=EXPAND_WIDTH,
         RANKS=RANK_STEP,
@@ -70,7 +70,7 @@ def expand_rows(
 ):
     """One tile of rows and some of the width."""
     slot, expert, start, end = tile_at(tiles, tile_count, tl.program_id(0))
-    rank = rank_of(table, slots, slot)
+    rank = rank_at(table, slots, slot, ALIGNED)
     if start >= end or rank == 0:
         return
     factor = factor_of(table, slots, slot, expert, width, rank, y, WHICH, EACH, ALIGNED)
@@ -84,7 +84,7 @@ def expand_rows(
         v_tile = tl.load(
             v + ranks[None, :], mask=inside[:, None] & (ranks[None, :] < rank), other=0.0
         )
-        factor_tile = load_factor(factor, width, rank, places, ranks, WHICH, ALIGNED)
+        factor_tile = load_factor(factor, width, rank, places, ranks, WHICH)
         sums = dot(v_tile, tl.trans(factor_tile), sums, UPCAST)
     mask = inside[:, None] & (places[None, :] < width)
     y += rows.to(tl.int64)[:, None] * y_stride + places[None, :]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from river_kernels.gpu.tables import A, gradient_of, weights_of
+from river_kernels.gpu.configs import Alignment
+from river_kernels.gpu.tables import A, gradient_of, rank_of, weights_of
 
 # Whether a factor is stored once for each expert or once for all.
 EACH: tl.constexpr = tl.constexpr(False)
 ALL: tl.constexpr = tl.constexpr(True)
+
+_NOTHING: tl.constexpr = tl.constexpr(Alignment.NOTHING.value)
+_ADDRESSES_AND_RANKS: tl.constexpr = tl.constexpr(Alignment.ADDRESSES_AND_RANKS.value)
 
 
 @triton.jit
@@ -20,6 +24,13 @@ def tile_at(tiles, tile_count, tile):
     start = tl.load(tiles + 2 * tile_count + tile)
     end = tl.load(tiles + 3 * tile_count + tile)
     return slot, expert, start, end
+
+
+@triton.jit
+def rank_at(table, slots, slot, ALIGNED: tl.constexpr):
+    """The rank of an adapter; where all are multiples of eight the compiler sees that it is."""
+    rank = rank_of(table, slots, slot)
+    return rank // 8 * 8 if ALIGNED == _ADDRESSES_AND_RANKS else rank
 
 
 @triton.jit
@@ -37,18 +48,17 @@ def factor_of(
 ):
     """A pointer to A [r, width] or B [width, r] of an adapter and expert; all experts have one if it is `SHARED`."""
     factor = weights_of(table, slots, slot, WHICH, like)
-    if ALIGNED:
+    if ALIGNED != _NOTHING:
         factor = tl.multiple_of(factor, 16)
     if not SHARED:
-        size = width.to(tl.int64) * _rank_step(rank, ALIGNED)
-        factor += expert * size
+        factor += expert * (width.to(tl.int64) * rank)
     return factor
 
 
 @triton.jit
-def load_factor(factor, width, rank, places, ranks, WHICH: tl.constexpr, ALIGNED: tl.constexpr):
+def load_factor(factor, width, rank, places, ranks, WHICH: tl.constexpr):
     """[places, ranks] of a factor, zero where it has none; `places` and `ranks` are vectors of indices."""
-    offsets = _offsets(width, rank, places, ranks, WHICH, ALIGNED)
+    offsets = _offsets(width, rank, places, ranks, WHICH)
     mask = (places[:, None] < width) & (ranks[None, :] < rank)
     return tl.load(factor + offsets, mask=mask, other=0.0)
 
@@ -71,23 +81,17 @@ def add_to_gradient(
 ):
     """Adds `sums` [places, ranks] to the gradient of a factor, which is there."""
     gradient = gradient_of(table, slots, slot, GRADIENT)
-    if ALIGNED:
+    if ALIGNED != _NOTHING:
         gradient = tl.multiple_of(gradient, 16)
     if not SHARED:
-        gradient += expert * (width.to(tl.int64) * _rank_step(rank, ALIGNED))
-    gradient += _offsets(width, rank, places, ranks, WHICH, ALIGNED)
+        gradient += expert * (width.to(tl.int64) * rank)
+    gradient += _offsets(width, rank, places, ranks, WHICH)
     mask = (places[:, None] < width) & (ranks[None, :] < rank)
     tl.store(gradient, tl.load(gradient, mask=mask, other=0.0) + sums, mask=mask)
 
 
 @triton.jit
-def _offsets(width, rank, places, ranks, WHICH: tl.constexpr, ALIGNED: tl.constexpr):
+def _offsets(width, rank, places, ranks, WHICH: tl.constexpr):
     if WHICH == A:
         return ranks[None, :] * width + places[:, None]
-    return places[:, None] * _rank_step(rank, ALIGNED) + ranks[None, :]
-
-
-@triton.jit
-def _rank_step(rank, ALIGNED: tl.constexpr):
-    """The rank; where threads may move 16 bytes at once, the compiler learns of it."""
-    return tl.multiple_of(rank, 8) if ALIGNED else rank
+    return places[:, None] * rank + ranks[None, :]

@@ -17,8 +17,8 @@ from river_kernels.gpu.configs import (
 )
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
-from river_kernels.gpu.rows import factor_of, load_factor, tile_at
-from river_kernels.gpu.tables import A, AdapterTable, rank_of
+from river_kernels.gpu.rows import factor_of, load_factor, rank_at, tile_at
+from river_kernels.gpu.tables import A, AdapterTable
 from river_kernels.gpu.tiles import Tiles
 
 
@@ -61,7 +61,7 @@ def shrink(
         stages=SHRINK_STAGES,
         WHICH=factor.value,
         SHARED=shared,
-        ALIGNED=alignment.of(factor),
+        ALIGNED=alignment.value,
         MAPPED=rows is not None,
         WEIGHTED=weight is not None,
         RANK_MIN=rank_min,
@@ -98,7 +98,7 @@ def shrink_rows(
 ):
     """One tile of rows and one block of ranks; the blocks of a tile are beside each other, as they read the same x."""
     slot, expert, start, end = tile_at(tiles, tile_count, tl.program_id(0) // rank_blocks)
-    rank = rank_of(table, slots, slot)
+    rank = rank_at(table, slots, slot, ALIGNED)
     first_rank = tl.program_id(0) % rank_blocks * RANKS
     if start >= end or first_rank >= rank or rank < RANK_MIN:
         return
@@ -114,7 +114,7 @@ def shrink_rows(
         x_tile = tl.load(
             x + places[None, :], mask=inside[:, None] & (places[None, :] < width), other=0.0
         )
-        factor_tile = load_factor(factor, width, rank, places, ranks, WHICH, ALIGNED)
+        factor_tile = load_factor(factor, width, rank, places, ranks, WHICH)
         sums = dot(x_tile, factor_tile, sums, UPCAST)
     if WEIGHTED:
         sums *= tl.load(weight + rows, mask=inside, other=0.0).to(tl.float32)[:, None]

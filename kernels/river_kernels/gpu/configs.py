@@ -33,6 +33,7 @@ COMBINE_WIDTH = 128
 
 GRAM_ROWS = 32
 GRAM_WIDTH = 128
+GRAM_WARPS = 8
 GRAM_CHUNK = 1024
 """Tokens that one program of a segment's gram sums."""
 

@@ -1,5 +1,8 @@
 """The whole mixture of experts in Triton's interpreter, against the formula in float64 and the CPU path."""
 
+# Tensors carry their shape in capitals.
+# ruff: noqa: N806
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -139,6 +142,26 @@ def test_stored_weights_are_read_when_they_are_needed() -> None:
     assert torch.allclose(out.detach().double(), expected.out_TH, atol=1e-5)
     assert x.grad is not None
     assert torch.allclose(x.grad.double(), expected.dx_TH, atol=1e-5)
+
+
+@LAYOUTS
+def test_a_plan_can_be_gone_again(*, shared: bool) -> None:
+    """With the plan of an earlier pass the experts go unread: the same bits, though the choice says otherwise."""
+    batch = make_batch((4, 3), [(0, 9), (1, 8)], shared=shared)
+    plan = moe.plan_moe(batch.experts_TK, batch.segments, experts=5, adapters=2)
+    outs: list[torch.Tensor] = []
+    for experts_TK, kept in ((batch.experts_TK, None), (torch.zeros_like(batch.experts_TK), plan)):
+        x = batch.x_TH.clone().requires_grad_()
+        with triton_on_cpu():
+            out = moe.moe_lora(
+                x, experts_TK, batch.weights_TK, batch.gate_up, batch.down, batch.segments,
+                batch.gate_up_pairs, batch.down_pairs, kept,
+            )  # fmt: skip
+            out.backward(batch.dout_TH)
+        assert x.grad is not None
+        outs += [out.detach(), x.grad]
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])
 
 
 def test_layouts_do_not_mix() -> None:

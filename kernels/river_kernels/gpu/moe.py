@@ -160,39 +160,11 @@ class _MoeLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         block: _Block = ctx.block
-        plan, alignment = block.plan, block.alignment
-        dout_TH = grads[0].contiguous()
         x_TH, weight_P, z_PF, v1, v2 = ctx.saved_tensors
-        dout_PH = dout_TH.index_select(0, plan.token)
-        dv2 = _expand_outputs_backward(dout_TH, dout_PH, v2, weight_P, block)
-        dh_PI = _through_experts(dout_PH, dense_weight(block.down).transpose(1, 2), plan)
-        dz_PF, weighted_h_PI = torch.empty_like(z_PF), torch.empty_like(dh_PI)
-        dv1_PR = _narrow(plan.rows, block.first, x_TH, torch.float32 if block.shared else None)
-        dweights_TK = weight_P.new_empty(plan.tokens, plan.chosen)
-        activate_backward(
-            dh_PI, z_PF, v1, dv2, weight_P, plan.permutation, dz_PF, weighted_h_PI, dv1_PR,
-            dweights_TK, block.first, block.second, plan.tiles, alignment=alignment, token=block.token,
-        )  # fmt: skip
-        if block.first.rank_max > RANK_BLOCK:
-            shrink(
-                dz_PF, dv1_PR, block.first, plan.tiles, B,
-                shared=False, alignment=alignment, rank_min=RANK_BLOCK + 1,
-            )  # fmt: skip
-        for wide, narrow, table, factor in (
-            (dz_PF, v1, block.first, B),
-            (weighted_h_PI, dv2, block.second, A),
-        ):
-            group_gram(
-                wide,
-                narrow,
-                table,
-                plan.groups,
-                factor,
-                alignment=alignment,
-                narrow_rows=block.token,
-            )
-        dx_PH = _through_experts(dz_PF, dense_weight(block.gate_up).transpose(1, 2), plan)
-        dx_TH = _shrink_inputs_backward(dx_PH, dv1_PR, x_TH, block)
+        dh_PI, dv2 = _experts_backward(grads[0].contiguous(), v2, weight_P, block)
+        dz_PF, dv1_PR, dweights_TK = _activation_backward(dh_PI, z_PF, v1, dv2, weight_P, block)
+        del dh_PI
+        dx_TH = _inputs_backward(dz_PF, dv1_PR, x_TH, block)
         return dx_TH, dweights_TK if ctx.needs_input_grad[1] else None, None
 
 
@@ -206,15 +178,9 @@ def _shrink_inputs(x_TH: torch.Tensor, block: _Block) -> torch.Tensor:
     plan = block.plan
     v1 = _narrow(plan.rows, block.first, x_TH)
     shrink(
-        x_TH,
-        v1,
-        block.first,
-        plan.tiles,
-        A,
-        shared=False,
-        alignment=block.alignment,
-        rows=plan.token,
-    )
+        x_TH, v1, block.first, plan.tiles, A,
+        shared=False, alignment=block.alignment, rows=plan.token,
+    )  # fmt: skip
     return v1
 
 
@@ -244,39 +210,71 @@ def _combine_outputs(
     return v2_PR
 
 
-def _expand_outputs_backward(
-    dout_TH: torch.Tensor,
-    dout_PH: torch.Tensor,
-    v2: torch.Tensor,
-    weight_P: torch.Tensor,
-    block: _Block,
-) -> torch.Tensor:
-    """`dout B2`, of tokens or of rows, not weighted; adds to the gradients of B2."""
+def _experts_backward(
+    dout_TH: torch.Tensor, v2: torch.Tensor, weight_P: torch.Tensor, block: _Block
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frozen experts' share of the gradient of h, and `dout B2` of tokens or of rows; neither weighted.
+
+    Adds to the gradients of B2.
+    """
     plan, table, alignment = block.plan, block.second, block.alignment
+    dout_PH = dout_TH.index_select(0, plan.token)
+    dh_PI = _through_experts(dout_PH, dense_weight(block.down).transpose(1, 2), plan)
     if block.shared:
         dv2 = _narrow(plan.tokens, table, dout_TH)
         tiles = block.token_tiles(dout_TH.device)
         shrink(dout_TH, dv2, table, tiles, B, shared=True, alignment=alignment)
         segment_gram(dout_TH, v2, table, plan.segments, B, alignment=alignment)
-        return dv2
-    dv2 = _narrow(plan.rows, table, dout_PH)
-    shrink(dout_PH, dv2, table, plan.tiles, B, shared=False, alignment=alignment)
-    group_gram(dout_PH, v2, table, plan.groups, B, alignment=alignment, weight=weight_P)
-    return dv2
+    else:
+        dv2 = _narrow(plan.rows, table, dout_TH)
+        shrink(dout_PH, dv2, table, plan.tiles, B, shared=False, alignment=alignment)
+        group_gram(dout_PH, v2, table, plan.groups, B, alignment=alignment, weight=weight_P)
+    return dh_PI, dv2
 
 
-def _shrink_inputs_backward(
-    dx_PH: torch.Tensor, dv1_PR: torch.Tensor, x_TH: torch.Tensor, block: _Block
+def _activation_backward(
+    dh_PI: torch.Tensor,
+    z_PF: torch.Tensor,
+    v1: torch.Tensor,
+    dv2: torch.Tensor,
+    weight_P: torch.Tensor,
+    block: _Block,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of z, of `x A1^T` of rows, and of the router's weights; adds to those of B1 and A2."""
+    plan, alignment, token = block.plan, block.alignment, block.token
+    dz_PF, weighted_h_PI = torch.empty_like(z_PF), torch.empty_like(dh_PI)
+    dv1_PR = _narrow(plan.rows, block.first, z_PF, torch.float32 if block.shared else None)
+    dweights_TK = weight_P.new_empty(plan.tokens, plan.chosen)
+    activate_backward(
+        dh_PI, z_PF, v1, dv2, weight_P, plan.permutation, dz_PF, weighted_h_PI, dv1_PR,
+        dweights_TK, block.first, block.second, plan.tiles, alignment=alignment, token=token,
+    )  # fmt: skip
+    if block.first.rank_max > RANK_BLOCK:
+        shrink(
+            dz_PF, dv1_PR, block.first, plan.tiles, B,
+            shared=False, alignment=alignment, rank_min=RANK_BLOCK + 1,
+        )  # fmt: skip
+    for wide, narrow, table, factor in (
+        (dz_PF, v1, block.first, B),
+        (weighted_h_PI, dv2, block.second, A),
+    ):
+        group_gram(wide, narrow, table, plan.groups, factor, alignment=alignment, narrow_rows=token)
+    return dz_PF, dv1_PR, dweights_TK
+
+
+def _inputs_backward(
+    dz_PF: torch.Tensor, dv1_PR: torch.Tensor, x_TH: torch.Tensor, block: _Block
 ) -> torch.Tensor:
     """The gradient of x, [T, H]; adds to the gradients of A1."""
     plan, table, alignment = block.plan, block.first, block.alignment
+    dx_PH = _through_experts(dz_PF, dense_weight(block.gate_up).transpose(1, 2), plan)
     dx_TH = torch.empty_like(x_TH)
     if block.shared:
         dv1_TR = _narrow(plan.tokens, table, x_TH)
         combine(dx_PH, dx_TH, plan, expansion=Expansion(dv1_PR, dv1_TR, table, A, alignment))
         segment_gram(x_TH, dv1_TR, table, plan.segments, A, alignment=alignment)
-        return dx_TH
-    expand_into_rows(dx_PH, dv1_PR, table, plan.tiles, A, alignment=alignment)
-    combine(dx_PH, dx_TH, plan)
-    group_gram(x_TH, dv1_PR, table, plan.groups, A, alignment=alignment, wide_rows=plan.token)
+    else:
+        expand_into_rows(dx_PH, dv1_PR, table, plan.tiles, A, alignment=alignment)
+        combine(dx_PH, dx_TH, plan)
+        group_gram(x_TH, dv1_PR, table, plan.groups, A, alignment=alignment, wide_rows=plan.token)
     return dx_TH

@@ -1,7 +1,7 @@
 """The experts' activation with its adapters, forward and backward, row by row."""
 
 # Tensors carry their shape in capitals.
-# ruff: noqa: N806
+# ruff: noqa: N806, N815
 
 from __future__ import annotations
 

@@ -48,11 +48,11 @@ def routed(batch: Batch) -> Routed:
     plan = plan_moe(
         batch.experts_TK, batch.segments, experts=experts, adapters=len(batch.gate_up_pairs)
     )
-    tables = [
+    gate_up, down = (
         adapter_table(pairs, torch.device("cpu"))
         for pairs in (batch.gate_up_pairs, batch.down_pairs)
-    ]
-    return Routed(batch, plan, *tables, alignment_of(*tables))
+    )
+    return Routed(batch, plan, gate_up, down, alignment_of(gate_up, down))
 
 
 def factors_of(pair: LoraPair, expert: int) -> tuple[torch.Tensor, torch.Tensor]:

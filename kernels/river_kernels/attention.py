@@ -2,8 +2,9 @@
 
 Sequences are gathered into small batches of like length, padded on the right, where causal attention never looks. The
 padded length of a sequence is a function of its own length alone, so that its result does not depend on the others in
-the batch. Short sequences keep their attention weights, which on CPUs is faster than the fused kernel that computes
-them again; long ones go through it.
+the batch. On CPUs short sequences keep their attention weights, which is faster than the fused kernel that computes
+them again; long ones go through it. There attention is computed in float32; a device computes it in the precision of
+its inputs.
 """
 
 # Tensors carry their shape in capitals.
@@ -93,18 +94,23 @@ def packed_causal_attention(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of T packed tokens with H query heads over G key heads (H a multiple of G); [T, H, D]."""
+    """Attention of T packed tokens with H query heads over G key heads (H a multiple of G); [T, H, D].
+
+    `packing` is on the device of the tensors.
+    """
     assert query_THD.shape[1] % key_TGD.shape[1] == 0
+    is_cpu, dtype = query_THD.is_cpu, query_THD.dtype
     sizes = [bucket.end - bucket.start for bucket in packing.buckets]
     padded = [
-        _Pad.apply(tensor, packing).split(sizes) for tensor in (query_THD, key_TGD, value_TGD)
+        _Pad.apply(tensor.float() if is_cpu else tensor, packing).split(sizes)
+        for tensor in (query_THD, key_TGD, value_TGD)
     ]
     outputs: list[torch.Tensor] = []
     for bucket, *rows in zip(packing.buckets, *padded, strict=True):
         query, key, value = (
             tensor.unflatten(0, (bucket.sequences, bucket.length)) for tensor in rows
         )  # each (sequences, length, heads, head dim)
-        if bucket.length <= KEPT_LENGTH_MAX:
+        if is_cpu and bucket.length <= KEPT_LENGTH_MAX:
             attended = _KeptAttention.apply(query, key, value, scale)
         else:
             attended = functional.scaled_dot_product_attention(
@@ -115,7 +121,7 @@ def packed_causal_attention(
             ).transpose(1, 2)
         outputs.append(attended.flatten(0, 1))
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Unpad.apply(together, packing)
+    return _Unpad.apply(together, packing).to(dtype)
 
 
 class _KeptAttention(torch.autograd.Function):
@@ -134,7 +140,7 @@ class _KeptAttention(torch.autograd.Function):
         query = _by_key_head(query_SLHD, groups) * scale  # (S * G, H / G * L, D)
         key, value = (_by_key_head(tensor, groups) for tensor in (key_SLGD, value_SLGD))
         scores = torch.bmm(query, key.transpose(1, 2))
-        later = torch.ones(length, length, dtype=torch.bool).triu_(1)
+        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
         scores.view(-1, length, length).masked_fill_(later, -torch.inf)
         weights = scores.softmax(-1)
         ctx.save_for_backward(query, key, value, weights)

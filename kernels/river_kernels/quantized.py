@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -197,6 +197,10 @@ class QuantizedWeight:
         """The matrices `first` to `end` (exclusive) of several; copies."""
         return replace(self, parts=tuple(part.matrices(first, end) for part in self.parts))
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same weight there."""
+        return replace(self, parts=tuple(_on(part, device) for part in self.parts))
+
     def write(self, out: torch.Tensor) -> None:
         """Writes the numbers into `out` [..., N, K], whose rows may be longer than K in memory."""
         assert out.shape == self.shape
@@ -211,6 +215,12 @@ class QuantizedWeight:
         out = self.scratch.take(self.shape, self.dtype, self.parts[0].tensors[0].device)
         self.write(out)
         return out
+
+
+def _on(part: StoredWeight, device: torch.device) -> StoredWeight:
+    values = {field.name: getattr(part, field.name) for field in fields(part)}
+    tensors = {name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(part, **tensors)
 
 
 FrozenWeight = torch.Tensor | QuantizedWeight

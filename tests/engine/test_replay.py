@@ -20,11 +20,12 @@ from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
 from river_trainer.losses import find_loss
 from river_trainer.packing import decode_sequence
-from river_trainer.passes import Job, Passes
+from river_trainer.passes import Passes
 from river_trainer.peft_files import import_adapter
 from river_trainer.protocol import AdapterShape
 from river_trainer.protocol import Sequence as TaskSequence
 from river_trainer.routing import Flips
+from river_trainer.strands import Job
 
 from .conftest import RunningEngine, running_engine
 
@@ -91,11 +92,11 @@ def judge(
 def trainer_adapter(base: BaseModel, ref: AdapterRef | None) -> Adapter:
     """The engine's adapter as the trainer has it; one that does nothing for the base model."""
     if ref is None:
-        return new_adapter(base.sites, NOTHING)
+        return new_adapter(base.sites, NOTHING).at(base.home)
     directory = Path(unquote(urlsplit(ref.location).path))
     files = {name: (directory / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     shape, tensors = import_adapter(files, base.sites, seed=0)
-    return adapter_from(base.sites, shape, tensors)
+    return adapter_from(base.sites, shape, tensors).at(base.home)
 
 
 def samples_of(engine: RunningEngine, adapter: AdapterRef | None) -> list[EngineSampleGroup]:

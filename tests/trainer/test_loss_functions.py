@@ -18,7 +18,9 @@ from river_trainer.losses import (
     LOSSES,
     Loss,
     LossInput,
+    Sums,
     check_data,
+    counted_positions,
     find_loss,
     metrics_of,
 )
@@ -44,7 +46,8 @@ def make_input(name: str, seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> 
         advantages[position : position + 2] = 0.0  # the prompt
         position += length
         weights[position - 1] = echo_weights[position - 1] = 0.0
-    return LossInput(
+    return as_input(
+        name,
         logprobs=(old + 0.5 * numbers()).requires_grad_(),
         entropy=numbers().abs(),
         weights=weights,
@@ -56,8 +59,23 @@ def make_input(name: str, seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> 
     )
 
 
+def as_input(name: str, **values: Any) -> LossInput:
+    """The input of a loss with the positions that count for it."""
+    weights, advantages, lengths = (values[key] for key in ("weights", "advantages", "lengths"))
+    counted, counts = counted_positions(SPECS[name], weights, advantages, lengths)
+    return LossInput(**values, counted=counted, counts=counts)
+
+
+def changed(name: str, data: LossInput, **values: Any) -> LossInput:
+    """`data` with other values, in place or given here, and so perhaps other positions that count."""
+    kept = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
+    del kept["counted"], kept["counts"]
+    return as_input(name, **(kept | values))
+
+
 def computed(name: str, data: LossInput) -> tuple[dict[str, float], torch.Tensor, dict[str, float]]:
     """Metrics, gradient by the log-probabilities, and sums."""
+    data = changed(name, data)
     value, sums = LOSSES[name].function(data)
     (gradient,) = torch.autograd.grad(value, data.logprobs)
     numbers = {key: float(total) for key, total in sums.items()}
@@ -149,7 +167,7 @@ def test_soft_targets_are_a_weighted_sum_over_all_of_them() -> None:
     logprobs = (-torch.rand(sum(LENGTHS), 3, generator=generator)).requires_grad_()
     weights = torch.rand(sum(LENGTHS), 3, generator=generator)
     weights[4], weights[5, 1:] = 0.0, 0.0
-    data = dataclasses.replace(plain, logprobs=logprobs, weights=weights)
+    data = changed("cross_entropy", plain, logprobs=logprobs, weights=weights)
     metrics, gradient, _ = computed("cross_entropy", data)
     expected = -(weights.double() * logprobs.detach().double()).sum().item()
     assert metrics["loss"] == pytest.approx(expected)
@@ -174,8 +192,8 @@ def test_pieces_add_up(name: str) -> None:
         }
         tensors["logprobs"].requires_grad_()
         echo_weights = data.echo_weights[start : start + count]
-        piece = LossInput(
-            **tensors, echo_weights=echo_weights, lengths=LENGTHS[half], config=data.config
+        piece = as_input(
+            name, **tensors, echo_weights=echo_weights, lengths=LENGTHS[half], config=data.config
         )
         _, of_piece, piece_sums = computed(name, piece)
         gradients.append(of_piece)
@@ -203,7 +221,7 @@ def test_nothing_that_counts_is_no_loss(name: str) -> None:
     """Weights of zero everywhere give a loss without a gradient, and metrics that are numbers."""
     data = make_input(name)
     zeros = torch.zeros_like(data.weights)
-    data = dataclasses.replace(data, weights=zeros, echo_weights=zeros)
+    data = changed(name, data, weights=zeros, echo_weights=zeros)
     metrics, gradient, _ = computed(name, data)
     assert metrics["loss"] == pytest.approx(2 * math.log(2) if name == "dpo" else 0.0)
     assert all(math.isfinite(value) for value in metrics.values())
@@ -359,9 +377,9 @@ def test_a_loss_of_ones_own_is_a_function() -> None:
     """A loss is a spec and a function; nothing else has to know of it."""
     spec = dataclasses.replace(SPECS["dro"], name="half", parameters={})
 
-    def half(data: LossInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def half(data: LossInput) -> tuple[torch.Tensor, Sums]:
         total = 0.5 * data.logprobs.sum()
-        return total, {"loss_sum": total.detach(), "num_tokens": torch.tensor(len(data.weights))}
+        return total, {"loss_sum": total.detach(), "num_tokens": len(data.weights)}
 
     loss = Loss(spec, half)
     with pytest.raises(LossSpecError):

@@ -14,10 +14,11 @@ from river_trainer.adapter import Adapter, new_adapter
 from river_trainer.base_model import BaseModel
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
-from river_trainer.losses import LOSSES, find_loss, make_input
+from river_trainer.losses import LOSSES, find_loss, loss_data
 from river_trainer.packing import TrainingSequence, decode_sequence
-from river_trainer.passes import Job, JobOutput, Passes
+from river_trainer.passes import JobOutput, Passes
 from river_trainer.protocol import Sequence as WireSequence
+from river_trainer.strands import Job
 
 LENGTHS = [7, 33, 2, 18]
 RunJobs = Callable[..., list[JobOutput]]
@@ -89,7 +90,8 @@ def test_an_adapter_learns_from_the_formula(base: BaseModel, run_jobs: RunJobs, 
     (output,) = run_jobs([Job(adapter, data, loss, backward=True)])
 
     logprobs = torch.cat(output.logprobs).double().requires_grad_()
-    inputs = make_input(loss, data, logprobs.detach().float(), torch.zeros(len(logprobs)))
+    zeros = torch.zeros(len(logprobs))
+    inputs = loss_data(loss, data).with_outputs(logprobs.detach().float(), zeros)
     value = FORMULAS[name](in_sequences(inputs, logprobs), loss.config)
     (derivative,) = torch.autograd.grad(value, logprobs)
     weights = (-derivative).float().split(LENGTHS)

@@ -18,9 +18,10 @@ from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
 from river_trainer.losses import LOSSES
 from river_trainer.packing import TrainingSequence, decode_sequence
-from river_trainer.passes import Job, JobOutput, Passes
+from river_trainer.passes import JobOutput, Passes
 from river_trainer.peft_files import CONFIG_FILE, WEIGHTS_FILE, export_adapter, import_adapter
 from river_trainer.protocol import AdapterShape, ExpertLayout
+from river_trainer.strands import Job
 
 LENGTHS = [7, 33, 2, 18]
 RANK = 6

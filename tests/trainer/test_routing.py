@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from river_kernels import Segment
 from river_trainer.adapter import Adapter, new_adapter
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import InvalidTaskError
@@ -17,7 +16,7 @@ from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
 from river_trainer.losses import find_loss
 from river_trainer.packing import TrainingSequence, decode_sequence
-from river_trainer.passes import Job, JobOutput, Passes
+from river_trainer.passes import JobOutput, Passes
 from river_trainer.protocol import AdapterShape, Sequence
 from river_trainer.routing import (
     Flips,
@@ -26,6 +25,7 @@ from river_trainer.routing import (
     gate_weights,
     pass_routing,
 )
+from river_trainer.strands import Job
 
 SHAPE = AdapterShape(
     rank=4,
@@ -50,7 +50,7 @@ def moved_adapter(base: BaseModel, seed: int = 0) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     for tensor in adapter.tensors.values():
         tensor.normal_(0.0, 0.05, generator=generator)
-    return adapter
+    return adapter.at(base.home)
 
 
 def random_routing(seed: int, tokens: int) -> np.ndarray:
@@ -227,15 +227,15 @@ def test_a_gate_s_rule_is_found_out(rule: str, expected: bool | None) -> None:
 def test_the_last_token_goes_where_it_likes() -> None:
     """Its row is filler, and so are those of sequences that have no routing."""
     given = torch.tensor([[[3, 4]], [[5, 6]], [[0, 0]]], dtype=torch.uint8)
-    segments = (Segment(0, 0, 5),)
-    routing = pass_routing([[given, None]], [[3, 2]], segments, [True])
+    routing = pass_routing([[given, None]], [[3, 2]], [True])
     assert routing is not None
     logits = torch.randn(5, EXPERTS)
     own = torch.tensor([[1, 2]] * 5)
-    _, weights, experts = routing.route(0, 0, (logits, torch.zeros(5, 2), own), renormalise=False)
+    answer = (logits, torch.zeros(5, 2), own)
+    _, weights, experts = routing.route(0, slice(0, 5), [True], answer, renormalise=False)
     assert experts.tolist() == [[3, 4], [5, 6], [1, 2], [1, 2], [1, 2]]
     assert torch.equal(weights, logits.softmax(-1).gather(1, experts))
-    assert pass_routing([[None]], [[3]], (Segment(0, 0, 3),), [False]) is None
+    assert pass_routing([[None]], [[3]], [False]) is None
 
 
 @pytest.mark.parametrize("rows", [49, 51])

@@ -1,6 +1,8 @@
 """One run's LoRA adapter as flat float32 memory: weights, moments and gradients lie each in one buffer of one layout.
 
-A whole adapter is then copied, added, measured or stepped by one call, whatever its rank and however many sites it has.
+A whole adapter is then copied, moved, added, measured or stepped by one call, whatever its rank and however many sites
+it has. Where the model computes in another precision, a copy of the weights in that lies beside them: whoever changes
+the weights writes it, and passes read nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Literal
 import torch
 
 from river_kernels import LoraPair
+from river_trainer.devices import HOST, Arrival, Home, leaving
 from river_trainer.protocol import AdapterShape, ExpertLayout
 from river_trainer.sites import Site, trained_sites
 
@@ -54,12 +57,16 @@ def layout_of(sites: tuple[Site, ...], shape: AdapterShape) -> Layout:
 
 
 class FlatTensors:
-    """A flat float32 buffer [N] and its tensors by name, which are views of it."""
+    """A flat buffer [N], float32 but for copies of weights, and its tensors by name, which are views of it.
 
-    def __init__(self, layout: Layout, flat: torch.Tensor) -> None:
+    A buffer that has come from a device may still be on its way: `wait` before reading it on the host.
+    """
+
+    def __init__(self, layout: Layout, flat: torch.Tensor, arrival: Arrival | None = None) -> None:
         assert flat.shape == (layout.size,)
         self.layout = layout
         self.flat = flat
+        self._arrival = arrival
         pieces = flat.split([math.prod(place.shape) for place in layout.places.values()])
         self.tensors = {
             name: piece.view(place.shape)
@@ -67,8 +74,8 @@ class FlatTensors:
         }
 
     @classmethod
-    def zeros(cls, layout: Layout) -> FlatTensors:
-        return cls(layout, torch.zeros(layout.size))
+    def zeros(cls, layout: Layout, device: torch.device = HOST) -> FlatTensors:
+        return cls(layout, torch.zeros(layout.size, device=device))
 
     def clone(self) -> FlatTensors:
         return FlatTensors(self.layout, self.flat.clone())
@@ -79,13 +86,37 @@ class FlatTensors:
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 
+    def on(self, device: torch.device) -> FlatTensors:
+        """The same values there: these very ones if they are there already, which nobody uses here any more if not."""
+        if self.flat.device == device:
+            return self
+        if device.type == "cpu":
+            return FlatTensors(self.layout, *leaving(self.flat))
+        self.wait()
+        return FlatTensors(self.layout, self.flat.to(device, non_blocking=True))
+
+    def host_copy(self) -> FlatTensors:
+        """The values as they are now, on the host, for whoever reads them while these change."""
+        self.wait()
+        flat = self.flat if self.flat.is_cpu else self.flat.clone()
+        return FlatTensors(self.layout, *leaving(flat))
+
+    def wait(self) -> None:
+        """Blocks until the values are here."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+            self._arrival = None
+
 
 class Adapter:
-    """The weights of one adapter and what they mean."""
+    """The weights of one adapter and what they mean; `copy` has them in the precision that passes read, if another."""
 
-    def __init__(self, shape: AdapterShape, weights: FlatTensors) -> None:
+    def __init__(
+        self, shape: AdapterShape, weights: FlatTensors, copy: FlatTensors | None = None
+    ) -> None:
         self.shape = shape
         self.weights = weights
+        self.copy = copy
         self.scale = shape.alpha / shape.rank
 
     @property
@@ -96,17 +127,23 @@ class Adapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weights.tensors
 
+    def at(self, home: Home) -> Adapter:
+        """The adapter where passes can read it."""
+        weights = self.weights.on(home.device)
+        copy = FlatTensors(self.layout, weights.flat.to(home.dtype)) if home.has_copies else None
+        return Adapter(self.shape, weights, copy)
+
     def pairs(self, gradient: FlatTensors | None) -> dict[str, LoraPair]:
         """What the adapter does at each of its sites, by name; backward passes add to `gradient`."""
-        weights = self.tensors
         grads = {} if gradient is None else gradient.tensors
         experts = self.layout.experts
         pairs: dict[str, LoraPair] = {}
         for site in self.layout.sites:
             a, b = a_name(site), b_name(site)
+            read = self.weights if self.copy is None or site.is_float32 else self.copy
             pairs[site.name] = LoraPair(
-                weights[a],
-                weights[b],
+                read.tensors[a],
+                read.tensors[b],
                 self.scale,
                 grads.get(a),
                 grads.get(b),
@@ -115,9 +152,9 @@ class Adapter:
             )
         return pairs
 
-    def clone(self) -> Adapter:
-        """The adapter as it is now, for whoever reads it while the run goes on."""
-        return Adapter(self.shape, self.weights.clone())
+    def host_copy(self) -> Adapter:
+        """The adapter as it is now, on the host, for whoever reads it while the run goes on."""
+        return Adapter(self.shape, self.weights.host_copy())
 
 
 def adapter_from(

@@ -8,8 +8,10 @@ from functools import partial
 
 import torch
 
+from river_trainer import limits
 from river_trainer.base_model import BaseModel
 from river_trainer.checkpoints import Checkpoints
+from river_trainer.devices import Home, find_device, free_bytes
 from river_trainer.executor import Executor
 from river_trainer.lanes import Lanes, settle
 from river_trainer.passes import Passes
@@ -19,10 +21,12 @@ from river_trainer.sharding.base_model import ShardedBaseModel
 from river_trainer.sharding.group import Group
 from river_trainer.sharding.leader import Leader
 from river_trainer.sharding.passes import ShardedPasses
-from river_trainer.sharding.place import find_place
+from river_trainer.sharding.place import Place, find_place
 from river_trainer.snapshots import Snapshots
 from river_trainer.store import FileSets
 from river_trainer.versions import Versions
+
+_MB = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Parts:
     snapshots: Snapshots
     checkpoints: Checkpoints
     versions: Versions
+    batch_tokens: int
+    """About how many tokens are taken from the queue at once."""
     leader: Leader | None = None
     """Of the processes that share the model, if there are others."""
 
@@ -49,18 +55,30 @@ def load(settings: TrainerSettings) -> Parts:
         ModelFormatError: its weights are stored in a way that the trainer does not know.
         ShardingError: the model cannot be divided among so many processes.
         GroupBrokenError: another process has ended already.
+        DeviceError: there is no such device.
     """
-    lanes = Lanes(settings.torch_threads)
-    dtype = getattr(torch, settings.trainer_dtype)
-    if not find_place().is_shared:
-        base = BaseModel(settings.model_path, dtype)
+    place = find_place()
+    home = home_of(settings, place)
+    lanes = Lanes(settings.torch_threads if home.is_host else 1, home.device)
+    if not place.is_shared:
+        base = BaseModel(settings.model_path, home.dtype, home.device)
         settle()
         return parts_of(settings, base, lanes)
-    group = Group()
-    base = ShardedBaseModel(settings.model_path, group, dtype)
+    group = Group(home.device)
+    base = ShardedBaseModel(settings.model_path, group, home.dtype)
     settle()
     parts = parts_of(settings, base, lanes, make_passes=partial(ShardedPasses, group=group))
     return replace(parts, leader=Leader(group))
+
+
+def home_of(settings: TrainerSettings, place: Place) -> Home:
+    """Where the model of this process goes, and in which precision.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    device = find_device(settings.device, place.local_rank)
+    return Home(device, getattr(torch, settings.dtype_name(device.type)))
 
 
 def parts_of(
@@ -77,14 +95,15 @@ def parts_of(
         StoreError: the store cannot be opened.
     """
     store = FileSets(settings.checkpoint_store_url())
+    sizes = settings.sizes(base.home.device.type)
     executor = Executor(
         base,
         lanes,
         base_model=settings.base_model,
         context_length=settings.context_length or base.context_length,
         max_lora_rank=settings.max_lora_rank,
-        pass_tokens=settings.micro_batch_tokens,
-        piece_tokens=min(settings.piece_tokens, settings.micro_batch_tokens),
+        pass_tokens=sizes.pass_tokens,
+        piece_tokens=sizes.piece_tokens,
         make_passes=make_passes,
     )
     return Parts(
@@ -92,9 +111,21 @@ def parts_of(
         Residency(
             executor.runs,
             settings.spill_directory(),
-            budget_bytes=settings.runs_memory_mb * 1024**2,
+            budget_bytes=settings.runs_memory_mb * _MB,
+            home=base.home,
+            device_budget_bytes=_device_budget_bytes(settings, base.home),
         ),
         Snapshots(store, settings.base_model),
         Checkpoints(store, base_model=settings.base_model),
         Versions(settings.adapter_directory(), base_model=settings.base_model),
+        sizes.batch_tokens,
     )
+
+
+def _device_budget_bytes(settings: TrainerSettings, home: Home) -> int | None:
+    """Memory for runs on the device, None where that is the host."""
+    if home.is_host:
+        return None
+    if settings.device_runs_memory_mb:
+        return settings.device_runs_memory_mb * _MB
+    return int(limits.DEVICE_RUNS_SHARE * free_bytes(home.device))

@@ -36,7 +36,7 @@ class Running(Protocol):
     segments: Segments
     packing: Packing | None
 
-    def pairs(self, site_name: str, dtype: torch.dtype) -> Sequence[LoraPair | None]: ...
+    def pairs(self, site_name: str) -> Sequence[LoraPair | None]: ...
 
 
 class FusedAttention(nn.Module):
@@ -71,7 +71,7 @@ class FusedAttention(nn.Module):
         running = self._running
         assert running.packing is not None, "the model only runs inside token_logprobs"
         blocks = [
-            Block(running.pairs(f"{self._name}.{kind}", self.weight.dtype), start, end)
+            Block(running.pairs(f"{self._name}.{kind}"), start, end)
             for kind, start, end in self._bounds
         ]
         projected_TO = lora_linear_blocks(
@@ -83,14 +83,13 @@ class FusedAttention(nn.Module):
         )
         cos_TD, sin_TD = (table[0] for table in position_embeddings)
         attended_THD = packed_causal_attention(
-            rotate(self.q_norm(query), cos_TD, sin_TD).float(),
-            rotate(self.k_norm(key), cos_TD, sin_TD).float(),
-            value.float(),
+            rotate(self.q_norm(query), cos_TD, sin_TD),
+            rotate(self.k_norm(key), cos_TD, sin_TD),
+            value,
             running.packing,
             scale=self.scale,
         )
-        attended_1TO = attended_THD.flatten(1)[None].to(hidden_states.dtype)
-        return self.o_proj(attended_1TO), None
+        return self.o_proj(attended_THD.flatten(1)[None]), None
 
 
 def fused(original: Any, name: str, running: Running, rotary: nn.Module) -> FusedAttention | None:

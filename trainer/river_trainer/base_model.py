@@ -6,8 +6,8 @@ transformers owns the architecture; some of its seams are ours:
 * experts: a registered function that runs `moe_lora`;
 * the linear layers of attention and of dense MLPs are replaced by `LoraLinear`, and attention as a whole by
   `FusedAttention` where that computes the same;
-* routers are called segment by segment, as every matrix product is, and a sampler's choice can be put in the place of
-  theirs (`routing.py`);
+* routers are called segment by segment on CPUs, as every matrix product is, and a sampler's choice can be put in the
+  place of theirs (`routing.py`);
 * norms that compute what `RmsNorm` does are replaced by it;
 * lm_head is replaced by `LogprobHead`, which computes what a loss needs of it, chunk by chunk.
 """
@@ -46,9 +46,11 @@ from river_kernels import (
     packed_causal_attention,
     verify_rows,
 )
+from river_kernels.device import uses_triton
 from river_trainer.attention import FusedAttention, fused
+from river_trainer.devices import HOST, Home
 from river_trainer.lanes import PerLane
-from river_trainer.loading import StoredLinear, load_model
+from river_trainer.loading import StoredLinear, load_model, move_stored
 from river_trainer.packing import PackedBatch
 from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
 from river_trainer.sites import Group, Site
@@ -57,6 +59,7 @@ ATTENTION_NAME = "river_packed"
 EXPERTS_NAME = "river_lora"
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+HEAD = "lm_head"
 PEFT_ROOT = "base_model.model."
 
 
@@ -73,9 +76,9 @@ class _Pass(PerLane):
         self.packing: Packing | None = None
         self.routing: PassRouting | None = None
 
-    def pairs(self, site_name: str, dtype: torch.dtype) -> list[LoraPair | None]:
-        """The adapters of a site that computes in `dtype`; their gradients stay in their own."""
-        return [_in_dtype(pairs.get(site_name), dtype) for pairs in self.slots]
+    def pairs(self, site_name: str) -> list[LoraPair | None]:
+        """The adapters of a site, by slot."""
+        return [pairs.get(site_name) for pairs in self.slots]
 
 
 class LoraLinear(nn.Module):
@@ -89,16 +92,17 @@ class LoraLinear(nn.Module):
 
     def forward(self, hidden_1TI: torch.Tensor) -> torch.Tensor:
         running = self._running
-        pairs = running.pairs(self._name, self.weight.dtype)
+        pairs = running.pairs(self._name)
         return lora_linear(
             hidden_1TI[0], self.weight, running.segments, pairs, self.bias
         ).unsqueeze(0)
 
 
 class BySegment(nn.Module):
-    """The router of MoE layer `layer`, called for the tokens of each segment alone; a sampler's choice may replace its.
+    """The router of MoE layer `layer`; a sampler's choice may replace its.
 
-    `renormalise` is the rule of its weights, None if it is none that could be replayed.
+    On CPUs it is called for the tokens of each segment alone, where Triton computes for all at once. `renormalise` is
+    the rule of its weights, None if it is none that could be replayed.
     """
 
     def __init__(
@@ -110,33 +114,40 @@ class BySegment(nn.Module):
 
     def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         segments = self._running.segments
-        if len(segments) == 1:
-            return self._route(0, hidden_TH)
-        lengths = [segment.end - segment.start for segment in segments]
+        if len(segments) == 1 or uses_triton(hidden_TH):
+            return self._route(0, len(segments), hidden_TH)
         answers = [
-            self._route(index, rows)
-            for index, rows in enumerate(hidden_TH.split(lengths))
-            if rows.shape[0]
+            self._route(index, index + 1, hidden_TH[segment.start : segment.end])
+            for index, segment in enumerate(segments)
+            if segment.end > segment.start
         ]
         return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
 
-    def _route(self, segment: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _route(self, first: int, last: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For segments `first` to `last` (exclusive)."""
         answer = self.router(hidden_TH)
         routing = self._running.routing
         if routing is None:
             return answer
         assert self.renormalise is not None, "such a model takes no routing"
-        return routing.route(self.layer, segment, answer, renormalise=self.renormalise)
+        segments = self._running.segments[first:last]
+        return routing.route(
+            self.layer,
+            slice(segments[0].start, segments[-1].end),
+            routing.forced[first:last],
+            answer,
+            renormalise=self.renormalise,
+        )
 
 
 class LogprobHead(nn.Module):
-    """The frozen lm_head, in float32; see `lora_logprobs`."""
+    """The frozen lm_head; see `lora_logprobs`. On CPUs it is in float32 whatever the model's dtype."""
 
-    def __init__(self, weight_VH: nn.Parameter, running: _Pass) -> None:
+    def __init__(self, weight_VH: nn.Parameter, running: _Pass, dtype: torch.dtype) -> None:
         super().__init__()
-        in_float = weight_VH.dtype == torch.float32
+        is_same = weight_VH.dtype is dtype
         self.weight = (
-            weight_VH if in_float else nn.Parameter(weight_VH.float(), requires_grad=False)
+            weight_VH if is_same else nn.Parameter(weight_VH.to(dtype), requires_grad=False)
         )
         self._running = running
 
@@ -144,9 +155,12 @@ class LogprobHead(nn.Module):
         self, hidden_TH: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         running = self._running
-        pairs = running.pairs("lm_head", torch.float32)
         logprobs, entropy_T = lora_logprobs(
-            hidden_TH.float(), self.weight, targets, running.segments, pairs
+            hidden_TH.to(self.weight.dtype),
+            self.weight,
+            targets,
+            running.segments,
+            running.pairs(HEAD),
         )
         # FSDP hooks into what a module returns, and views get lost.
         return logprobs.clone(), entropy_T
@@ -174,19 +188,26 @@ class Network(nn.Module):
 
 
 class BaseModel:
-    """The frozen model. Every lane may run a pass at the same time.
+    """The frozen model, on one device. Every lane may run a pass at the same time.
 
-    In bfloat16 weights and what flows between layers are of that type; attention inside, the head, and everything of an
-    adapter that is kept, stay float32. `routed_experts` is None for a model whose routing cannot be replayed.
+    In bfloat16 weights and what flows between layers are of that type; everything of an adapter that is kept stays
+    float32, and on CPUs attention inside and the head do too. `routed_experts` is None for a model whose routing cannot
+    be replayed. `home` is where the adapters have to be that run through it.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Loads the model.
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = HOST,
+    ) -> None:
+        """Loads and looks at it on the host, then moves it.
 
         Raises:
             OSError: it cannot be read.
             ModelFormatError: its weights are stored in a way that the trainer does not know.
         """
+        self.home = Home(device, dtype)
         AttentionInterface.register(ATTENTION_NAME, _attention)
         ExpertsInterface.register(EXPERTS_NAME, _experts)
         transformers_logging.disable_progress_bar()
@@ -204,9 +225,33 @@ class BaseModel:
         self.context_length: int = config.max_position_embeddings
         self.sites = tuple(self._instrument())
         self._fuse_attention()
-        verify_rows(self._frozen_weights())
+        if self.home.is_host:
+            verify_rows(self._frozen_weights())
         self.routed_experts = self._routed_experts()
         self._network = Network(self._model)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Brings the model to where it computes."""
+        if not self.home.is_host:
+            self._network.to(self.home.device)
+            move_stored(self._network, self.home.device)
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Makes room behind dense weights for the adapters of a pass: Triton's path multiplies by both at once."""
+        from river_kernels.gpu.augmented import PAD_STEP, augmented  # noqa: PLC0415  # CPUs need no Triton
+
+        head, embedding = self._network.head, self._network.embedding
+        is_tied = head.weight is embedding.weight
+        for module in self._network.modules():
+            if isinstance(module, LoraLinear | FusedAttention | LogprobHead) and isinstance(
+                module.weight, torch.Tensor
+            ):
+                roomy = augmented(module.weight.detach(), PAD_STEP)
+                module.weight = nn.Parameter(roomy, requires_grad=False)
+        if is_tied:
+            embedding.weight = head.weight
 
     def _instrument(self) -> list[Site]:
         """Puts our modules in place; returns every place an adapter may change, in the model's order."""
@@ -235,8 +280,10 @@ class BaseModel:
             elif _is_rms_norm(module):
                 parent = self._model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, kind, RmsNorm(module.weight, module.variance_epsilon))
-        sites.append(_linear_site("lm_head", self._model.lm_head, Group.UNEMBED, "lm_head"))
-        self._model.lm_head = LogprobHead(self._model.lm_head.weight, self._pass)
+        dtype = torch.float32 if self.home.is_host else self.home.dtype
+        head = _linear_site(HEAD, self._model.lm_head, Group.UNEMBED, HEAD)
+        sites.append(replace(head, is_float32=dtype is torch.float32))
+        self._model.lm_head = LogprobHead(self._model.lm_head.weight, self._pass, dtype)
         return sites
 
     def _frozen_weights(self) -> Iterator[torch.Tensor]:
@@ -304,13 +351,11 @@ def _attention(
     assert attention_mask is None
     running: _Pass = module.q_proj._running  # noqa: SLF001  # the layer's own linear knows the pass
     assert running.packing is not None, "the model only runs inside token_logprobs"
-    query_THD, key_TGD, value_TGD = (
-        tensor[0].transpose(0, 1).float() for tensor in (query, key, value)
-    )
+    query_THD, key_TGD, value_TGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     attended = packed_causal_attention(
         query_THD, key_TGD, value_TGD, running.packing, scale=scaling
     )
-    return attended.unsqueeze(0).to(query.dtype), None
+    return attended.unsqueeze(0), None
 
 
 def _experts(
@@ -325,15 +370,9 @@ def _experts(
         module.gate_up_proj,
         module.down_proj,
         running.segments,
-        running.pairs(f"{module.river_name}.gate_up_proj", hidden_TH.dtype),
-        running.pairs(f"{module.river_name}.down_proj", hidden_TH.dtype),
+        running.pairs(f"{module.river_name}.gate_up_proj"),
+        running.pairs(f"{module.river_name}.down_proj"),
     )
-
-
-def _in_dtype(pair: LoraPair | None, dtype: torch.dtype) -> LoraPair | None:
-    if pair is None or pair.a.dtype == dtype:
-        return pair
-    return replace(pair, a=pair.a.to(dtype), b=pair.b.to(dtype))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     TrainerError
     ├── LeaseLostError             another trainer follows this base model now
     ├── ModelFormatError           the base model's checkpoint is stored in a way that the trainer does not know
+    ├── DeviceError                there is no such device
     ├── ShardingError              the model cannot be divided among so many processes
     ├── GroupBrokenError           the processes that share the model are out of step, or one is gone
     ├── PassFailedError            a process of the group could not compute its share
@@ -36,6 +37,10 @@ class LeaseLostError(TrainerError):
 
 class ModelFormatError(TrainerError):
     """The weights of the base model are not stored as they should be, or in a way that is not supported."""
+
+
+class DeviceError(TrainerError):
+    """The device that the settings ask for is not there."""
 
 
 class ShardingError(TrainerError):

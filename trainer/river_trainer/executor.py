@@ -38,7 +38,7 @@ from river_trainer.gradients import GradientPool
 from river_trainer.jobs import make_job
 from river_trainer.lanes import Lanes
 from river_trainer.optimizer import AdamStep, adam_steps
-from river_trainer.passes import Job, JobOutput, Passes
+from river_trainer.passes import JobOutput, Passes
 from river_trainer.protocol import (
     Adam,
     AdapterShape,
@@ -56,6 +56,7 @@ from river_trainer.protocol import (
 )
 from river_trainer.runs import FailedRun, Run, load_files, new_run, together
 from river_trainer.sites import trained_sites
+from river_trainer.strands import Job
 from river_trainer.work import LOADING, Batch, Outcome, Report, Work
 
 logger = logging.getLogger("river.trainer")
@@ -108,7 +109,7 @@ class Executor:
         self.context_length = context_length
         self._lanes = lanes
         self._max_lora_rank = max_lora_rank
-        self._pool = GradientPool()
+        self._pool = GradientPool(base.home.device)
         self._passes = make_passes(
             base, lanes, self._pool, tokens_max=pass_tokens, piece_tokens=piece_tokens
         )
@@ -176,19 +177,23 @@ class Executor:
             assert message.seq == 0, "creating a run is operation 0"
             self._check_shape(task.shape)
             run = new_run(message.run_id, self.base.sites, task.shape)
-            if work.files is not None:
-                load_files(run, self.base.sites, work.files, optimizer=task.optimizer)
+            if work.files is None:
+                run.move(self.base.home)
+            else:
+                load_files(
+                    run, self.base.sites, work.files, self.base.home, optimizer=task.optimizer
+                )
             self.runs[message.run_id] = run
         else:
             assert isinstance(task, LoadWeights)
             assert work.files is not None
             run = self._run_of(work)
-            load_files(run, self.base.sites, work.files, optimizer=task.optimizer)
+            load_files(run, self.base.sites, work.files, self.base.home, optimizer=task.optimizer)
             run.step += 1
         # The snapshot that is made of it says that this operation is done.
         self.pass_seq(message.run_id, message.seq)
         frozen = None if work.files is None else run.frozen()
-        return Outcome(work, _result(message, run), run.adapter.clone(), frozen)
+        return Outcome(work, _result(message, run), run.adapter.host_copy(), frozen)
 
     def _check_shape(self, shape: AdapterShape) -> None:
         if not 1 <= shape.rank <= self._max_lora_rank:
@@ -302,7 +307,13 @@ class Executor:
 
     def _step_all(self, batch: Batch, steps: Sequence[_Step]) -> None:
         asked = [
-            AdamStep(step.run.adapter.weights, step.gradient, step.run.optimizer, step.adam)
+            AdamStep(
+                step.run.adapter.weights,
+                step.gradient,
+                step.run.optimizer,
+                step.adam,
+                step.run.adapter.copy,
+            )
             for step in steps
         ]
         for step, norm in zip(steps, adam_steps(asked), strict=True):
@@ -319,7 +330,7 @@ class Executor:
                 result = _result(step.work.message, run, metrics=metrics)
             else:
                 result = _compute_result(step.computed, metrics)
-            self._finish(batch, Outcome(step.work, result, version=run.adapter.clone()))
+            self._finish(batch, Outcome(step.work, result, version=run.adapter.host_copy()))
 
     # ---- Save ----------------------------------------------------------------------------------
 

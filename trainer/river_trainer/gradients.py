@@ -8,12 +8,14 @@ import torch
 
 from river_trainer import limits
 from river_trainer.adapter import FlatTensors, Layout
+from river_trainer.devices import HOST
 
 
 class GradientPool:
-    """Zeroed buffers by layout. Every lane may take and give at the same time."""
+    """Zeroed buffers on one device, by layout. Every lane may take and give at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
+        self._device = device
         self._lock = threading.Lock()
         self._spare: dict[int, list[torch.Tensor]] = {}
         self._spare_bytes = 0
@@ -25,7 +27,9 @@ class GradientPool:
             flat = spare.pop() if spare else None
             if flat is not None:
                 self._spare_bytes -= flat.nbytes
-        return FlatTensors(layout, torch.zeros(layout.size) if flat is None else flat.zero_())
+        if flat is None:
+            return FlatTensors.zeros(layout, self._device)
+        return FlatTensors(layout, flat.zero_())
 
     def give(self, gradient: FlatTensors) -> None:
         """Takes back a buffer that nobody uses any more."""

@@ -7,8 +7,8 @@ from river_trainer.base_model import BaseModel
 from river_trainer.errors import InvalidTaskError
 from river_trainer.losses import check_data, find_loss
 from river_trainer.packing import decode_sequence
-from river_trainer.passes import Job
 from river_trainer.protocol import ComputeTask, Forward
+from river_trainer.strands import Job
 
 
 def make_job(task: ComputeTask, adapter: Adapter, base: BaseModel, *, context_length: int) -> Job:

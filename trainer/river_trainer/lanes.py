@@ -2,7 +2,7 @@
 
 Torch's own threads split every single operation and wait for each other after it; on the small matrices of an adapter
 the waiting costs more than the work. A lane instead does whole passes with one thread, and lanes meet only at the end
-of a batch. An accelerator needs one lane.
+of a batch. An accelerator has one lane: what its thread starts there is done in that order, and nobody is waited for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from river_trainer.devices import HOST
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -26,14 +28,12 @@ _OBJECTS_BEFORE_COLLECTION = 50_000
 
 
 class Lanes:
-    """`count` lanes. Use it from one thread at a time, and `close` it in the end."""
+    """`count` lanes for what is computed on `device`. Use it from one thread at a time, and `close` it in the end."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device: torch.device = HOST) -> None:
         assert count > 0
         self.count = count
-        self._pool = ThreadPoolExecutor(
-            count, "lane", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(count, "lane", initializer=_enter, initargs=(device,))
 
     def run(self, work: Sequence[Callable[[], Answer]]) -> list[Answer]:
         """Does all of `work`, in that order as lanes become free; the answers in the same order.
@@ -54,6 +54,13 @@ class Lanes:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _enter(device: torch.device) -> None:
+    """What a new thread does first."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class PerLane(threading.local):

@@ -11,6 +11,12 @@ SPARE_GRADIENTS_MAX_BYTES = 512 * 1024**2
 BATCH_TOKENS = 8_192
 """About how many tokens of all runs one batch takes: enough to fill the lanes, and soon done."""
 BATCH_OPERATIONS_MAX = 512
+
+ACCELERATOR_MICRO_BATCH_TOKENS = 32_768
+"""Fills the matrix units of a GPU: with 256 experts of which a token takes 8, an expert has a thousand rows."""
+ACCELERATOR_PIECE_TOKENS = 16_384
+"""There a pass has one piece of a run, which alone has to be worth a pass."""
+ACCELERATOR_BATCH_TOKENS = 131_072
 TENANT_QUANTUM_TOKENS = 2_048
 """What a tenant may spend at a turn: a few operations of usual size."""
 OPERATION_TOKENS_MIN = 16
@@ -22,6 +28,8 @@ RUNS_MEMORY_MB = 4_096
 """Memory for the weights, moments and gradients of runs; those not in use beyond it wait on disk."""
 SPILL_FREE_SHARE = 0.1
 """How much of that memory is made free at a time."""
+DEVICE_RUNS_SHARE = 0.4
+"""Of an accelerator's memory that is free beside the model, what runs may take; passes need the rest."""
 
 LORA_RANK_MAX = 64
 VERSIONS_KEPT = 8

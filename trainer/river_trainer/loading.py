@@ -154,6 +154,14 @@ class StoredLinear(nn.Module):
         return rows_TO.unflatten(0, hidden.shape[:-1])
 
 
+def move_stored(model: nn.Module, device: torch.device) -> None:
+    """Brings weights that are kept as they are stored, which torch does not know as parameters, to `device`."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, QuantizedWeight):
+                setattr(module, name, value.to(device))
+
+
 class _Filler:
     """Puts the weights of a checkpoint into a model that has none yet."""
 

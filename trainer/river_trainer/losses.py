@@ -26,7 +26,8 @@ called `truncation_frac`) the share whose ratio is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
 
 import torch
 from torch.nn import functional
@@ -35,25 +36,41 @@ from river_trainer.errors import InvalidTaskError
 from river_trainer.loss_specs import SPECS, LossSpec, LossSpecError, find_spec
 from river_trainer.packing import TrainingSequence, join_targets, own_targets
 
-Sums = dict[str, torch.Tensor]
+Sums = dict[str, torch.Tensor | int]
+"""Scalars, numbers where the host knows them already."""
 
 
-@dataclass(frozen=True, slots=True)
-class LossInput:
-    """Whole groups of one operation, one sequence of `lengths` behind the other, N positions in all.
+@dataclass(frozen=True, kw_only=True)
+class LossData:
+    """What is known before a pass of whole groups of one operation: sequences of `lengths`, N positions in all.
 
-    Tensors are [N]; with soft targets `logprobs` and `weights` are [N, K]. `logprobs` carries gradients; `weights` and
-    `echo_weights` are zero where nothing counts. `config` has a value for each parameter of the loss.
+    Tensors are [N]; with soft targets `weights` is [N, K]. `weights` and `echo_weights` are zero where nothing counts.
+    `counted` are the positions that count, [C], of which each sequence has one of `counts`: found out on the host,
+    because a device would have to be waited for. `config` has a value for each parameter of the loss.
     """
 
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
     echo_weights: torch.Tensor
+    counted: torch.Tensor
+    counts: tuple[int, ...]
     lengths: tuple[int, ...]
     config: Mapping[str, float]
+
+    def with_outputs(self, logprobs: torch.Tensor, entropy_N: torch.Tensor) -> LossInput:  # noqa: N803  # the shape
+        """The input of the loss, from the positions' rows of a pass, [N] or [N, K], whose K may be larger."""
+        mine = {field.name: getattr(self, field.name) for field in fields(LossData)}
+        width = 1 if self.weights.ndim == 1 else self.weights.shape[1]
+        return LossInput(**mine, logprobs=own_targets(logprobs, width), entropy=entropy_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInput(LossData):
+    """What a loss is computed from; `logprobs`, [N] or [N, K], carries gradients, `entropy` [N] none."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
 
 
 LossFunction = Callable[[LossInput], tuple[torch.Tensor, Sums]]
@@ -97,12 +114,11 @@ def loss(name: str) -> Callable[[LossFunction], LossFunction]:
 @loss("cross_entropy")
 def cross_entropy(data: LossInput) -> tuple[torch.Tensor, Sums]:
     terms = -data.weights * data.logprobs
-    counted = data.weights != 0 if data.weights.ndim == 1 else (data.weights != 0).any(dim=1)
     return terms.sum(), {
         "loss_sum": _total(terms),
-        "num_tokens": counted.sum(),
+        "num_tokens": len(data.counted),
         "weight_sum": _total(data.weights),
-        "entropy": _total(data.entropy[counted]),
+        "entropy": _total(data.entropy[data.counted]),
     }
 
 
@@ -152,7 +168,7 @@ def dro(data: LossInput) -> tuple[torch.Tensor, Sums]:
 def gspo(data: LossInput) -> tuple[torch.Tensor, Sums]:
     tokens = _policy_tokens(data)
     # The value is the sequence's mean, the gradient that of the token's own log-probability.
-    sequence_log_ratio = tokens.mean_by_sequence(tokens.log_ratio.detach(), data.lengths)
+    sequence_log_ratio = tokens.mean_by_sequence(tokens.log_ratio.detach())
     log_ratio = sequence_log_ratio + tokens.logprobs - tokens.logprobs.detach()
     ratio, clipped = _pessimistic_ratio(log_ratio, tokens.gain, data.config)
     terms = -tokens.gain * ratio
@@ -162,20 +178,21 @@ def gspo(data: LossInput) -> tuple[torch.Tensor, Sums]:
 
 @loss("dpo")
 def dpo(data: LossInput) -> tuple[torch.Tensor, Sums]:
-    counted = data.weights != 0
-    log_ratio = torch.where(counted, data.logprobs - data.old_logprobs, 0.0) * data.weights
+    log_ratio = (
+        torch.where(data.weights != 0, data.logprobs - data.old_logprobs, 0.0) * data.weights
+    )
     by_sequence = torch.stack([piece.sum() for piece in log_ratio.split(data.lengths)])
     chosen, rejected = (data.config["beta"] * by_sequence).view(-1, 2).unbind(dim=1)
     terms = -functional.logsigmoid(chosen - rejected)
     return terms.sum(), {
         "loss_sum": _total(terms),
-        "num_tokens": counted.sum(),
-        "num_pairs": torch.tensor(len(terms)),
+        "num_tokens": len(data.counted),
+        "num_pairs": len(terms),
         "accuracy": (chosen > rejected).sum(),
         "margin": _total(chosen - rejected),
         "chosen_reward": _total(chosen),
         "rejected_reward": _total(rejected),
-        "entropy": _total(data.entropy[counted]),
+        "entropy": _total(data.entropy[data.counted]),
     }
 
 
@@ -184,23 +201,22 @@ def dpo(data: LossInput) -> tuple[torch.Tensor, Sums]:
 
 @dataclass(frozen=True, slots=True)
 class _PolicyTokens:
-    """The counting tokens [C] of a policy loss; `gain` is the weighted advantage, `counted` the mask [N] of them."""
+    """The counting tokens [C] of a policy loss, in each sequence one of `counts`; `gain` is the weighted advantage."""
 
     logprobs: torch.Tensor
     log_ratio: torch.Tensor
     weights: torch.Tensor
     gain: torch.Tensor
     entropy: torch.Tensor
-    counted: torch.Tensor
+    counts: tuple[int, ...]
 
-    def mean_by_sequence(self, values: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+    def mean_by_sequence(self, values: torch.Tensor) -> torch.Tensor:
         """[C], at each token the mean of `values` over its sequence."""
-        counts = [int(mask.sum()) for mask in self.counted.split(lengths)]
         # One by one and not scattered: a sequence's sum has the same bits whoever is beside it.
         return torch.cat(
             [
                 piece.mean().expand_as(piece) if len(piece) else piece
-                for piece in values.split(counts)
+                for piece in values.split(self.counts)
             ]
         )
 
@@ -210,7 +226,7 @@ class _PolicyTokens:
         ratio = log_ratio.exp()
         return {
             "loss_sum": _total(terms),
-            "num_tokens": torch.tensor(len(terms)),
+            "num_tokens": len(terms),
             "mean_ratio": ratio.sum(),
             "kl": (ratio - 1 - log_ratio).sum(),
             "kl_k1": -log_ratio.sum(),
@@ -219,16 +235,16 @@ class _PolicyTokens:
 
 
 def _policy_tokens(data: LossInput) -> _PolicyTokens:
-    gain = data.weights * data.advantages
-    counted = gain != 0
-    logprobs = data.logprobs[counted]
+    counted = data.counted
+    logprobs = data.logprobs.index_select(0, counted)
+    weights = data.weights[counted]
     return _PolicyTokens(
         logprobs,
         logprobs - data.old_logprobs[counted],
-        data.weights[counted],
-        gain[counted],
+        weights,
+        weights * data.advantages[counted],
         data.entropy[counted],
-        counted,
+        data.counts,
     )
 
 
@@ -289,16 +305,8 @@ def check_data(loss: Loss, sequences: Sequence[TrainingSequence]) -> None:
             )
 
 
-def make_input(
-    loss: Loss,
-    sequences: Sequence[TrainingSequence],
-    logprobs: torch.Tensor,
-    entropy_N: torch.Tensor,  # noqa: N803  # the shape, in capitals
-) -> LossInput:
-    """What a loss is computed from, of whole groups of `sequences`.
-
-    `logprobs` are the sequences' rows [N] or [N, K] of a batch, whose K may be larger than theirs.
-    """
+def loss_data(loss: Loss, sequences: Sequence[TrainingSequence]) -> LossData:
+    """What a loss of whole groups of `sequences` is computed from, before the pass."""
 
     def joined(name: str) -> torch.Tensor:
         fields = [getattr(sequence, name) for sequence in sequences]
@@ -309,16 +317,31 @@ def make_input(
             ]
         )
 
-    return LossInput(
-        logprobs=own_targets(logprobs, max(sequence.targets_per_token for sequence in sequences)),
-        entropy=entropy_N,
-        weights=join_targets([sequence.weights for sequence in sequences]),
+    weights = join_targets([sequence.weights for sequence in sequences])
+    advantages = joined("advantages")
+    lengths = tuple(sequence.tokens for sequence in sequences)
+    counted, counts = counted_positions(loss.spec, weights, advantages, lengths)
+    return LossData(
+        weights=weights,
         old_logprobs=joined("old_logprobs"),
-        advantages=joined("advantages"),
+        advantages=advantages,
         echo_weights=joined("echo_weights"),
-        lengths=tuple(sequence.tokens for sequence in sequences),
+        counted=counted,
+        counts=counts,
+        lengths=lengths,
         config=loss.config,
     )
+
+
+def counted_positions(
+    spec: LossSpec, weights: torch.Tensor, advantages: torch.Tensor, lengths: Sequence[int]
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The positions that count, [C] in their order, and how many of them each sequence has."""
+    deciding = weights * advantages if "advantages" in spec.needs else weights
+    mask = deciding != 0 if deciding.ndim == 1 else (deciding != 0).any(dim=1)
+    counted = mask.nonzero()[:, 0]
+    before = torch.searchsorted(counted, torch.tensor([0, *accumulate(lengths)]))
+    return counted, tuple(before.diff().tolist())
 
 
 def metrics_of(loss: Loss, sums: Mapping[str, float]) -> dict[str, float]:

@@ -60,7 +60,9 @@ class TrainerMetrics:
         )
         self._runs = Gauge("river_trainer_runs", "Runs by place.", ("place",), registry=registry)
         self._resident = Gauge(
-            "river_trainer_resident_bytes", "Memory of the runs in memory.", registry=registry
+            "river_trainer_resident_bytes",
+            "Memory of the runs that are not on disk.",
+            registry=registry,
         )
 
     def count(self, message: TrainMessage, result: TrainResult) -> None:
@@ -84,8 +86,9 @@ class TrainerMetrics:
         self._waiting.set(operations)
         self._waiting_tokens.set(tokens)
 
-    def runs(self, *, resident: int, spilled: int, resident_bytes: int) -> None:
-        self._runs.labels("memory").set(resident)
+    def runs(self, *, device: int, memory: int, spilled: int, resident_bytes: int) -> None:
+        self._runs.labels("device").set(device)
+        self._runs.labels("memory").set(memory)
         self._runs.labels("disk").set(spilled)
         self._resident.set(resident_bytes)
 

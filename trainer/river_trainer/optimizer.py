@@ -42,18 +42,25 @@ class AdamState:
         """The state before the first update."""
         return cls(FlatTensors.zeros(layout), FlatTensors.zeros(layout))
 
-    def clone(self) -> AdamState:
-        return AdamState(self.first.clone(), self.second.clone(), self.steps)
+    def on(self, device: torch.device) -> AdamState:
+        """The state there, see `FlatTensors.on`."""
+        return AdamState(self.first.on(device), self.second.on(device), self.steps)
+
+    def host_copy(self) -> AdamState:
+        """The state as it is now, on the host."""
+        return AdamState(self.first.host_copy(), self.second.host_copy(), self.steps)
 
     def to_bytes(self) -> bytes:
-        """The state as a safetensors file."""
+        """The state, on the host, as a safetensors file."""
+        for moments in (self.first, self.second):
+            moments.wait()
         tensors = {f"first.{name}": tensor for name, tensor in self.first.tensors.items()}
         tensors |= {f"second.{name}": tensor for name, tensor in self.second.tensors.items()}
         tensors[_STEPS_NAME] = torch.tensor(self.steps)
         return save(tensors)
 
     def restore(self, data: bytes) -> None:
-        """Takes over a stored state.
+        """Takes over a stored state, on the host.
 
         Raises:
             InvalidTaskError: it is broken or belongs to another adapter.
@@ -75,12 +82,13 @@ class AdamState:
 
 @dataclass(frozen=True, slots=True)
 class AdamStep:
-    """One run's step. `weights` and `state` are changed in place; `gradient` is used up unless the step fails."""
+    """One run's step. `weights`, their `copy` and `state` change in place; `gradient` is used up unless it fails."""
 
     weights: FlatTensors
     gradient: FlatTensors
     state: AdamState
     adam: Adam
+    copy: FlatTensors | None = None
 
 
 @torch.no_grad()
@@ -99,7 +107,7 @@ def adam_steps(steps: Sequence[AdamStep]) -> list[float | NonFiniteError]:
             continue
         if _is_harmless(step.adam, norm):
             step.state.steps += 1
-            harmless.append(_update(step, norm))
+            harmless.append(update_of(step, norm))
             continue
         try:
             _step_with_a_way_back(step, norm)
@@ -120,7 +128,7 @@ def _is_harmless(adam: Adam, norm: float) -> bool:
     )
 
 
-def _update(step: AdamStep, norm: float) -> AdamUpdate:
+def update_of(step: AdamStep, norm: float) -> AdamUpdate:
     """The update that `step.state.steps` counts already."""
     adam, limit, multiplier = step.adam, step.adam.grad_clip_norm, 1.0
     if limit is not None and norm + CLIP_EPSILON > limit:
@@ -133,6 +141,7 @@ def _update(step: AdamStep, norm: float) -> AdamUpdate:
         step.state.steps,
         AdamRule(adam.lr, adam.beta1, adam.beta2, max(adam.eps, EPS_MIN), adam.weight_decay),
         multiplier,
+        None if step.copy is None else step.copy.flat,
     )
 
 
@@ -142,17 +151,23 @@ def _step_with_a_way_back(step: AdamStep, norm: float) -> None:
     Raises:
         NonFiniteError: they do; nothing has been changed.
     """
-    attempt = AdamStep(step.weights.clone(), step.gradient.clone(), step.state.clone(), step.adam)
-    attempt.state.steps += 1
-    rate = step.adam.lr / (1.0 - step.adam.beta1**attempt.state.steps)
+    state = step.state
+    weights, first, second = (
+        buffer.clone() for buffer in (step.weights, state.first, state.second)
+    )
+    attempted = AdamState(first, second, state.steps + 1)
+    attempt = AdamStep(weights, step.gradient.clone(), attempted, step.adam)
+    rate = step.adam.lr / (1.0 - step.adam.beta1**attempted.steps)
     if rate > torch.finfo(torch.float32).max:
         raise NonFiniteError("the learning rate leaves the range of floats")
-    multi_adam([_update(attempt, norm)])
+    multi_adam([update_of(attempt, norm)])
     # The square of a finite gradient may be infinite; it would make every later step zero.
-    for flat in (attempt.weights.flat, attempt.state.first.flat, attempt.state.second.flat):
-        if not bool(flat.isfinite().all()):
+    for buffer in (weights, first, second):
+        if not bool(buffer.flat.isfinite().all()):
             raise NonFiniteError("the optimizer step leaves the range of floats")
-    step.weights.flat.copy_(attempt.weights.flat)
-    step.state.first.flat.copy_(attempt.state.first.flat)
-    step.state.second.flat.copy_(attempt.state.second.flat)
-    step.state.steps = attempt.state.steps
+    step.weights.flat.copy_(weights.flat)
+    if step.copy is not None:
+        step.copy.flat.copy_(weights.flat)
+    state.first.flat.copy_(first.flat)
+    state.second.flat.copy_(second.flat)
+    state.steps = attempted.steps

@@ -208,7 +208,6 @@ def pack(
         routing=pass_routing(
             [[sequence.expert_routing for sequence in part] for part in parts],
             [[sequence.tokens for sequence in part] for part in parts],
-            tuple(segments),
             replayed or [False] * len(parts),
         ),
     )

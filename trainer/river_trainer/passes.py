@@ -1,7 +1,7 @@
 """Forward and backward over the jobs of many runs, in packed passes of bounded size.
 
 Each job is one operation's data on one adapter. What a job gets must not depend, to the last bit, on which other jobs
-share its passes, so everything that has an order is decided by the job alone:
+share its passes, so everything that has an order is decided by the job alone (`strands.py`):
 
 * a job is cut into *pieces* of whole sequences, of at most `piece_tokens` tokens (or one longer group);
 * its pieces are dealt to a few *strands*, as many as there are lanes; the pieces of a strand are computed one after
@@ -10,6 +10,10 @@ share its passes, so everything that has an order is decided by the job alone:
 
 Between those decisions all is free: strands of all jobs are dealt to the lanes, and a lane packs pieces of several
 strands into one pass. Within a pass every piece is a segment, and segments are computed by themselves.
+
+On an accelerator there is one lane, which starts all passes of a batch without waiting for any; what came out of them
+is fetched at the end. Two more rules hold for its kernels: a pass has at most one piece of a strand, and the adapters
+of a pass have one expert layout.
 """
 
 # Tensors carry their shape in capitals.
@@ -18,38 +22,31 @@ strands into one pass. Within a pass every piece is a segment, and segments are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from river_trainer.adapter import Adapter, FlatTensors
+from river_kernels import Segments
+from river_trainer.adapter import FlatTensors
 from river_trainer.base_model import BaseModel, SlotPairs
+from river_trainer.devices import fetched, moved
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
-from river_trainer.losses import Loss, make_input, metrics_of
-from river_trainer.packing import PackedBatch, TrainingSequence, pack, split_logprobs
-from river_trainer.protocol import ComputeTask
+from river_trainer.losses import Loss, LossData, Sums, loss_data, metrics_of
+from river_trainer.packing import PackedBatch, pack, split_logprobs
 from river_trainer.routing import Flips
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """`sequences` through `loss` on `adapter`; a gradient if `backward`, the sampler's experts if `replay`.
-
-    `task` is what it was made from.
-    """
-
-    adapter: Adapter
-    sequences: Sequence[TrainingSequence]
-    loss: Loss
-    backward: bool
-    replay: bool = False
-    task: ComputeTask | None = None
-
-    @property
-    def tokens(self) -> int:
-        return sum(sequence.tokens for sequence in self.sequences)
+from river_trainer.strands import (
+    Job,
+    Part,
+    Strand,
+    by_expert_layout,
+    cut,
+    deal,
+    one_after_another,
+    shares_of,
+    side_by_side,
+)
 
 
 @dataclass(slots=True)
@@ -69,35 +66,29 @@ class JobOutput:
         return metrics_of(loss, self.sums) | self.flips.metrics()
 
 
-@dataclass(slots=True)
-class Piece:
-    """Some consecutive sequences of a job, and what came out of them."""
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """All tensors of a pass that come from the host: they go to the device together."""
 
-    sequences: list[TrainingSequence]
-    logprobs: list[torch.Tensor] = field(default_factory=list)
-    sums: Mapping[str, float] = field(default_factory=dict)
-    flips: Flips = field(default_factory=Flips)
-
-    @property
-    def tokens(self) -> int:
-        return sum(sequence.tokens for sequence in self.sequences)
+    batch: PackedBatch
+    data: list[LossData]
 
 
-@dataclass(slots=True)
-class Strand:
-    """Consecutive pieces of one job. `gradient` is there from the first backward pass on."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What will come out of a pass that a device may still be at; by part but for `logprobs` [T] or [T, K].
 
-    job: Job
-    pieces: list[Piece]
-    gradient: FlatTensors | None = None
+    `sums` holds those of the loss, and under `_DIFFERENT` how often a router chose other experts than the sampler's.
+    """
 
-    @property
-    def tokens(self) -> int:
-        return sum(piece.tokens for piece in self.pieces)
+    parts: Sequence[Part]
+    segments: Segments
+    logprobs: torch.Tensor
+    sums: list[Sums]
+    compared: Sequence[int]
 
 
-Part = tuple[Strand, Piece]
-"""One segment of a pass."""
+_DIFFERENT = "different experts"
 
 
 class Passes:
@@ -116,6 +107,7 @@ class Passes:
         piece_tokens: int,
     ) -> None:
         assert 0 < piece_tokens <= tokens_max
+        assert base.home.is_host or lanes.count == 1, "a device has one lane"
         self._base = base
         self._lanes = lanes
         self._pool = pool
@@ -125,45 +117,53 @@ class Passes:
 
     def run(self, jobs: Sequence[Job]) -> list[JobOutput]:
         """The outputs of `jobs`, in their order."""
-        strands = [self._strands(job) for job in jobs]
+        strands = self.strands(jobs)
         by_lane = deal([strand for of_job in strands for strand in of_job], self._width)
-        self._lanes.map(self._run_lane, by_lane)
+        self._lanes.map(lambda share: note(self.start(share)), by_lane)
         return self._lanes.map(self._conclude, strands)
 
-    def _strands(self, job: Job) -> list[Strand]:
-        pieces = list(_pieces(job, self._piece_tokens))
-        return [Strand(job, part) for part in _shares(pieces, self._width)]
+    def strands(self, jobs: Sequence[Job]) -> list[list[Strand]]:
+        """What each job is cut into."""
+        return [
+            [
+                Strand(job, part)
+                for part in shares_of(list(cut(job, self._piece_tokens)), self._width)
+            ]
+            for job in jobs
+        ]
 
-    def _run_lane(self, strands: Sequence[Strand]) -> None:
-        for parts in self._passes(strands):
+    def start(self, strands: Sequence[Strand]) -> list[Started]:
+        """Computes `strands` in this lane, or has the device begin with it."""
+        return [
             self._run_pass(parts)
+            for group in self._groups(strands)
+            for parts in self._passes(group)
+        ]
+
+    def _groups(self, strands: Sequence[Strand]) -> list[list[Strand]]:
+        """Strands that may share passes."""
+        return [list(strands)] if self._base.home.is_host else by_expert_layout(strands)
 
     def _passes(self, strands: Sequence[Strand]) -> Iterator[list[Part]]:
         """What of `strands`, which are computed in one lane, goes into each pass."""
-        parts: list[Part] = []
-        tokens = 0
-        for strand in strands:
-            for piece in strand.pieces:
-                if parts and tokens + piece.tokens > self._tokens_max:
-                    yield parts
-                    parts, tokens = [], 0
-                parts.append((strand, piece))
-                tokens += piece.tokens
-        if parts:
-            yield parts
+        form = one_after_another if self._base.home.is_host else side_by_side
+        return form(strands, self._tokens_max)
 
-    def _run_pass(self, parts: Sequence[Part]) -> None:
-        batch, slots = self._pack(parts), self._slots(parts)
+    def _run_pass(self, parts: Sequence[Part]) -> Started:
+        cargo, slots = self._load(parts), self._slots(parts)
         with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
-            logprobs, entropy_T = self._base.token_logprobs(batch, slots)
-            losses = self._losses(parts, batch, logprobs, entropy_T)
+            logprobs, entropy_T = self._base.token_logprobs(cargo.batch, slots)
+            started, losses = self._losses(parts, cargo, logprobs, entropy_T)
         if losses:
             torch.autograd.backward(losses)
+        return started
 
-    def _pack(self, parts: Sequence[Part]) -> PackedBatch:
-        return pack(
+    def _load(self, parts: Sequence[Part]) -> Cargo:
+        batch = pack(
             [piece.sequences for _, piece in parts], [strand.job.replay for strand, _ in parts]
         )
+        data = [loss_data(strand.job.loss, piece.sequences) for strand, piece in parts]
+        return moved(Cargo(batch, data), self._base.home.device)
 
     def _slots(self, parts: Sequence[Part]) -> list[SlotPairs]:
         """What the adapter of each part does; backward passes add to the gradient of its strand."""
@@ -175,25 +175,26 @@ class Passes:
     def _losses(
         self,
         parts: Sequence[Part],
-        batch: PackedBatch,
+        cargo: Cargo,
         logprobs: torch.Tensor,
         entropy_T: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        """Notes what came out of each part; returns the losses that want a backward pass."""
+    ) -> tuple[Started, list[torch.Tensor]]:
+        """What comes out of each part, and the losses that want a backward pass."""
         losses: list[torch.Tensor] = []
-        for index, (strand, piece) in enumerate(parts):
+        of_parts: list[Sums] = []
+        batch, routing = cargo.batch, cargo.batch.routing
+        for index, (strand, _) in enumerate(parts):
             segment = batch.segments[index]
             rows = slice(segment.start, segment.end)
-            if batch.routing is not None:
-                piece.flips = batch.routing.flips(index)
-            chosen = strand.job.loss
-            data = make_input(chosen, piece.sequences, logprobs[rows], entropy_T[rows])
-            loss, sums = chosen.function(data)
-            piece.sums = {name: float(value) for name, value in sums.items()}
-            piece.logprobs = split_logprobs(logprobs[rows].detach(), piece.sequences)
+            data = cargo.data[index].with_outputs(logprobs[rows], entropy_T[rows])
+            loss, sums = strand.job.loss.function(data)
+            if routing is not None and routing.compared[index]:
+                sums = {**sums, _DIFFERENT: routing.different(segment)}
+            of_parts.append(sums)
             if strand.job.backward:
                 losses.append(loss)
-        return losses
+        compared = [0] * len(parts) if routing is None else routing.compared
+        return Started(parts, batch.segments, logprobs.detach(), of_parts, compared), losses
 
     def _conclude(self, strands: Sequence[Strand]) -> JobOutput:
         output = JobOutput()
@@ -216,47 +217,41 @@ class Passes:
         return output
 
 
+def note(passes: Sequence[Started]) -> None:
+    """Waits for `passes` and writes what came out of them into their pieces."""
+    on_device = [
+        [
+            value.double()
+            for sums in started.sums
+            for value in sums.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        for started in passes
+    ]
+    # All of a batch at once, so that the device is waited for once.
+    here = iter(
+        fetched(
+            [
+                tensor
+                for started, values in zip(passes, on_device, strict=True)
+                for tensor in (started.logprobs, *([torch.stack(values)] if values else []))
+            ]
+        )
+    )
+    for started, values in zip(passes, on_device, strict=True):
+        logprobs = next(here)
+        numbers = iter(next(here).tolist() if values else [])
+        for index, (_, piece) in enumerate(started.parts):
+            segment = started.segments[index]
+            piece.sums = {
+                name: next(numbers) if isinstance(value, torch.Tensor) else float(value)
+                for name, value in started.sums[index].items()
+            }
+            different = int(piece.sums.pop(_DIFFERENT, 0))
+            piece.flips = Flips(different, started.compared[index])
+            piece.logprobs = split_logprobs(logprobs[segment.start : segment.end], piece.sequences)
+
+
 def is_finite(flat: torch.Tensor) -> bool:
     """Whether every element is; one pass without a temporary."""
     return all(bool(bound.isfinite()) for bound in torch.aminmax(flat))
-
-
-def _pieces(job: Job, tokens_max: int) -> Iterator[Piece]:
-    """Whole groups of sequences that belong together, as many as fit."""
-    piece = Piece([])
-    size = job.loss.sequences_per_group
-    for start in range(0, len(job.sequences), size):
-        group = Piece(list(job.sequences[start : start + size]))
-        if piece.sequences and piece.tokens + group.tokens > tokens_max:
-            yield piece
-            piece = Piece([])
-        piece.sequences += group.sequences
-    assert piece.sequences, "a job has data"
-    yield piece
-
-
-def _shares(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
-    """`pieces`, in their order, in at most `count` runs of about as many tokens."""
-    total = sum(piece.tokens for piece in pieces)
-    shares: list[list[Piece]] = [[] for _ in range(count)]
-    before = 0
-    for piece in pieces:
-        middle = before + piece.tokens / 2
-        shares[min(int(middle * count / total), count - 1)].append(piece)
-        before += piece.tokens
-    return [share for share in shares if share]
-
-
-def deal(strands: Sequence[Strand], count: int) -> list[list[Strand]]:
-    """`strands` to `count` lanes, the longest first to whoever has least; in each lane in their first order."""
-    loads = [0] * count
-    lane_of: dict[int, int] = {}
-    by_tokens = sorted(range(len(strands)), key=lambda index: -strands[index].tokens)
-    for index in by_tokens:
-        lane = loads.index(min(loads))
-        lane_of[index] = lane
-        loads[lane] += strands[index].tokens
-    lanes: list[list[Strand]] = [[] for _ in range(count)]
-    for index, strand in enumerate(strands):
-        lanes[lane_of[index]].append(strand)
-    return lanes

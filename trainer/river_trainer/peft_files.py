@@ -62,7 +62,8 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def export_adapter(adapter: Adapter, *, base_model: str) -> dict[str, bytes]:
-    """The files of `adapter`, by name. A function of the adapter alone; several threads may call it."""
+    """The files of `adapter`, which is on the host, by name. A function of it alone; several threads may call it."""
+    adapter.weights.wait()
     config = msgspec.json.encode(_config(adapter, base_model))
     return {
         CONFIG_FILE: msgspec.json.format(config, indent=2),

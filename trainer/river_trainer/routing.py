@@ -8,7 +8,7 @@ from the hidden states of the pass, so that gradients flow through the gate as a
 """
 
 # Tensors carry their shape in capitals.
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, N806, N815
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from river_engine.protocol import routing_dtype
-from river_kernels import Segments
+from river_kernels import Segment
 from river_trainer.errors import InvalidTaskError
 
 
@@ -69,59 +69,57 @@ def decode_routing(
     return torch.from_numpy(array.reshape(shape).astype(wide))
 
 
+@dataclass(frozen=True, slots=True)
 class PassRouting:
     """The sampler's experts of a packed pass, and what has been found out about them by its layers.
 
-    `experts_TLK` are known where `known_T` says so; the tokens of segment i are forced to them if `forced[i]`.
+    `experts_LTK` are known where `known_T` says so; the tokens of segment i are forced to them if `forced[i]`, as
+    `forced_T` says token by token. `compared[i]` are the (token, layer) of segment i that are compared: none where they
+    are forced. `different_T` counts the layers in which a token had other experts.
     """
 
-    def __init__(
-        self,
-        experts_TLK: torch.Tensor,
-        known_T: torch.Tensor,
-        segments: Segments,
-        forced: Sequence[bool],
-    ) -> None:
-        assert experts_TLK.shape[0] == known_T.shape[0] == segments[-1].end
-        assert len(forced) == len(segments)
-        self._experts_LTK = experts_TLK.long().transpose(0, 1).contiguous()
-        self._known_T = known_T
-        self._segments = segments
-        self._forced = forced
-        self._different = [0] * len(segments)
+    experts_LTK: torch.Tensor
+    known_T: torch.Tensor
+    forced_T: torch.Tensor
+    different_T: torch.Tensor
+    forced: tuple[bool, ...]
+    compared: tuple[int, ...]
 
     def route(
         self,
         layer: int,
-        segment: int,
+        rows: slice,
+        forced: Sequence[bool],
         answer: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         *,
         renormalise: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a router is to say instead of its own `answer` (logits [t, E], weights [t, K], experts [t, K])."""
-        logits_TE, _, own_TK = answer
-        rows = slice(self._segments[segment].start, self._segments[segment].end)
-        known_T, given_TK = self._known_T[rows], self._experts_LTK[layer, rows]
-        if self._forced[segment]:
-            experts_TK = torch.where(known_T[:, None], given_TK, own_TK)
-            return logits_TE, gate_weights(logits_TE, experts_TK, renormalise), experts_TK
-        other_T = (given_TK.sort(-1).values != own_TK.sort(-1).values).any(-1)
-        self._different[segment] += int((other_T & known_T).sum())
-        return answer
+        """What a router is to say instead of its own `answer` (logits [t, E], weights [t, K], experts [t, K]).
 
-    def flips(self, segment: int) -> Flips:
-        """Of one segment, once all layers have run; nothing is compared where tokens were forced."""
-        if self._forced[segment]:
-            return Flips()
-        rows = slice(self._segments[segment].start, self._segments[segment].end)
-        compared = int(self._known_T[rows].sum()) * self._experts_LTK.shape[0]
-        return Flips(self._different[segment], compared)
+        `rows` are those of whole segments, for which `forced` says whether they are.
+        """
+        logits_TE, weights_TK, experts_TK = answer
+        known_T, given_TK = self.known_T[rows], self.experts_LTK[layer, rows]
+        if not all(forced):
+            other_T = (given_TK.sort(-1).values != experts_TK.sort(-1).values).any(-1)
+            self.different_T[rows] += other_T & known_T
+        if any(forced):
+            forced_T1 = self.forced_T[rows, None]
+            experts_TK = torch.where(known_T[:, None] & forced_T1, given_TK, experts_TK)
+            replayed_TK = gate_weights(logits_TE, experts_TK, renormalise)
+            weights_TK = (
+                replayed_TK if all(forced) else torch.where(forced_T1, replayed_TK, weights_TK)
+            )
+        return logits_TE, weights_TK, experts_TK
+
+    def different(self, segment: Segment) -> torch.Tensor:
+        """In how many (token, layer) of a segment other experts were chosen, a scalar, once all layers have run."""
+        return self.different_T[segment.start : segment.end].sum()
 
 
 def pass_routing(
     parts: Sequence[Sequence[torch.Tensor | None]],
     lengths: Sequence[Sequence[int]],
-    segments: Segments,
     forced: Sequence[bool],
 ) -> PassRouting | None:
     """The routing of packed sequences, one part a segment; None if no sequence has any."""
@@ -130,13 +128,27 @@ def pass_routing(
         return None
     experts: list[torch.Tensor] = []
     known: list[torch.Tensor] = []
-    for part, part_lengths in zip(parts, lengths, strict=True):
+    forced_tokens: list[torch.Tensor] = []
+    compared: list[int] = []
+    for part, part_lengths, is_forced in zip(parts, lengths, forced, strict=True):
+        compared.append(0)
         for rows, length in zip(part, part_lengths, strict=True):
             experts.append(sample.new_zeros(length, *sample.shape[1:]) if rows is None else rows)
             is_known = torch.full((length,), rows is not None)
             is_known[-1] = False
             known.append(is_known)
-    return PassRouting(torch.cat(experts), torch.cat(known), segments, forced)
+            forced_tokens.append(torch.full((length,), is_forced))
+            if rows is not None and not is_forced:
+                compared[-1] += (length - 1) * sample.shape[1]
+    known_T = torch.cat(known)
+    return PassRouting(
+        torch.cat(experts).long().transpose(0, 1).contiguous(),
+        known_T,
+        torch.cat(forced_tokens),
+        torch.zeros(len(known_T), dtype=torch.int32),
+        tuple(forced),
+        tuple(compared),
+    )
 
 
 def gate_weights(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from river_trainer.adapter import Adapter, FlatTensors, new_adapter
+from river_trainer.adapter import Adapter, FlatTensors, adapter_from, new_adapter
+from river_trainer.devices import Home
 from river_trainer.errors import InvalidTaskError, NonFiniteError
 from river_trainer.optimizer import STATE_FILE, AdamState
 from river_trainer.passes import is_finite
@@ -27,12 +28,20 @@ class Run:
     @property
     def size_bytes(self) -> int:
         """Memory of weights, moments and a gradient, which may be pending or come with the next operation."""
-        return 4 * self.adapter.weights.flat.nbytes
+        copy = 0 if self.adapter.copy is None else self.adapter.copy.flat.nbytes
+        return 4 * self.adapter.weights.flat.nbytes + copy
+
+    def move(self, home: Home) -> None:
+        """Brings everything of the run to `home`."""
+        self.adapter = self.adapter.at(home)
+        self.optimizer = self.optimizer.on(home.device)
+        if self.gradient is not None:
+            self.gradient = self.gradient.on(home.device)
 
     def frozen(self) -> Run:
-        """The run as it is now, for a thread that writes it down while training goes on."""
-        gradient = None if self.gradient is None else self.gradient.clone()
-        adapter, optimizer = self.adapter.clone(), self.optimizer.clone()
+        """The run as it is now, on the host, for a thread that writes it down while training goes on."""
+        gradient = None if self.gradient is None else self.gradient.host_copy()
+        adapter, optimizer = self.adapter.host_copy(), self.optimizer.host_copy()
         return Run(self.run_id, adapter, optimizer, self.step, self.last_seq, gradient)
 
     def files(self, *, base_model: str, optimizer: bool) -> dict[str, bytes]:
@@ -57,7 +66,7 @@ class FailedRun:
 
 
 def new_run(run_id: str, sites: tuple[Site, ...], shape: AdapterShape) -> Run:
-    """A run that has not learned anything yet."""
+    """A run that has not learned anything yet, on the host."""
     adapter = new_adapter(sites, shape)
     return Run(run_id, adapter, AdamState.new(adapter.layout))
 
@@ -76,11 +85,11 @@ def together(pending: FlatTensors | None, gradient: FlatTensors) -> FlatTensors:
 
 
 def load_files(
-    run: Run, sites: tuple[Site, ...], files: dict[str, bytes], *, optimizer: bool
+    run: Run, sites: tuple[Site, ...], files: dict[str, bytes], home: Home, *, optimizer: bool
 ) -> None:
     """Puts stored weights, and the stored optimizer if asked for, in place of the run's; drops pending gradients.
 
-    Without the stored optimizer the run's starts anew: moments of other weights mean nothing.
+    Then the run is at `home`. Without the stored optimizer its own starts anew: moments of other weights mean nothing.
 
     Raises:
         InvalidTaskError: the files do not fit the run, which stays as it was.
@@ -96,9 +105,10 @@ def load_files(
                 param="optimizer",
             )
         state.restore(files[STATE_FILE])
-    run.adapter.weights.fill(tensors)
+    run.adapter = adapter_from(sites, shape, tensors)
     run.optimizer = state
     run.gradient = None
+    run.move(home)
 
 
 def check_same_shape(stored: AdapterShape, shape: AdapterShape) -> None:

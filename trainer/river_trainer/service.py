@@ -83,6 +83,7 @@ class Service:
         self._client = client
         self._js: JetStreamContext = client.jetstream(timeout=limits.NATS_REQUEST_TIMEOUT_S)
         self._executor = parts.executor
+        self._batch_tokens = parts.batch_tokens
         self._residency = parts.residency
         self._snapshots = parts.snapshots
         self._checkpoints = parts.checkpoints
@@ -190,7 +191,7 @@ class Service:
         live = await self._effects.live(run_id)
         # What has been told since the snapshot is rebuilt from the journal, and its adapter with it.
         if live is None or live.step <= run.step:
-            await self._effects.write_version(run_id, run.step, run.adapter.clone())
+            await self._effects.write_version(run_id, run.step, run.adapter.host_copy())
             await self._effects.refresh_live(run_id, run.step)
 
     async def _tell_snapshotted(self, run_id: str, seq: int) -> None:
@@ -209,7 +210,7 @@ class Service:
         if isinstance(run, Run) and run.last_seq == seq:
             operation = operation_id(run_id, seq)
             result = TrainResult(operation_id=operation, run_id=run_id, seq=seq, step=run.step)
-            live = await self._effects.write_version(run_id, run.step, run.adapter.clone())
+            live = await self._effects.write_version(run_id, run.step, run.adapter.host_copy())
             await self._effects.tell_result(message, result, live)
             self.metrics.count(message, result)
 
@@ -265,7 +266,7 @@ class Service:
                 await self._snapshot_idle_runs()
             self._arrived.clear()
             batch = self._scheduler.take(
-                self._settings.batch_tokens, now, ready=self._is_ready, admit=self._admission()
+                self._batch_tokens, now, ready=self._is_ready, admit=self._admission()
             )
             self.metrics.waiting(len(self._scheduler), self._scheduler.tokens)
             if batch:
@@ -337,7 +338,7 @@ class Service:
         self.metrics.batch(
             report,
             operations=len(works),
-            budget=self._settings.batch_tokens,
+            budget=self._batch_tokens,
             seconds=time.perf_counter() - started,
         )
         for (entry, _), outcome in zip(works, outcomes, strict=True):
@@ -348,7 +349,8 @@ class Service:
         for run_id in {entry.run_id for entry, _ in works}:
             self._consider_snapshot(run_id)
         self.metrics.runs(
-            resident=len(self._executor.runs),
+            device=self._residency.device_runs,
+            memory=len(self._executor.runs) - self._residency.device_runs,
             spilled=self._residency.spilled,
             resident_bytes=self._residency.resident_bytes,
         )
@@ -417,7 +419,7 @@ class Service:
 
     def _pass_over(self, run_id: str, seq: int) -> int:
         """In the worker: the run's operations up to `seq` count as done; returns its step."""
-        self._residency.bring({run_id})
+        self._residency.reach({run_id})
         self._executor.pass_seq(run_id, seq)
         run = self._executor.runs.get(run_id)
         return run.step if isinstance(run, Run) else 0
@@ -435,7 +437,7 @@ class Service:
             if self._snapshotting.busy:
                 return
             if self._effects.settled(run_id) and self._residency.holds(run_id):
-                await self._in_worker(self._residency.bring, {run_id})
+                await self._in_worker(self._residency.reach, {run_id})
                 self._consider_snapshot(run_id, idle=True)
 
     async def _beat(self) -> None:

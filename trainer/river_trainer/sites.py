@@ -22,7 +22,8 @@ class Site:
     """One frozen matrix [outputs, inputs], or `experts` of them in one parameter [experts, outputs, inputs].
 
     `name` is its path in the model, `peft_prefix` what its two tensors are called in PEFT's file, `target` how
-    PEFT's configuration refers to it. `outer` is the factor of the model's width, which experts may share.
+    PEFT's configuration refers to it. `outer` is the factor of the model's width, which experts may share. A site that
+    `is_float32` computes in that precision whatever the model's dtype.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Site:
     target: str
     experts: int | None = None
     outer: Literal["a", "b"] | None = None
+    is_float32: bool = False
 
     def shares(self, factor: Literal["a", "b"], layout: ExpertLayout) -> bool:
         """Whether `factor` is one for all experts."""

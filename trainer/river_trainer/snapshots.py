@@ -66,6 +66,7 @@ class Snapshots:
         else:
             files = run.files(base_model=self._base_model, optimizer=True)
             if run.gradient is not None:
+                run.gradient.wait()
                 files[_GRADIENT_FILE] = save({_GRADIENT_NAME: run.gradient.flat})
             seed = run.adapter.shape.seed
             facts = _Facts(last_seq=run.last_seq, step=run.step, seed=seed)

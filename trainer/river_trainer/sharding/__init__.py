@@ -16,6 +16,6 @@ could drift apart, and what a run weighs it weighs once.
 * All processes run the same passes at the same time, one each; who has no data for one runs it on a filler token.
 
 If a process dies or falls out of step, the others notice by its closed connection, or after `limits.GROUP_TIMEOUT_S`,
-and end with 1; `torchrun` ends, or restarts, all of them, and the journal is replayed. On CPUs they talk through gloo.
-The same code is meant for NCCL on GPUs, where it has not been run.
+and end with 1; `torchrun` ends, or restarts, all of them, and the journal is replayed. On CPUs they talk through gloo;
+on GPUs through NCCL, where this has not been run.
 """

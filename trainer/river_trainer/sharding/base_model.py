@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from river_kernels import FrozenWeight, matrices_of, moe_lora_parallel
 from river_trainer.base_model import BaseModel
 from river_trainer.errors import ShardingError
+from river_trainer.loading import move_stored
 from river_trainer.sharding.group import Group
 
 
@@ -20,8 +21,9 @@ class ShardedBaseModel(BaseModel):
     """A `BaseModel` divided among the processes of `group`, which call `token_logprobs` and backward in step.
 
     Slots and pairs are those of all processes, see `river_kernels.expert_parallel`; segments are of this one's tokens.
-    One lane only. The whole model is in memory while it is being loaded, and a part of it from then on; of dense
-    layers that are stored in 8 or 4 bits every process keeps all, as gathering them would take longer than they save.
+    One lane only. The whole model is in the host's memory while it is being loaded, and a part of it, on the group's
+    device, from then on; of dense layers that are stored in 8 or 4 bits every process keeps all, as gathering them
+    would take longer than they save.
     """
 
     def __init__(self, path: str | Path, group: Group, dtype: torch.dtype = torch.float32) -> None:
@@ -32,12 +34,16 @@ class ShardedBaseModel(BaseModel):
             ModelFormatError: its weights are stored in a way that the trainer does not know.
             ShardingError: a layer's experts cannot be divided evenly.
         """
-        super().__init__(path, dtype)
+        self._group = group
+        super().__init__(path, dtype, group.device)
+
+    def _settle(self) -> None:
+        """Brings this process's part of the model, and no more, to where it computes."""
         experts = [module for module in self._model.modules() if hasattr(module, "river_experts")]
         for module in experts:
-            _keep_experts(module, group)
+            _keep_experts(module, self._group)
         divided = {weight for module in experts for weight in module.parameters()}
-        self._shard_dense(group, divided)
+        self._shard_dense(self._group, divided)
 
     def _shard_dense(self, group: Group, divided: set[nn.Parameter]) -> None:
         network = self._network
@@ -48,6 +54,7 @@ class ShardedBaseModel(BaseModel):
         # The whole network comes last: it takes what is left, and its hooks see every pass begin and end.
         for part in [*parts, network]:
             fully_shard(part, mesh=group.mesh, reshard_after_forward=True, ignored_params=divided)
+        move_stored(network, group.device)
 
 
 @torch.no_grad()
@@ -61,7 +68,7 @@ def _keep_experts(module: Any, group: Group) -> None:
                 f"the {experts} experts of {module.river_name} cannot be divided evenly among {group.size} processes"
             )
         own = experts // group.size
-        part = matrices_of(whole, group.rank * own, (group.rank + 1) * own)
+        part = matrices_of(whole, group.rank * own, (group.rank + 1) * own).to(group.device)
         is_tensor = isinstance(part, torch.Tensor)
         setattr(module, name, nn.Parameter(part, requires_grad=False) if is_tensor else part)
     module.river_experts = partial(moe_lora_parallel, process_group=group.world)

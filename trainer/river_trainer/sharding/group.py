@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from river_trainer import limits
+from river_trainer.devices import HOST
 from river_trainer.errors import GroupBrokenError
 
 
@@ -28,14 +29,15 @@ class Group:
     begins to say something holds `turn` until the others listen again.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
         """Joins the group that the environment names, see `torch.distributed.init_process_group`."""
-        self.device = device or torch.device("cpu")
+        self.device = device
         self.turn = threading.Lock()
         timeout = timedelta(seconds=limits.GROUP_TIMEOUT_S)
         with in_step():
-            backend = "gloo" if self.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, timeout=timeout)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group(backend_of(self.device), timeout=timeout)
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.mesh: DeviceMesh = init_device_mesh(self.device.type, (self.size,))
             self.world: dist.ProcessGroup = self.mesh.get_group()
@@ -76,6 +78,11 @@ class Group:
         """Closes all connections; the others are told so, or notice."""
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def backend_of(device: torch.device) -> str:
+    """What carries tensors that lie on `device` from process to process."""
+    return "gloo" if device.type == "cpu" else "nccl"
 
 
 @contextmanager

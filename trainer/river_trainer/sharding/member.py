@@ -6,10 +6,9 @@ import logging
 import signal
 import sys
 
-import torch
-
+from river_trainer.assembly import home_of
 from river_trainer.base_model import BaseModel
-from river_trainer.errors import GroupBrokenError, ShardingError
+from river_trainer.errors import DeviceError, GroupBrokenError, ShardingError
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes, settle
 from river_trainer.settings import TrainerSettings
@@ -17,6 +16,7 @@ from river_trainer.sharding.base_model import ShardedBaseModel
 from river_trainer.sharding.group import Group
 from river_trainer.sharding.messages import Batch, Stop
 from river_trainer.sharding.passes import ShardedPasses
+from river_trainer.sharding.place import find_place
 
 logger = logging.getLogger("river.trainer")
 
@@ -27,12 +27,13 @@ def follow(settings: TrainerSettings) -> None:
         # torchrun sends it to all; rank 0 finishes its batch first, and then sends us home.
         signal.signal(number, signal.SIG_IGN)
     try:
-        group = Group()
-        base = ShardedBaseModel(settings.model_path, group, getattr(torch, settings.trainer_dtype))
+        home = home_of(settings, find_place())
+        group = Group(home.device)
+        base = ShardedBaseModel(settings.model_path, group, home.dtype)
         settle()
         take_part(group, base, settings)
         group.leave()
-    except (GroupBrokenError, ShardingError) as error:
+    except (DeviceError, GroupBrokenError, ShardingError) as error:
         sys.exit(str(error))
 
 
@@ -42,13 +43,14 @@ def take_part(group: Group, base: BaseModel, settings: TrainerSettings) -> None:
     Raises:
         GroupBrokenError: it will not say anything any more.
     """
+    sizes = settings.sizes(base.home.device.type)
     passes = ShardedPasses(
         base,
-        Lanes(1),
-        GradientPool(),
+        Lanes(1, base.home.device),
+        GradientPool(base.home.device),
         group=group,
-        tokens_max=settings.micro_batch_tokens,
-        piece_tokens=min(settings.piece_tokens, settings.micro_batch_tokens),
+        tokens_max=sizes.pass_tokens,
+        piece_tokens=sizes.piece_tokens,
     )
     context_length = settings.context_length or base.context_length
     while not isinstance(message := group.hear(), Stop):

@@ -15,15 +15,17 @@ import torch
 from river_kernels import NO_ADAPTER, Segment
 from river_trainer.adapter import Adapter, FlatTensors, layout_of
 from river_trainer.base_model import BaseModel
+from river_trainer.devices import moved
 from river_trainer.errors import PassFailedError
 from river_trainer.gradients import GradientPool
 from river_trainer.jobs import make_job
 from river_trainer.lanes import Lanes
-from river_trainer.packing import PackedBatch, TrainingSequence, pack
-from river_trainer.passes import Job, JobOutput, Part, Passes, Piece, Strand, deal
+from river_trainer.packing import TrainingSequence, pack
+from river_trainer.passes import Cargo, JobOutput, Passes, Started, note
 from river_trainer.protocol import AdapterShape, ComputeTask
 from river_trainer.sharding.group import Group, in_step
 from river_trainer.sharding.messages import Batch
+from river_trainer.strands import Job, Part, Piece, Strand, deal
 
 logger = logging.getLogger("river.trainer")
 
@@ -77,7 +79,7 @@ class ShardedPasses(Passes):
             self._group.say(Batch(shapes, asked, self._tokens_max, self._piece_tokens))
             for adapter in adapters:
                 self._group.share(adapter.weights.flat)
-            strands = [self._strands(job) for job in jobs]
+            strands = self.strands(jobs)
             failures = self._in_lane(strands)
         if failures:
             raise PassFailedError("; ".join(failures))
@@ -99,16 +101,17 @@ class ShardedPasses(Passes):
                 make_job(task, adapters[index], self._base, context_length=context_length)
                 for index, task in batch.jobs
             ]
-        strands = [self._strands(job) for job in jobs]
+        strands = self.strands(jobs)
         self._in_lane(strands)
         for strand in (strand for of_job in strands for strand in of_job):
             if strand.gradient is not None:
                 self._pool.give(strand.gradient)
 
     def _receive(self, shape: AdapterShape) -> Adapter:
-        weights = FlatTensors.zeros(layout_of(self._base.sites, shape))
+        home = self._base.home
+        weights = FlatTensors.zeros(layout_of(self._base.sites, shape), home.device)
         self._group.share(weights.flat)
-        return Adapter(shape, weights)
+        return Adapter(shape, weights).at(home)
 
     # ---- Everybody -------------------------------------------------------------------------------
 
@@ -136,34 +139,55 @@ class ShardedPasses(Passes):
 
     def _run_share(self, shares: Sequence[Sequence[Strand]]) -> str | None:
         """All passes; returns what went wrong in this process's share, with which the passes went on without loss."""
-        by_rank = [list(self._passes(share)) for share in shares]
         failure: str | None = None
-        for index in range(max(len(passes) for passes in by_rank)):
-            together = [passes[index] if index < len(passes) else [] for passes in by_rank]
-            failure = self._run_together(together) or failure
+        own: list[Started] = []
+        for group in self._groups([strand for share in shares for strand in share]):
+            members = {id(strand) for strand in group}
+            by_rank = [
+                list(self._passes([strand for strand in share if id(strand) in members]))
+                for share in shares
+            ]
+            for index in range(max(len(passes) for passes in by_rank)):
+                together = [passes[index] if index < len(passes) else [] for passes in by_rank]
+                outcome = self._run_together(together)
+                if isinstance(outcome, Started):
+                    own.append(outcome)
+                failure = outcome if isinstance(outcome, str) else failure
+        note(own)
         return failure
 
-    def _run_together(self, by_rank: Sequence[Sequence[Part]]) -> str | None:
-        """One pass of every process: the parts of all are its slots, and this one's are its segments."""
+    def _run_together(self, by_rank: Sequence[Sequence[Part]]) -> Started | str | None:
+        """One pass of every process: the parts of all are its slots, and this one's are its segments.
+
+        Returns what will come out of this one's, or what went wrong with it.
+        """
         everything = [part for parts in by_rank for part in parts]
         own = by_rank[self._group.rank]
         first_slot = sum(len(parts) for parts in by_rank[: self._group.rank])
         slots = self._slots(everything)
         backward = any(strand.job.backward for strand, _ in everything)
-        batch = _numbered(self._pack(own), first_slot) if own else _filler()
-        failure: str | None = None
+        cargo = _numbered(self._load(own), first_slot) if own else self._filler()
+        outcome: Started | str | None = None
         with torch.set_grad_enabled(backward):
-            logprobs, entropy_T = self._base.token_logprobs(batch, slots)
+            logprobs, entropy_T = self._base.token_logprobs(cargo.batch, slots)
             losses: list[torch.Tensor] = []
             try:
-                losses = self._losses(own, batch, logprobs, entropy_T) if own else []
+                if own:
+                    outcome, losses = self._losses(own, cargo, logprobs, entropy_T)
             except Exception as error:  # a supervisor: the others are in the backward pass already
                 logger.exception("a share of a pass failed")
-                failure = f"{type(error).__name__} in rank {self._group.rank}"
+                outcome = f"{type(error).__name__} in rank {self._group.rank}"
             if backward:
                 # Who has no loss of its own still has experts, and weights to gather, for the others' backward.
                 torch.autograd.backward(losses or [logprobs.sum() * 0.0])
-        return failure
+        return outcome
+
+    def _filler(self) -> Cargo:
+        """One token without an adapter."""
+        token, nothing = torch.zeros(1, dtype=torch.long), torch.zeros(1)
+        batch = pack([[TrainingSequence(token, token, nothing, None, None, None)]])
+        batch = replace(batch, segments=(Segment(NO_ADAPTER, 0, 1),))
+        return moved(Cargo(batch, []), self._base.home.device)
 
 
 def _outcome(piece: Piece) -> dict[str, Any]:
@@ -172,15 +196,9 @@ def _outcome(piece: Piece) -> dict[str, Any]:
     return {name: getattr(piece, name) for name in names}
 
 
-def _numbered(batch: PackedBatch, first_slot: int) -> PackedBatch:
+def _numbered(cargo: Cargo, first_slot: int) -> Cargo:
     segments = tuple(
-        Segment(segment.slot + first_slot, segment.start, segment.end) for segment in batch.segments
+        Segment(segment.slot + first_slot, segment.start, segment.end)
+        for segment in cargo.batch.segments
     )
-    return replace(batch, segments=segments)
-
-
-def _filler() -> PackedBatch:
-    """One token without an adapter."""
-    token, nothing = torch.zeros(1, dtype=torch.long), torch.zeros(1)
-    batch = pack([[TrainingSequence(token, token, nothing, None, None, None)]])
-    return replace(batch, segments=(Segment(NO_ADAPTER, 0, 1),))
+    return replace(cargo, batch=replace(cargo.batch, segments=segments))

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Process `rank`, counted from 0, of `size`."""
+    """Process `rank`, counted from 0, of `size`; `local_rank` of those on this machine, each of which has a device."""
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
 
     @property
     def leads(self) -> bool:
@@ -32,7 +33,11 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
         ValueError: the environment contradicts itself.
     """
     environment = os.environ if environment is None else environment
-    place = Place(int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1")))
+    rank, size, local_rank = (
+        int(environment.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    place = Place(rank, size, local_rank)
     if not 0 <= place.rank < place.size:
         raise ValueError(f"RANK {place.rank} of WORLD_SIZE {place.size} processes")
     return place

@@ -101,11 +101,15 @@ def fused(original: Any, name: str, running: Running, rotary: nn.Module) -> Fuse
         return None
     if len({type(getattr(original, kind).weight) for kind in PROJECTIONS}) != 1:
         return None  # Some are stored in fewer bits, some are not.
+    if original.q_proj.weight.shape[0] != original.o_proj.weight.shape[1]:
+        return None  # Queries bring a gate of the output with them.
     assert running.packing is not None
     tokens, width = running.packing.packed.numel(), original.q_proj.weight.shape[1]
     probe = torch.linspace(-2.0, 2.0, tokens * width).sin().view(1, tokens, width)
     probe = probe.to(original.q_proj.weight.dtype)
     tables = rotary(probe, torch.arange(tokens)[None])
+    if tables[0].shape[-1] != original.head_dim:
+        return None  # Only a part of each head is rotated.
     with torch.no_grad():
         expected, _ = original(probe, position_embeddings=tables, attention_mask=None)
         ours = FusedAttention(original, name, running)

@@ -16,6 +16,8 @@ from river_ops.bench.our_trainer import OurTrainer
 from river_ops.bench.peft_peer import Experts, PeftTrainer
 from river_ops.bench.programs import answer_with, program_settings
 from river_ops.models import TINY_MOE
+from river_trainer.base_model import BaseModel
+from river_trainer.lanes import Lanes
 from river_trainer.protocol import Adam, AdapterShape
 
 ADAM = Adam(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, grad_clip_norm=1.0)
@@ -77,7 +79,8 @@ def measure(settings: StepSettings) -> StepAnswer:
         train_unembed=True,
         expert_layout="per_expert",
     )
-    ours = OurTrainer(TINY_MOE, shape=shape, runs=runs, adam=ADAM, lanes=torch.get_num_threads())
+    base, lanes = BaseModel(TINY_MOE), Lanes(torch.get_num_threads())
+    ours = OurTrainer(base, shape=shape, runs=runs, adam=ADAM, lanes=lanes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ours.write_adapter(folder)

@@ -1,0 +1,60 @@
+"""The same passes without any adapter: forward, loss and backward through the frozen layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from river_kernels import NO_ADAPTER, Segment
+from river_ops.bench.our_trainer import sequences_of
+from river_trainer.base_model import BaseModel
+from river_trainer.lanes import Lanes
+from river_trainer.packing import PackedBatch, TrainingSequence, decode_sequence, pack
+
+
+class FrozenPasses:
+    """Packed passes of at most `pass_tokens` tokens, dealt to the lanes."""
+
+    def __init__(self, base: BaseModel, lanes: Lanes, *, pass_tokens: int) -> None:
+        self._base = base
+        self._lanes = lanes
+        self._pass_tokens = pass_tokens
+
+    def step(self, batches_NST: Sequence[torch.Tensor]) -> float:  # noqa: N803
+        """Forward and backward of all batches [S, T]; the loss summed over tokens."""
+        decoded = [
+            decode_sequence(
+                sequence,
+                index=index,
+                vocab_size=self._base.vocab_size,
+                context_length=self._base.context_length,
+            )
+            for batch in batches_NST
+            for index, sequence in enumerate(sequences_of(batch))
+        ]
+        losses = self._lanes.map(self._run_pass, list(self._passes(decoded)))
+        return sum(float(loss) for loss in losses)
+
+    def _passes(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+        passes: list[list[TrainingSequence]] = [[]]
+        for sequence in sequences:
+            tokens = sum(other.tokens for other in passes[-1])
+            if passes[-1] and tokens + sequence.tokens > self._pass_tokens:
+                passes.append([])
+            passes[-1].append(sequence)
+        return passes
+
+    def _run_pass(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+        batch = self._frozen(pack([sequences]))
+        weights_T = torch.cat([sequence.weights for sequence in sequences])  # noqa: N806
+        with torch.enable_grad():
+            logprobs_T, _ = self._base.token_logprobs(batch, [])  # noqa: N806
+            loss = -(logprobs_T * weights_T.to(logprobs_T.device)).sum()
+        loss.backward()
+        return loss.detach()
+
+    def _frozen(self, batch: PackedBatch) -> PackedBatch:
+        tokens = batch.input_ids.numel()
+        return replace(batch, segments=(Segment(NO_ADAPTER, 0, tokens),))

@@ -103,6 +103,20 @@ def test_kernels() -> None:
             assert found["cpu_speedup"][key] == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.slow
+def test_layers() -> None:
+    """New adapters change no loss, all rates are there, and overheads are those of the times beside them."""
+    found = report("layers")
+    assert found["loss_difference_per_token"] < 1e-2
+    assert found["adapter_weights"] > 0
+    assert list(found["tokens_per_s"]) == ["frozen", "1", "4", "16"]
+    assert all(is_positive(value) for value in found["tokens_per_s"].values())
+    assert all(is_positive(value) for value in found["optimizer_ms_per_adapter"].values())
+    times = found["forward_backward_ms"]
+    for runs, percent in found["over_frozen_percent"].items():
+        assert percent == pytest.approx(100 * (times[runs] / times["frozen"] - 1), abs=0.5)
+
+
 def test_every_benchmark_is_tested() -> None:
     """A benchmark that is added is added here too."""
     assert all(f"test_{name}" in globals() for name in BENCHMARKS)

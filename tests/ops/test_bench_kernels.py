@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from river_ops.bench.kernels.contender import FrozenRiver, River
+from river_ops.bench.kernels.contender import FrozenRiver, River, RiverOneByOne, step
 from river_ops.bench.kernels.goals import cpu_goals, gpu_goals
 from river_ops.bench.kernels.grid import MODULES, OUT_OF_TIME, Grid
 from river_ops.bench.kernels.grouped import FrozenGrouped, SplitLora, grouped_product
@@ -22,7 +22,7 @@ from river_ops.bench.kernels.parity import (
     results_of,
 )
 from river_ops.bench.kernels.report import CellRows, KernelsReport, Row, compare_with_base, table
-from river_ops.bench.kernels.runs import GPU_CONTENDERS, gpu_cells, run_grid
+from river_ops.bench.kernels.runs import GPU_CONTENDERS, GPU_SIZES, gpu_cells, run_grid
 from river_ops.bench.kernels.workload import (
     Base,
     Cell,
@@ -97,6 +97,20 @@ def test_the_grid_of_the_design() -> None:
     assert all(cell.routing == "uniform" and cell.ranks == (16,) for cell in cells[:16])
     assert set(gpu_cells(quick=True)) < set(cells)
     assert set(GPU_CONTENDERS) < set(MODULES)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_waits_for_nothing_on_a_device(layout: ExpertLayout) -> None:
+    """At the sizes of the design every contender of torch and ours goes through on memory without storage."""
+    base = make_base(GPU_SIZES, torch.device("meta"), torch.bfloat16)
+    cell = Cell(tokens=8190, adapters=3, ranks=(8, 16, 32), layout=layout)
+    workload = make_workload(cell, base)
+    for kind in (River, RiverOneByOne, FrozenRiver, FrozenGrouped, SplitLora):
+        contender = kind(workload)
+        step(contender)
+        for part in contender.parts:
+            assert part.x_TH.grad is not None
+            assert part.x_TH.grad.shape == part.x_TH.shape
 
 
 def test_a_wrong_contender_is_found_out(base: Base) -> None:

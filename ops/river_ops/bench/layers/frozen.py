@@ -15,7 +15,7 @@ from river_trainer.packing import PackedBatch, TrainingSequence, decode_sequence
 
 
 class FrozenPasses:
-    """Packed passes of at most `pass_tokens` tokens, dealt to the lanes."""
+    """Packed passes of at most `pass_tokens` tokens, of which every lane has its share."""
 
     def __init__(self, base: BaseModel, lanes: Lanes, *, pass_tokens: int) -> None:
         self._base = base
@@ -38,10 +38,12 @@ class FrozenPasses:
         return sum(float(loss) for loss in losses)
 
     def _passes(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+        total = sum(sequence.tokens for sequence in sequences)
+        tokens_max = min(self._pass_tokens, -(-total // self._lanes.count))
         passes: list[list[TrainingSequence]] = [[]]
         for sequence in sequences:
             tokens = sum(other.tokens for other in passes[-1])
-            if passes[-1] and tokens + sequence.tokens > self._pass_tokens:
+            if passes[-1] and tokens + sequence.tokens > tokens_max:
                 passes.append([])
             passes[-1].append(sequence)
         return passes

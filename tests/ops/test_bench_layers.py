@@ -55,3 +55,17 @@ def test_the_trainer_runs_it_as_transformers_does(folder: Path) -> None:
         logprobs = theirs(input_ids=tokens).logits[:, :-1].log_softmax(-1)
     expected = -logprobs.gather(2, tokens[:, 1:, None]).sum()
     assert ours == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_frozen_passes_wait_for_no_device(folder: Path) -> None:
+    """The step without adapters is planned on memory without storage, where whoever looks at a number fails."""
+    base = BaseModel(folder, torch.bfloat16, torch.device("meta"))
+    lanes = Lanes(1)
+    try:
+        passes = FrozenPasses(base, lanes, pass_tokens=64)
+        tokens = torch.zeros(3, 20, dtype=torch.int64)
+        (loss,) = lanes.map(passes.run_pass, passes.passes(passes.decoded([tokens])))
+    finally:
+        lanes.close()
+    assert loss.is_meta
+    assert loss.shape == ()

@@ -161,7 +161,6 @@ def settings_of(base: Base, more: dict[str, int]) -> dict[str, int | float | str
         "hidden": sizes.hidden,
         "inner": sizes.inner,
         "experts": sizes.experts,
-        "chosen": sizes.chosen,
         "rank": RANK,
         "dtype": str(base.gate_up.dtype).removeprefix("torch."),
         "torch": str(torch.__version__),

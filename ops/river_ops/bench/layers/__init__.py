@@ -62,8 +62,8 @@ def plan_for(device: torch.device, *, quick: bool) -> Plan:
             tokens=512 if quick else 2048,
             rounds=rounds,
             lanes=1,
-            pass_tokens=32_768,
-            piece_tokens=16_384,
+            pass_tokens=limits.ACCELERATOR_MICRO_BATCH_TOKENS,
+            piece_tokens=limits.ACCELERATOR_PIECE_TOKENS,
         )
     return Plan(
         device=device,
@@ -114,8 +114,8 @@ def run_plan(plan: Plan, *, say: Callable[[str], None]) -> LayersReport:
         write_slice(config, Path(name), plan.dtype)
         gc.collect()
         say("loading…")
-        base = BaseModel(name, plan.dtype)
-    lanes = Lanes(plan.lanes)
+        base = BaseModel(name, plan.dtype, plan.device)
+    lanes = Lanes(plan.lanes, plan.device)
     shape = AdapterShape(
         rank=RANK,
         alpha=2.0 * RANK,

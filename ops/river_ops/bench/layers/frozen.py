@@ -10,6 +10,7 @@ import torch
 from river_kernels import NO_ADAPTER, Segment
 from river_ops.bench.our_trainer import sequences_of
 from river_trainer.base_model import BaseModel
+from river_trainer.devices import moved
 from river_trainer.lanes import Lanes
 from river_trainer.packing import PackedBatch, TrainingSequence, decode_sequence, pack
 
@@ -24,7 +25,12 @@ class FrozenPasses:
 
     def step(self, batches_NST: Sequence[torch.Tensor]) -> float:  # noqa: N803
         """Forward and backward of all batches [S, T]; the loss summed over tokens."""
-        decoded = [
+        losses = self._lanes.map(self.run_pass, self.passes(self.decoded(batches_NST)))
+        return sum(float(loss) for loss in losses)
+
+    def decoded(self, batches_NST: Sequence[torch.Tensor]) -> list[TrainingSequence]:  # noqa: N803
+        """The rows of all batches."""
+        return [
             decode_sequence(
                 sequence,
                 index=index,
@@ -34,10 +40,9 @@ class FrozenPasses:
             for batch in batches_NST
             for index, sequence in enumerate(sequences_of(batch))
         ]
-        losses = self._lanes.map(self._run_pass, list(self._passes(decoded)))
-        return sum(float(loss) for loss in losses)
 
-    def _passes(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+    def passes(self, sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
+        """Who goes together."""
         total = sum(sequence.tokens for sequence in sequences)
         tokens_max = min(self._pass_tokens, -(-total // self._lanes.count))
         passes: list[list[TrainingSequence]] = [[]]
@@ -48,15 +53,17 @@ class FrozenPasses:
             passes[-1].append(sequence)
         return passes
 
-    def _run_pass(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
-        batch = self._frozen(pack([sequences]))
+    def run_pass(self, sequences: Sequence[TrainingSequence]) -> torch.Tensor:
+        """Forward and backward; the loss, on the device."""
         weights_T = torch.cat([sequence.weights for sequence in sequences])  # noqa: N806
+        batch, weights_T = moved((_frozen(pack([sequences])), weights_T), self._base.home.device)  # noqa: N806
         with torch.enable_grad():
             logprobs_T, _ = self._base.token_logprobs(batch, [])  # noqa: N806
-            loss = -(logprobs_T * weights_T.to(logprobs_T.device)).sum()
+            loss = -(logprobs_T * weights_T).sum()
         loss.backward()
         return loss.detach()
 
-    def _frozen(self, batch: PackedBatch) -> PackedBatch:
-        tokens = batch.input_ids.numel()
-        return replace(batch, segments=(Segment(NO_ADAPTER, 0, tokens),))
+
+def _frozen(batch: PackedBatch) -> PackedBatch:
+    """`batch` with nobody's tokens."""
+    return replace(batch, segments=(Segment(NO_ADAPTER, 0, batch.input_ids.numel()),))

@@ -18,7 +18,7 @@ PATTERN_SIZE = 4_194_301
 
 INITIAL_STD = 0.02
 
-REDUCED: dict[str, int] = {
+REDUCED: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "num_attention_heads": 4,
@@ -34,7 +34,7 @@ REDUCED: dict[str, int] = {
 
 def slice_config(layers: int, *, reduced: bool) -> Qwen3_5MoeTextConfig:
     """Qwen3.6-35B-A3B with so many layers: what transformers takes for granted of its family are its dimensions."""
-    dimensions = REDUCED if reduced else {}
+    dimensions: dict[str, Any] = REDUCED if reduced else {}
     return Qwen3_5MoeTextConfig(
         num_hidden_layers=layers, layer_types=["full_attention"] * layers, **dimensions
     )

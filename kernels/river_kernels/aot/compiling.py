@@ -22,8 +22,11 @@ _KIB = 1024
 SHARED_BYTES_MAX = {80: 163 * _KIB, 86: 99 * _KIB, 89: 99 * _KIB, 90: 227 * _KIB, 100: 227 * _KIB}
 """What one block may have of an architecture's shared memory."""
 
+_GROUP_INSTRUCTIONS = {9: "wgmma", 10: "tcgen05"}
+"""By generation, the first digits of an architecture's number."""
+
 _WARPS_OF_GROUP = 4
-_WGMMA_ROWS, _WGMMA_COLUMNS = 64, 8
+_GROUP_ROWS, _GROUP_COLUMNS = 64, 8
 
 _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _HALVES = {"bf16", "f16"}
@@ -109,23 +112,21 @@ def expected_instructions(
 ) -> tuple[str, ...]:
     """The matrix instructions that products of 16-bit numbers have to become.
 
-    On sm_90 a product takes `wgmma` if its rows fill the 64 of a warp group, there are whole warp groups, and its
-    columns come in eights; a smaller one takes `mma.sync`, which is right for it: filling 64 rows with 16 useful ones
-    would read four times as much. sm_100 has tcgen05 for the large and `mma.sync` for the small, where Triton weighs
-    more than their shape; either will do there. Others have `mma.sync`.
+    A generation may have an instruction for a whole group of warps. A product takes it if its rows fill the 64 of the
+    instruction, its columns come in eights, and there are whole groups of warps. A smaller product takes `mma.sync`,
+    which is right for it: in 64 rows with 16 useful ones, three quarters of what is read and multiplied is for nothing.
     """
     halves = [product for product in products if product.element in _HALVES]
-    if not halves:
-        return ()
-    if architecture // 10 == 9:  # noqa: PLR2004  # Hopper
-        large = [
-            product.rows % _WGMMA_ROWS == 0
-            and product.columns % _WGMMA_COLUMNS == 0
-            and warps % _WARPS_OF_GROUP == 0
-            for product in halves
-        ]
-        return (("wgmma",) if any(large) else ()) + (() if all(large) else ("mma.sync",))
-    return ("mma.sync",)
+    group_instruction = _GROUP_INSTRUCTIONS.get(architecture // 10)
+    is_large = [
+        group_instruction is not None
+        and product.rows % _GROUP_ROWS == 0
+        and product.columns % _GROUP_COLUMNS == 0
+        and warps % _WARPS_OF_GROUP == 0
+        for product in halves
+    ]
+    large = (group_instruction,) if group_instruction is not None and any(is_large) else ()
+    return large if all(is_large) else (*large, "mma.sync")
 
 
 def products_of(ttir: str) -> list[Product]:

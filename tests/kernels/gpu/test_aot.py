@@ -92,6 +92,8 @@ def test_the_command_refuses_to_interpret(tmp_path: Path, monkeypatch: pytest.Mo
         ([Product(16, 32, "bf16")], 90, 4, ("mma.sync",)),
         ([Product(64, 16, "bf16"), Product(16, 64, "bf16")], 90, 4, ("wgmma", "mma.sync")),
         ([Product(64, 32, "bf16")], 80, 4, ("mma.sync",)),
+        ([Product(128, 32, "bf16")], 100, 4, ("tcgen05",)),
+        ([Product(32, 32, "bf16"), Product(16, 64, "f32")], 100, 4, ("mma.sync",)),
         ([Product(64, 32, "f32")], 90, 4, ()),
         ([], 90, 4, ()),
     ],
@@ -99,7 +101,7 @@ def test_the_command_refuses_to_interpret(tmp_path: Path, monkeypatch: pytest.Mo
 def test_which_instructions_products_should_become(
     products: list[Product], architecture: int, warps: int, expected: tuple[str, ...]
 ) -> None:
-    """Full warp groups have `wgmma` on sm_90, everything smaller or older `mma.sync`, float32 neither."""
+    """Full groups of warps have `wgmma` or `tcgen05`, everything smaller or older `mma.sync`, float32 neither."""
     assert expected_instructions(products, architecture, warps) == expected
 
 

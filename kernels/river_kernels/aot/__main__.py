@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -16,6 +17,16 @@ from river_kernels.aot.compiling import SHARED_BYTES_MAX, Compiled, compile_prog
 from river_kernels.aot.programs import Program, programs_of, sample_of
 from river_kernels.aot.workloads import all_launches
 
+HEAD = (
+    "arch",
+    "kernel",
+    "programs",
+    "registers",
+    "spilled",
+    "shared",
+    "instructions",
+    "configuration",
+)
 ARCHITECTURES = {f"sm_{number}": number for number in SHARED_BYTES_MAX}
 
 
@@ -64,28 +75,36 @@ def _compile_all(work: Sequence[tuple[Program, int]], processes: int) -> list[Co
 
 
 def table(results: Sequence[Compiled]) -> str:
-    """One line for each program, its faults below it."""
-    rows = [("arch", "kernel", "registers", "spilled", "shared", "instructions", "configuration")]
-    rows += [
-        (
-            f"sm_{result.architecture}",
-            result.kernel,
-            str(result.registers),
-            str(result.spilled_bytes),
-            str(result.shared_bytes),
-            "+".join(result.instructions) or "-",
-            result.configuration,
-        )
-        for result in results
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """One line for each configuration, with the most that one of its programs takes, and their faults below it."""
+    grouped: dict[tuple[int, str, str], list[Compiled]] = defaultdict(list)
+    for result in results:
+        grouped[result.architecture, result.kernel, result.configuration].append(result)
+    rows = [HEAD, *(_row(key, programs) for key, programs in grouped.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    for index, result in reversed(list(enumerate(results, 1))):
-        lines[index + 1 : index + 1] = [f"    FAULT: {fault}" for fault in result.faults]
-    return "\n".join(lines)
+    faults = [
+        "".join(f"\n    FAULT: {fault}" for program in programs for fault in program.faults)
+        for programs in grouped.values()
+    ]
+    return "\n".join(map("".join, zip(lines, ["", *faults], strict=True)))
+
+
+def _row(key: tuple[int, str, str], programs: Sequence[Compiled]) -> tuple[str, ...]:
+    architecture, kernel, configuration = key
+    instructions = dict.fromkeys(name for program in programs for name in program.instructions)
+    return (
+        f"sm_{architecture}",
+        kernel,
+        str(len(programs)),
+        str(max(program.registers for program in programs)),
+        str(max(program.spilled_bytes for program in programs)),
+        str(max(program.shared_bytes for program in programs)),
+        "+".join(instructions) or "-",
+        configuration,
+    )
 
 
 if __name__ == "__main__":

@@ -105,6 +105,21 @@ def test_which_instructions_products_should_become(
     assert expected_instructions(products, architecture, warps) == expected
 
 
+def test_the_table_has_a_line_for_each_configuration() -> None:
+    """With the most of its programs, and every fault."""
+
+    def compiled(kernel: str, registers: int, *faults: str) -> Compiled:
+        return Compiled(90, kernel, "ROWS=64", registers, 0, 512, ("wgmma",), 1.0, faults)
+
+    results = [compiled("one", 80), compiled("two", 90), compiled("one", 100, "spills", "slow")]
+    assert [line.split() for line in table(results).splitlines()[1:]] == [
+        ["sm_90", "one", "2", "100", "0", "512", "wgmma", "ROWS=64"],
+        ["FAULT:", "spills"],
+        ["FAULT:", "slow"],
+        ["sm_90", "two", "1", "90", "0", "512", "wgmma", "ROWS=64"],
+    ]
+
+
 def test_products_are_read_from_the_ir() -> None:
     """Rows, columns and the type of the operands."""
     ttir = """

@@ -96,11 +96,10 @@ def programs_of(launches: Iterable[Launch]) -> list[Program]:
 
 
 def sample_of(programs: Iterable[Program]) -> list[Program]:
-    """One of the programs of every kernel and each element type that it is used with."""
-    first: dict[tuple[str, tuple[str, ...]], Program] = {}
+    """The first of the programs of every kernel."""
+    first: dict[tuple[str, str], Program] = {}
     for program in programs:
-        pointers = tuple(kind for _, kind in program.signature if kind.startswith("*"))
-        first.setdefault((program.kernel, pointers), program)
+        first.setdefault((program.module, program.kernel), program)
     return list(first.values())
 
 

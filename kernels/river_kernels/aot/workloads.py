@@ -1,15 +1,23 @@
 """Calls of the public functions that start every kernel in every configuration, on tensors without storage.
 
-Sizes are those of Qwen3.6-35B-A3B in bfloat16, and of a tiny model in float32.
+Sizes are those of Qwen3.6-35B-A3B in bfloat16, and of a tiny model in float32. What is in a batch varies over all that
+kernels choose by: how many tokens and adapters there are, and of which ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 
 import torch
 
 from river_kernels.adam import AdamRule, AdamUpdate, multi_adam
 from river_kernels.gpu.adam import norms
+from river_kernels.gpu.augmented import PAD_MAX, augmented
 from river_kernels.gpu.launch import Launch, recorded
+from river_kernels.linear import Block, lora_linear_blocks
+from river_kernels.logprobs import lora_logprobs
 from river_kernels.moe import moe_lora
 from river_kernels.quantized import (
     Fp8Weight,
@@ -19,10 +27,51 @@ from river_kernels.quantized import (
     StoredWeight,
     dense_weight,
 )
-from river_kernels.segments import NO_ADAPTER, LoraPair, Segment
+from river_kernels.segments import NO_ADAPTER, LoraPair, Segment, Segments
 
 META = torch.device("meta")
 WIDTH, EXPERT_WIDTH, EXPERTS, CHOSEN = 2048, 512, 256, 8
+HEADS_WIDTH, KEYS_WIDTH, VOCABULARY = 4096, 512, 248320
+TINY_WIDTH, TINY_VOCABULARY = 192, 512
+
+TARGETS = (1, 8)
+TOKENS = (512, 8192, 32768)
+ADAPTERS = (1, 4, 16, 64)
+RANKS = ((1,), (3,), (8,), (16,), (32,), (64,), (128,), (8, 16, 32), (1, 3, 8, 16, 32, 64, 128))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`tokens` divided evenly between adapters of `ranks`, by slot, and those without one; what they compute in."""
+
+    tokens: int
+    ranks: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def segments(self) -> Segments:
+        slots = [*range(len(self.ranks)), NO_ADAPTER]
+        bounds = [index * self.tokens // len(slots) for index in range(len(slots) + 1)]
+        return tuple(map(Segment, slots, bounds, bounds[1:]))
+
+    def pairs(self, inputs: int, outputs: int) -> list[LoraPair]:
+        """The adapters of a dense layer."""
+        return [self._pair((rank, inputs), (outputs, rank)) for rank in self.ranks]
+
+    def _pair(self, a_shape: Sequence[int], b_shape: Sequence[int]) -> LoraPair:
+        a, b = (_empty(*shape, dtype=self.dtype) for shape in (a_shape, b_shape))
+        grads = (_empty(*shape, dtype=torch.float32) for shape in (a_shape, b_shape))
+        return LoraPair(a, b, 2.0, *grads)
+
+
+def batches() -> Iterator[Batch]:
+    """Those of the large model."""
+    for tokens, adapters, ranks in product(TOKENS, ADAPTERS, RANKS):
+        mixed = tuple(ranks[slot % len(ranks)] for slot in range(adapters))
+        yield Batch(tokens, mixed, torch.bfloat16)
+
+
+TINY = Batch(64, (4, 3), torch.float32)
 
 
 def all_launches() -> list[Launch]:
@@ -32,6 +81,11 @@ def all_launches() -> list[Launch]:
         _stored_weights()
         _optimizer()
         _experts()
+        for batch in batches():
+            _attention(batch, WIDTH)
+            _head(batch, WIDTH, VOCABULARY)
+        _attention(TINY, TINY_WIDTH)
+        _head(TINY, TINY_WIDTH, TINY_VOCABULARY)
     return launches
 
 
@@ -120,3 +174,31 @@ def _mixture(ranks: list[int], tokens: int, dtype: torch.dtype, *, shared: bool)
         [pair(rank, EXPERT_WIDTH, WIDTH, shares_a=False, shares_b=shared) for rank in ranks],
     )
     out.backward(torch.empty_like(out))
+
+
+def _attention(batch: Batch, width: int) -> None:
+    """Queries, keys and values as one matrix, and what comes after them; with and without room behind the weights."""
+    for inputs, outputs in (
+        (width, (HEADS_WIDTH, KEYS_WIDTH, KEYS_WIDTH)),
+        (HEADS_WIDTH, (width,)),
+    ):
+        ends = list(accumulate(outputs, initial=0))
+        blocks = [
+            Block(batch.pairs(inputs, end - start), start, end) for start, end in pairwise(ends)
+        ]
+        weight = _empty(ends[-1], inputs, dtype=batch.dtype)
+        for weights in (weight, augmented(weight, PAD_MAX)):
+            x = _empty(batch.tokens, inputs, dtype=batch.dtype).requires_grad_()
+            y = lora_linear_blocks(x, weights, batch.segments, blocks)
+            y.backward(torch.empty_like(y))
+
+
+def _head(batch: Batch, width: int, vocabulary: int) -> None:
+    """Log-probabilities of one target and of several; with and without room behind the weights."""
+    weight = _empty(vocabulary, width, dtype=batch.dtype)
+    for weights, targets in product((weight, augmented(weight, PAD_MAX)), TARGETS):
+        hidden = _empty(batch.tokens, width, dtype=batch.dtype).requires_grad_()
+        chosen = _empty(batch.tokens, targets, dtype=torch.int64)
+        pairs = batch.pairs(width, vocabulary)
+        logprobs, _ = lora_logprobs(hidden, weights, chosen, batch.segments, pairs)
+        logprobs.backward(torch.empty_like(logprobs))

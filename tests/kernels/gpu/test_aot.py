@@ -21,6 +21,7 @@ from river_kernels.gpu import dequantize
 from river_kernels.gpu.launch import Launch
 
 TESTS = Path(__file__).parents[2]
+TIMEOUT_S = 900.0  # Two free cores take a tenth of it.
 
 
 def run_python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -35,12 +36,13 @@ def run_python(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=TIMEOUT_S,
         check=False,
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 def test_every_kernel_compiles_as_it_should(tmp_path: Path) -> None:
     """All configurations for sm_90 and one of every kernel for sm_80 and sm_100, none with a fault."""
     done = run_python(

@@ -7,7 +7,7 @@ kernels choose by: how many tokens and adapters there are, and of which ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, product
 
 import torch
@@ -58,10 +58,18 @@ class Batch:
         """The adapters of a dense layer."""
         return [self._pair((rank, inputs), (outputs, rank)) for rank in self.ranks]
 
+    def expert_pairs(
+        self, inputs: int, outputs: int, *, shares_a: bool, shares_b: bool
+    ) -> list[LoraPair]:
+        """The adapters of a mixture."""
+        of_a, of_b = (1 if shared else EXPERTS for shared in (shares_a, shares_b))
+        pairs = [self._pair((of_a, rank, inputs), (of_b, outputs, rank)) for rank in self.ranks]
+        return [replace(pair, shares_a=shares_a, shares_b=shares_b) for pair in pairs]
+
     def _pair(self, a_shape: Sequence[int], b_shape: Sequence[int]) -> LoraPair:
         a, b = (_empty(*shape, dtype=self.dtype) for shape in (a_shape, b_shape))
-        grads = (_empty(*shape, dtype=torch.float32) for shape in (a_shape, b_shape))
-        return LoraPair(a, b, 2.0, *grads)
+        a_grad, b_grad = (_empty(*shape, dtype=torch.float32) for shape in (a_shape, b_shape))
+        return LoraPair(a, b, 2.0, a_grad, b_grad)
 
 
 def batches() -> Iterator[Batch]:
@@ -80,10 +88,12 @@ def all_launches() -> list[Launch]:
     with recorded(launches.append):
         _stored_weights()
         _optimizer()
-        _experts()
         for batch in batches():
             _attention(batch, WIDTH)
             _head(batch, WIDTH, VOCABULARY)
+        for batch in (*batches(), TINY):
+            _experts(batch, shared=True)
+            _experts(batch, shared=False)
         _attention(TINY, TINY_WIDTH)
         _head(TINY, TINY_WIDTH, TINY_VOCABULARY)
     return launches
@@ -137,45 +147,6 @@ def _optimizer() -> None:
         norms([update.gradient for update in updates])
 
 
-def _experts() -> None:
-    for shared in (True, False):
-        for ranks, tokens in (
-            ([16], 32768),
-            ([8, 32], 32768),
-            ([64, 8, 3], 8192),
-            ([128] * 4, 512),
-        ):
-            _mixture(ranks, tokens, torch.bfloat16, shared=shared)
-        _mixture([4, 3], 64, torch.float32, shared=shared)
-
-
-def _mixture(ranks: list[int], tokens: int, dtype: torch.dtype, *, shared: bool) -> None:
-    """Every slot has as many tokens, and so have those without an adapter; forward and backward."""
-
-    def pair(rank: int, width: int, outputs: int, *, shares_a: bool, shares_b: bool) -> LoraPair:
-        a_shape = 1 if shares_a else EXPERTS, rank, width
-        b_shape = 1 if shares_b else EXPERTS, outputs, rank
-        a, b = (_empty(*shape, dtype=dtype) for shape in (a_shape, b_shape))
-        grads = (_empty(*shape, dtype=torch.float32) for shape in (a_shape, b_shape))
-        return LoraPair(a, b, 2.0, *grads, shares_a=shares_a, shares_b=shares_b)
-
-    share = tokens // (len(ranks) + 1)
-    slots = [*range(len(ranks)), NO_ADAPTER]
-    segments = tuple(Segment(slot, n * share, (n + 1) * share) for n, slot in enumerate(slots))
-    total = segments[-1].end
-    out = moe_lora(
-        _empty(total, WIDTH, dtype=dtype).requires_grad_(),
-        _empty(total, CHOSEN, dtype=torch.int64),
-        _empty(total, CHOSEN, dtype=dtype).requires_grad_(),
-        _empty(EXPERTS, 2 * EXPERT_WIDTH, WIDTH, dtype=dtype),
-        _empty(EXPERTS, WIDTH, EXPERT_WIDTH, dtype=dtype),
-        segments,
-        [pair(rank, WIDTH, 2 * EXPERT_WIDTH, shares_a=shared, shares_b=False) for rank in ranks],
-        [pair(rank, EXPERT_WIDTH, WIDTH, shares_a=False, shares_b=shared) for rank in ranks],
-    )
-    out.backward(torch.empty_like(out))
-
-
 def _attention(batch: Batch, width: int) -> None:
     """Queries, keys and values as one matrix, and what comes after them; with and without room behind the weights."""
     for inputs, outputs in (
@@ -202,3 +173,18 @@ def _head(batch: Batch, width: int, vocabulary: int) -> None:
         pairs = batch.pairs(width, vocabulary)
         logprobs, _ = lora_logprobs(hidden, weights, chosen, batch.segments, pairs)
         logprobs.backward(torch.empty_like(logprobs))
+
+
+def _experts(batch: Batch, *, shared: bool) -> None:
+    """A mixture, in the layout whose factors of the model's width are shared, or in that of one for each expert."""
+    out = moe_lora(
+        _empty(batch.tokens, WIDTH, dtype=batch.dtype).requires_grad_(),
+        _empty(batch.tokens, CHOSEN, dtype=torch.int64),
+        _empty(batch.tokens, CHOSEN, dtype=batch.dtype).requires_grad_(),
+        _empty(EXPERTS, 2 * EXPERT_WIDTH, WIDTH, dtype=batch.dtype),
+        _empty(EXPERTS, WIDTH, EXPERT_WIDTH, dtype=batch.dtype),
+        batch.segments,
+        batch.expert_pairs(WIDTH, 2 * EXPERT_WIDTH, shares_a=shared, shares_b=False),
+        batch.expert_pairs(EXPERT_WIDTH, WIDTH, shares_a=False, shares_b=shared),
+    )
+    out.backward(torch.empty_like(out))

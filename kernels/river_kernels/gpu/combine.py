@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from river_kernels.gpu.configs import COMBINE_ROWS, COMBINE_WIDTH, RANK_STEP, Alignment
+from river_kernels.gpu.configs import (
+    COMBINE_ROWS,
+    COMBINE_WARPS,
+    COMBINE_WIDTH,
+    RANK_STEP,
+    Alignment,
+)
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
 from river_kernels.gpu.route import RoutePlan
@@ -63,7 +69,7 @@ def combine(
         width,
         0 if expansion is None else expansion.narrow.stride(0),
         0 if expansion is None else expansion.summed.stride(0),
-        warps=4,
+        warps=COMBINE_WARPS,
         stages=1,
         WHICH=0 if expansion is None else expansion.factor.value,
         EXPANDS=expansion is not None,
@@ -119,7 +125,8 @@ def combine_rows(
             ranks = first + tl.arange(0, RANKS)
             is_rank = inside[:, None] & (ranks[None, :] < rank)
             totals = tl.zeros((ROWS, RANKS), tl.float32)
-            for chosen in tl.static_range(CHOSEN):  # pyright: ignore[reportGeneralTypeIssues]
+            # Unrolled, as below, the loop over the chosen would take more registers than there are.
+            for chosen in range(CHOSEN):
                 row = tl.load(pairs + chosen, mask=inside, other=0).to(tl.int64)
                 at = row[:, None] * narrow_stride + ranks[None, :]
                 totals += tl.load(narrow + at, mask=is_rank, other=0.0)

@@ -11,14 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 from river_kernels import LoraPair
 from river_trainer.devices import HOST, Arrival, Home, leaving
 from river_trainer.protocol import AdapterShape, ExpertLayout
-from river_trainer.sites import Site, trained_sites
+from river_trainer.sites import Factor, Site, trained_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +193,7 @@ def tensor_shapes(sites: tuple[Site, ...], shape: AdapterShape) -> dict[str, tup
     return shapes
 
 
-def _experts_of(
-    site: Site, factor: Literal["a", "b"], layout: ExpertLayout
-) -> tuple[()] | tuple[int]:
+def _experts_of(site: Site, factor: Factor, layout: ExpertLayout) -> tuple[()] | tuple[int]:
     if site.experts is None:
         return ()
     return (1,) if site.shares(factor, layout) else (site.experts,)

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ from river_trainer.lanes import PerLane
 from river_trainer.loading import StoredLinear, load_model, move_stored
 from river_trainer.packing import PackedBatch
 from river_trainer.routing import PassRouting, RoutedExperts, gate_renormalises
-from river_trainer.sites import Group, Site
+from river_trainer.sites import Factor, Group, Site
 
 ATTENTION_NAME = "river_packed"
 EXPERTS_NAME = "river_lora"
@@ -389,7 +389,7 @@ def _expert_sites(name: str, module: Any) -> list[Site]:
     assert not module.is_transposed, "experts are stored (experts, out, in)"
     assert not module.has_bias
     sites: list[Site] = []
-    kinds: tuple[tuple[str, str, Literal["a", "b"]], ...] = (
+    kinds: tuple[tuple[str, str, Factor], ...] = (
         ("gate_up_proj", f"{name}.base_layer", "a"),
         ("down_proj", name, "b"),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -25,7 +25,7 @@ from river_engine.protocol import EXPERT_LAYOUT_METADATA
 from river_trainer.adapter import Adapter, Layout, a_name, b_name, new_adapter
 from river_trainer.errors import InvalidTaskError
 from river_trainer.protocol import AdapterShape, ExpertLayout
-from river_trainer.sites import Group, Site, trained_sites
+from river_trainer.sites import Factor, Group, Site, trained_sites
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -34,7 +34,6 @@ _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 
 
-Factor = Literal["a", "b"]
 _FACTORS: dict[str, Factor] = {"lora_A": "a", "lora_B": "b"}
 _NAMES = {"a": a_name, "b": b_name}
 

@@ -8,6 +8,9 @@ from typing import Literal
 
 from river_trainer.protocol import AdapterShape, ExpertLayout
 
+Factor = Literal["a", "b"]
+"""Of the update B A."""
+
 
 class Group(Enum):
     """The three switches of a LoRA configuration."""
@@ -33,10 +36,10 @@ class Site:
     peft_prefix: str
     target: str
     experts: int | None = None
-    outer: Literal["a", "b"] | None = None
+    outer: Factor | None = None
     is_float32: bool = False
 
-    def shares(self, factor: Literal["a", "b"], layout: ExpertLayout) -> bool:
+    def shares(self, factor: Factor, layout: ExpertLayout) -> bool:
         """Whether `factor` is one for all experts."""
         return self.outer == factor and layout == "shared_outer"
 

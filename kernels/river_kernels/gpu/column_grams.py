@@ -26,6 +26,7 @@ from river_kernels.gpu.columns import (
     row_tiles,
 )
 from river_kernels.gpu.launch import dot, launch
+from river_kernels.gpu.rows import tile_at
 from river_kernels.gpu.tables import A_GRAD, B_GRAD, to_device
 from river_kernels.segments import NO_ADAPTER, Segments
 
@@ -40,7 +41,7 @@ _ADDING_WARPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """`rows` int32 [4, N]: slot, first token, end, and where its sum waits, -1 if it need not.
+    """`rows` int32 [4, N] as of `Tiles`, with where its sum waits in the place of the expert, -1 if it need not.
 
     `waits` int32 [3, M]: slot, first sum, end of those segments that have several; `sums` is how many wait in all.
     """
@@ -63,7 +64,7 @@ def chunks_of(segments: Segments, slots: int, chunk_tokens: int, device: torch.d
         starts = range(segment.start, segment.end, chunk_tokens)
         for start in starts:
             place = -1 if len(starts) == 1 else sums
-            rows.append((segment.slot, start, min(start + chunk_tokens, segment.end), place))
+            rows.append((segment.slot, place, start, min(start + chunk_tokens, segment.end)))
             sums += len(starts) > 1
         if len(starts) > 1:
             waits.append((segment.slot, sums - len(starts), sums))
@@ -208,10 +209,7 @@ def gram_inputs(
 ):
     """A group of columns and some inputs, over one chunk of tokens."""
     group, part, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(chunks + chunk)
-    start = tl.load(chunks + chunk_count + chunk)
-    end = tl.load(chunks + 2 * chunk_count + chunk)
-    waits_at = tl.load(chunks + 3 * chunk_count + chunk)
+    slot, waits_at, start, end = tile_at(chunks, chunk_count, chunk)
     used = first_column(table, slots, slot, BLOCKS, BLOCKS)
     if group * COLUMNS >= used:
         return
@@ -323,10 +321,7 @@ def gram_outputs(
 ):
     """Some outputs of one block and a group of its columns, over one chunk of tokens."""
     group, row_tile, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(chunks + chunk)
-    start = tl.load(chunks + chunk_count + chunk)
-    end = tl.load(chunks + 2 * chunk_count + chunk)
-    waits_at = tl.load(chunks + 3 * chunk_count + chunk)
+    slot, waits_at, start, end = tile_at(chunks, chunk_count, chunk)
     block = tl.load(row_tiles + row_tile)
     rank, first_own, gradient = block_columns(
         table, slots, slot, block, waiting, B_GRAD, BLOCKS, EVEN

@@ -18,8 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from river_kernels.gpu.tables import RANK, SCALE, AdapterTable, adapter_table, to_device
-from river_kernels.segments import NO_ADAPTER, LoraPair, Pairs
+from river_kernels.gpu.configs import ALIGNED_BYTES, ALIGNED_RANKS, are_aligned
+from river_kernels.gpu.tables import (
+    AdapterTable,
+    adapter_table,
+    check_precision,
+    rank_of,
+    scale_of,
+    to_device,
+)
+from river_kernels.segments import NO_ADAPTER, Pairs
 
 COLUMN_STEP = 64
 """Columns of a slot are rounded up to this, which is how many of them a program has at a time."""
@@ -27,8 +35,6 @@ COLUMN_STEP = 64
 ROW_STEP = 128
 """Rows of the frozen matrix, all of one block, that a program has at a time."""
 
-_ALIGNMENT_BYTES = 16
-_EVEN_RANK = 8
 _DEPTHS = {2: 64, 4: 16}
 
 
@@ -75,9 +81,9 @@ def columns_of(blocks: Sequence[Pairs], bounds: Sequence[int], x: torch.Tensor) 
     slots = len(blocks[0]) + 1
     assert all(len(pairs) == slots - 1 for pairs in blocks), "blocks have the same slots"
     for pairs in blocks:
+        check_precision(pairs, x)
         for pair in pairs:
-            if pair is not None:
-                _check(pair, x)
+            assert pair is None or pair.a.shape == (pair.rank, x.shape[1])
     in_order = [pair for pairs in blocks for pair in (*pairs, None)]
     ranks = [0 if pair is None else pair.rank for pair in in_order]
     widths = tuple(
@@ -88,8 +94,8 @@ def columns_of(blocks: Sequence[Pairs], bounds: Sequence[int], x: torch.Tensor) 
     pairs = [pair for pair in in_order if pair is not None]
     row_bytes = x.shape[1] * x.element_size()
     alignment = Alignment(
-        a=row_bytes % _ALIGNMENT_BYTES == 0 and all(_is_aligned(p.a, p.a_grad) for p in pairs),
-        b=all(p.rank % _EVEN_RANK == 0 and _is_aligned(p.b, p.b_grad) for p in pairs),
+        a=row_bytes % ALIGNED_BYTES == 0 and all(are_aligned(p.a, p.a_grad) for p in pairs),
+        b=all(p.rank % ALIGNED_RANKS == 0 and are_aligned(p.b, p.b_grad) for p in pairs),
     )
     return Columns(table, slots, tuple(bounds), widths, alignment)
 
@@ -97,20 +103,6 @@ def columns_of(blocks: Sequence[Pairs], bounds: Sequence[int], x: torch.Tensor) 
 def depth_of(factor: torch.Tensor) -> int:
     """How long a sum of products a program takes at a time; float32 has no matrix instructions, and fewer registers."""
     return _DEPTHS[factor.element_size()]
-
-
-def _is_aligned(*tensors: torch.Tensor | None) -> bool:
-    return all(
-        tensor is None or tensor.is_meta or tensor.data_ptr() % _ALIGNMENT_BYTES == 0
-        for tensor in tensors
-    )
-
-
-def _check(pair: LoraPair, x: torch.Tensor) -> None:
-    assert pair.a.dtype is pair.b.dtype is x.dtype, "adapters are computed in the precision of x"
-    assert pair.a.shape == (pair.rank, x.shape[1])
-    for grad in (pair.a_grad, pair.b_grad):
-        assert grad is None or grad.dtype is torch.float32
 
 
 @lru_cache(maxsize=256)
@@ -134,14 +126,13 @@ def first_rows(bounds: tuple[int, ...], device: torch.device) -> torch.Tensor:
 @triton.jit
 def rank_at(table, slots, slot, block, BLOCKS: tl.constexpr):
     """The rank of `slot` at `block`."""
-    return tl.load(table + RANK * BLOCKS * slots + block * slots + slot).to(tl.int32)
+    return rank_of(table, BLOCKS * slots, block * slots + slot)
 
 
 @triton.jit
 def scale_at(table, slots, slot, block, BLOCKS: tl.constexpr):
     """What the update of `slot` at `block` is multiplied by."""
-    bits = tl.load(table + SCALE * BLOCKS * slots + block * slots + slot)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+    return scale_of(table, BLOCKS * slots, block * slots + slot)
 
 
 @triton.jit

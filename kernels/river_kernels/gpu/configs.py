@@ -48,8 +48,8 @@ SHRINK_STAGES = 3
 GRAM_STAGES = 3
 EXPAND_WIDTH = 128
 
-_ALIGNED_BYTES = 16
-_ALIGNED_RANKS = 8
+ALIGNED_BYTES = 16
+ALIGNED_RANKS = 8
 _WIDTH_MIN = 16
 
 
@@ -71,17 +71,19 @@ def alignment_of(*tables: AdapterTable) -> Alignment:
     pairs = [pair for table in tables for pair in table.pairs if pair is not None]
     if not all(map(_has_aligned_addresses, pairs)):
         return Alignment.NOTHING
-    if any(pair.rank % _ALIGNED_RANKS for pair in pairs):
+    if any(pair.rank % ALIGNED_RANKS for pair in pairs):
         return Alignment.ADDRESSES
     return Alignment.ADDRESSES_AND_RANKS
 
 
 def _has_aligned_addresses(pair: LoraPair) -> bool:
-    return all(map(_is_aligned, (pair.a, pair.b, pair.a_grad, pair.b_grad)))
+    return are_aligned(pair.a, pair.b, pair.a_grad, pair.b_grad)
 
 
-def _is_aligned(tensor: torch.Tensor | None) -> bool:
-    if tensor is None:
-        return True
-    start = tensor.storage_offset() * tensor.itemsize if tensor.is_meta else tensor.data_ptr()
-    return start % _ALIGNED_BYTES == 0
+def are_aligned(*tensors: torch.Tensor | None) -> bool:
+    """Whether those that there are begin where 16 bytes can be moved at once."""
+    return all(tensor is None or _start(tensor) % ALIGNED_BYTES == 0 for tensor in tensors)
+
+
+def _start(tensor: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.itemsize if tensor.is_meta else tensor.data_ptr()

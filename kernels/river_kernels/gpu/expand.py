@@ -19,6 +19,7 @@ from river_kernels.gpu.columns import (
 )
 from river_kernels.gpu.launch import dot, launch
 from river_kernels.gpu.project import TOKENS
+from river_kernels.gpu.rows import tile_at
 from river_kernels.gpu.tables import A, B
 from river_kernels.gpu.tiles import Tiles
 
@@ -135,9 +136,7 @@ def expand_outputs(
 ):
     """One tile of tokens and some outputs of one block."""
     tile, row_tile = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile)
-    start = tl.load(tiles + 2 * tile_count + tile)
-    end = tl.load(tiles + 3 * tile_count + tile)
+    slot, _expert, start, end = tile_at(tiles, tile_count, tile)
     block = tl.load(row_tiles + row_tile)
     rank, first_own, b = block_columns(table, slots, slot, block, v, B, BLOCKS, EVEN)
     if start >= end or rank == 0:
@@ -220,9 +219,7 @@ def expand_inputs(
 ):
     """One tile of tokens and some inputs; the first inputs' program writes dv."""
     tile, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile)
-    start = tl.load(tiles + 2 * tile_count + tile)
-    end = tl.load(tiles + 3 * tile_count + tile)
+    slot, _expert, start, end = tile_at(tiles, tile_count, tile)
     if start >= end:
         return
     used = first_column(table, slots, slot, BLOCKS, BLOCKS)

@@ -28,7 +28,7 @@ from river_kernels.gpu.configs import (
 from river_kernels.gpu.dequantize import rounded
 from river_kernels.gpu.launch import dot, launch
 from river_kernels.gpu.rows import ALL, EACH, add_to_gradient, rank_at, tile_at
-from river_kernels.gpu.tables import A_GRAD, B_GRAD, A, AdapterTable, scale_of
+from river_kernels.gpu.tables import A_GRAD, B_GRAD, A, AdapterTable, scale_of, to_device
 from river_kernels.gpu.tiles import Tiles, token_tiles
 from river_kernels.segments import Segments
 
@@ -153,8 +153,8 @@ def _chunk_spans(segments: Segments, slots: int, device: torch.device) -> Tiles:
         end = first - (segment.start - segment.end) // GRAM_CHUNK
         spans.append((segment.slot % slots, 0, first, end))
         first = end
-    rows = torch.tensor(spans, dtype=torch.int32).view(-1, 4).T.contiguous().to(device)
-    return Tiles(rows, first, slots)
+    rows = torch.tensor(spans, dtype=torch.int32).view(-1, 4).T.contiguous()
+    return Tiles(to_device(rows, device), first, slots)
 
 
 @triton.jit

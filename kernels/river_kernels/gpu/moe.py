@@ -29,7 +29,7 @@ from river_kernels.gpu.gram import group_gram, segment_gram
 from river_kernels.gpu.route import RoutePlan, make_plan
 from river_kernels.gpu.row_expand import expand_into_rows
 from river_kernels.gpu.shrink import shrink
-from river_kernels.gpu.tables import A, AdapterTable, B, adapter_table
+from river_kernels.gpu.tables import A, AdapterTable, B, adapter_table, check_precision
 from river_kernels.gpu.tiles import Tiles, token_tiles
 from river_kernels.quantized import FrozenWeight, dense_weight
 from river_kernels.segments import Pairs, Segments
@@ -83,7 +83,8 @@ def moe_lora(
     if x_TH.shape[0] == 0:
         return x_TH.clone()
     shared = _is_shared(gate_up_pairs, down_pairs)
-    _check_precision(x_TH, gate_up_pairs, down_pairs)
+    for pairs in (gate_up_pairs, down_pairs):
+        check_precision(pairs, x_TH)
     if plan is None:
         plan = plan_moe(experts_TK, segments, experts=gate_up.shape[0], adapters=len(gate_up_pairs))
     assert plan.segments == segments, "a plan is of the segments it was made for"
@@ -97,16 +98,6 @@ def _is_shared(gate_up_pairs: Pairs, down_pairs: Pairs) -> bool:
     layouts |= {pair.shares_b for pair in down_pairs if pair is not None}
     assert len(layouts) <= 1, "adapters of both expert layouts in one pass"
     return layouts == {True}
-
-
-def _check_precision(x_TH: torch.Tensor, *sites: Pairs) -> None:
-    for pairs in sites:
-        for slot, pair in enumerate(pairs):
-            if pair is None:
-                continue
-            assert pair.a.dtype is pair.b.dtype is x_TH.dtype, f"slot {slot} is not {x_TH.dtype}"
-            for grad in (pair.a_grad, pair.b_grad):
-                assert grad is None or grad.dtype is torch.float32, f"slot {slot}'s gradient"
 
 
 def _through_experts(x_PI: torch.Tensor, weight_EOI: torch.Tensor, plan: RoutePlan) -> torch.Tensor:

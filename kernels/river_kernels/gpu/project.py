@@ -19,6 +19,7 @@ from river_kernels.gpu.columns import (
     first_rows,
 )
 from river_kernels.gpu.launch import dot, launch
+from river_kernels.gpu.rows import tile_at
 from river_kernels.gpu.tables import A, B
 from river_kernels.gpu.tiles import Tiles
 
@@ -118,9 +119,7 @@ def project_tokens(
 ):
     """One tile of tokens and one group of columns; the first group copies x."""
     group, tile = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(tiles + tile)
-    start = tl.load(tiles + 2 * tile_count + tile)
-    end = tl.load(tiles + 3 * tile_count + tile)
+    slot, _expert, start, end = tile_at(tiles, tile_count, tile)
     used = first_column(table, slots, slot, BLOCKS, BLOCKS)
     if start >= end or group * COLUMNS >= used:
         return
@@ -179,9 +178,7 @@ def project_gradients(
 ):
     """One tile of tokens and one group of columns of one block."""
     group, block, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(tiles + tile)
-    start = tl.load(tiles + 2 * tile_count + tile)
-    end = tl.load(tiles + 3 * tile_count + tile)
+    slot, _expert, start, end = tile_at(tiles, tile_count, tile)
     rank, first_own, b = block_columns(table, slots, slot, block, dy, B, BLOCKS, EVEN)
     if start >= end or group * COLUMNS >= rank:
         return

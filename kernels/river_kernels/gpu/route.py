@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import torch
 
+from river_kernels.gpu.tables import to_device
 from river_kernels.gpu.tiles import Tiles, check_slots, token_slots
 from river_kernels.segments import Segments
 
@@ -112,4 +113,4 @@ def _count(end: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def _slots_and_experts(experts: int, slots: int, device: torch.device) -> torch.Tensor:
     """Slot and expert of every group, int32 [2, E * slots]."""
     group = torch.arange(experts * slots, dtype=torch.int32)
-    return torch.stack([group % slots, group // slots]).to(device)
+    return to_device(torch.stack([group % slots, group // slots]), device)

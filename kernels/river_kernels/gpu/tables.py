@@ -61,6 +61,16 @@ def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.to(device, non_blocking=True)
 
 
+def check_precision(pairs: Pairs, x: torch.Tensor) -> None:
+    """Asserts that adapters are in the precision of x, in which they are computed, and gradients in float32."""
+    for slot, pair in enumerate(pairs):
+        if pair is None:
+            continue
+        assert pair.a.dtype is pair.b.dtype is x.dtype, f"slot {slot} is not {x.dtype}"
+        for grad in (pair.a_grad, pair.b_grad):
+            assert grad is None or grad.dtype is torch.float32, f"slot {slot}'s gradient"
+
+
 def _column(pair: LoraPair | None) -> tuple[int, ...]:
     if pair is None:
         return (0,) * 6

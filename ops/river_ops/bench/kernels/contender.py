@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from river_kernels import NO_ADAPTER, LoraPair, Segment, moe_lora
+from river_kernels import NO_ADAPTER, LoraPair, Segment, Segments, moe_lora
 from river_ops.bench.kernels.workload import Adapter, Factors, Part, Workload
 
 
@@ -81,6 +81,11 @@ class River(Contender):
         self._down = [adapter.down for adapter in adapters]
 
     def forward(self, index: int) -> torch.Tensor:
+        return self._through(index, self.workload.segments, self._gate_up, self._down)
+
+    def _through(
+        self, index: int, segments: Segments, gate_up: list[LoraPair], down: list[LoraPair]
+    ) -> torch.Tensor:
         part, base = self.parts[index], self.workload.base
         return moe_lora(
             part.x_TH,
@@ -88,9 +93,9 @@ class River(Contender):
             part.weights_TK,
             base.gate_up,
             base.down,
-            self.workload.segments,
-            self._gate_up,
-            self._down,
+            segments,
+            gate_up,
+            down,
         )
 
     def gradients(self) -> list[Factors]:
@@ -117,17 +122,8 @@ class RiverOneByOne(River):
         self.parts = [workload.part(segment.start, segment.end) for segment in workload.segments]
 
     def forward(self, index: int) -> torch.Tensor:
-        part, base = self.parts[index], self.workload.base
-        return moe_lora(
-            part.x_TH,
-            part.experts_TK,
-            part.weights_TK,
-            base.gate_up,
-            base.down,
-            (Segment(0, 0, part.x_TH.shape[0]),),
-            [self._gate_up[index]],
-            [self._down[index]],
-        )
+        segments = (Segment(0, 0, self.parts[index].x_TH.shape[0]),)
+        return self._through(index, segments, [self._gate_up[index]], [self._down[index]])
 
 
 class FrozenRiver(Contender):

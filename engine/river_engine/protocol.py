@@ -4,6 +4,7 @@ HTTP, on the engine's own port, every request with `Authorization: Bearer <RIVER
 
 * vLLM's OpenAI routes, unchanged. `x-river-adapter` (an `AdapterRef` as JSON) names the adapter to answer with, and
   `x-river-model` the model name the client used, which the answer repeats. Without the first, the base model answers.
+  `x-river-tenant` says whose turn it takes when there is a queue.
 * `POST /river/sample`: `EngineSample` in, `EngineSampleResult` out, msgpack both ways.
 * `/healthz`, `/readyz`, `/metrics` without a token.
 
@@ -24,6 +25,7 @@ HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_LOST_AFTER_S = 8.0
 ADAPTER_HEADER = "x-river-adapter"
 MODEL_HEADER = "x-river-model"
+TENANT_HEADER = "x-river-tenant"
 EXPERT_LAYOUT_METADATA = "expert_layout"
 """Of the file `adapter_model.safetensors`."""
 SHARED_OUTER = "shared_outer"
@@ -53,7 +55,8 @@ class AdapterRef(Struct, frozen=True, kw_only=True):
 class EngineRecord(Struct, frozen=True, kw_only=True):
     """What a gateway needs to route to an engine. `heartbeat_at` is Unix time in seconds.
 
-    `expert_routing` says whether the engine can answer `return_expert_routing`.
+    `expert_routing` says whether the engine can answer `return_expert_routing`. `outstanding_tokens` are those of all
+    requests, running or waiting, that are not yet computed: an estimate. A `draining` engine takes no new requests.
     """
 
     engine_id: str
@@ -66,6 +69,8 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     heartbeat_at: float
     resident: list[str] = field(default_factory=list[str])
     running: int = 0
+    outstanding_tokens: int = 0
+    draining: bool = False
     expert_routing: bool = False
 
 
@@ -73,6 +78,7 @@ class EngineSample(Struct, frozen=True, kw_only=True):
     """Token-in/token-out sampling; exactly one of the two prompt fields is set. Fields as in `river_client.wire`."""
 
     request_id: str
+    tenant_id: str | None = None
     adapter: AdapterRef | None = None
     prompts: list[str] | None = None
     prompt_token_ids: list[list[int]] | None = None

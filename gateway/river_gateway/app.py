@@ -12,17 +12,17 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp
 
 from river_client.wire import API_PREFIX
-from river_gateway.admin_api import ADMIN_HANDLERS
-from river_gateway.catalog_api import CATALOG_HANDLERS
+from river_gateway.checkpoints.catalog_api import CATALOG_HANDLERS
+from river_gateway.checkpoints.import_api import IMPORT_HANDLERS
 from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import EXCEPTION_HANDLERS
-from river_gateway.import_api import IMPORT_HANDLERS
+from river_gateway.inference.openai_api import openai_router
 from river_gateway.limits import BODY_MAX_BYTES
-from river_gateway.openai_api import openai_router
 from river_gateway.services import Services, services_of
-from river_gateway.training_api import TRAINING_HANDLERS
+from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
+from river_gateway.training.training_api import TRAINING_HANDLERS
 
 _TEXT = "text/plain; version=0.0.4"
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from river_billing.streams import ensure_streams
-from river_gateway.auth import KeyCache
 from river_gateway.bus import Bus, BusError
+from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
+from river_gateway.engines.registry import Engines, Trainers
+from river_gateway.engines.upstream import Upstream
+from river_gateway.inference.metering import Meter
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
-from river_gateway.metering import Meter
-from river_gateway.registry import Engines, Trainers
-from river_gateway.results import Results
-from river_gateway.runs import RunCache
-from river_gateway.sweeper import sweep_forever
 from river_gateway.telemetry import Telemetry
-from river_gateway.upstream import Upstream
+from river_gateway.tenancy.auth import KeyCache
+from river_gateway.training.results import Results
+from river_gateway.training.runs import RunCache
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -25,10 +25,10 @@ from support.stand_ins import BASE
 
 from river_client import wire
 from river_gateway import limits
+from river_gateway.checkpoints.peft_import import CONFIG_FILE, WEIGHTS_FILE, plan_import
+from river_gateway.checkpoints.safetensors_file import read_header
+from river_gateway.checkpoints.sweeper import sweep
 from river_gateway.errors import InvalidFieldError
-from river_gateway.peft_import import CONFIG_FILE, WEIGHTS_FILE, plan_import
-from river_gateway.safetensors_file import read_header
-from river_gateway.sweeper import sweep
 from river_trainer.protocol import CreateRun
 from river_trainer.store import FileSets
 

@@ -11,10 +11,10 @@ from support.gateway import Rig, error_of
 from support.stand_ins import BASE
 
 from river_client import wire
-from river_gateway import validation
 from river_gateway.errors import InvalidFieldError
-from river_gateway.expert_routing import RoutedExperts, check_replayable
-from river_gateway.validation import Limits
+from river_gateway.training import validation
+from river_gateway.training.expert_routing import RoutedExperts, check_replayable
+from river_gateway.training.validation import Limits
 from river_trainer import protocol
 
 MODEL = RoutedExperts(experts=8, layers=2, per_token=2)

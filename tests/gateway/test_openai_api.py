@@ -14,8 +14,8 @@ from support.stand_ins import BASE, CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TOK
 
 from river_billing.events import UsageEvent, UsageKind
 from river_client import wire
+from river_gateway.engines.registry import Engines
 from river_gateway.ids import uuid7
-from river_gateway.registry import Engines
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 FULL_USAGE = {

@@ -15,15 +15,15 @@ from support.stand_ins import BASE, StandInEngine
 
 from river_billing.events import UsageKind
 from river_gateway import ids
-from river_gateway.catalog import Path, parse_path
+from river_gateway.checkpoints.catalog import Path, parse_path
+from river_gateway.checkpoints.files import parse_range
+from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import InvalidFieldError
-from river_gateway.files import parse_range
+from river_gateway.inference.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
+from river_gateway.inference.openai_api import engine_body, understand
+from river_gateway.inference.sse import EventSplitter, UsageWishes, filter_event
 from river_gateway.limits import UPSTREAM_KEEPALIVE_S
-from river_gateway.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
-from river_gateway.openai_api import engine_body, understand
-from river_gateway.operations import to_wire
-from river_gateway.routing import choose_engine
-from river_gateway.sse import EventSplitter, UsageWishes, filter_event
+from river_gateway.training.operations import to_wire
 from river_trainer.protocol import TrainResult
 
 ENGINES = [

@@ -105,7 +105,7 @@ async def test_inference_outlives_nats(
 async def test_a_known_key_outlives_postgres(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key seen before works on while Postgres is away, past its time in the cache; an unknown one is 503."""
     await _complete(rig)
-    monkeypatch.setattr("river_gateway.auth.KEY_CACHE_FRESH_S", 0.0)
+    monkeypatch.setattr("river_gateway.tenancy.auth.KEY_CACHE_FRESH_S", 0.0)
     await rig.services.pool.close()
     await _complete(rig)
     answer = await rig.tenant.http.get("/v1/models", headers={"authorization": "Bearer rv-other"})

@@ -14,8 +14,8 @@ from support.stand_ins import BASE
 
 from river_client import wire
 from river_gateway import limits
-from river_gateway import results as results_module
-from river_gateway.results import Results
+from river_gateway.training import results as results_module
+from river_gateway.training.results import Results
 from river_trainer import journal, protocol
 
 FORWARD = wire.Forward(data=[wire.Datum(input_ids=[1, 2, 3])])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from river_client import wire
-from river_gateway import validation
 from river_gateway.errors import InvalidFieldError
-from river_gateway.validation import Limits
+from river_gateway.training import validation
+from river_gateway.training.validation import Limits
 
 LIMITS = Limits(context_length=8, vocab_size=512)
 NAN = float("nan")

@@ -29,9 +29,9 @@ from river_billing.events import EVENTS_STREAM, UsageEvent
 from river_client import wire
 from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_gateway.app import create_app
-from river_gateway.auth import create_key, create_tenant
 from river_gateway.services import Services, open_services
 from river_gateway.settings import Settings
+from river_gateway.tenancy.auth import create_key, create_tenant
 from river_trainer import journal
 from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM, TrainerRecord
 

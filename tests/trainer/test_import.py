@@ -25,8 +25,8 @@ from support.peft_adapters import (
 )
 from support.training import ADAM, BASE_NAME, RunScript, forward_backward, integers
 
-from river_gateway.peft_import import ImportPlan, plan_import
-from river_gateway.safetensors_file import read_header, write_tensors
+from river_gateway.checkpoints.peft_import import ImportPlan, plan_import
+from river_gateway.checkpoints.safetensors_file import read_header, write_tensors
 from river_trainer.protocol import (
     AdapterShape,
     CreateRun,

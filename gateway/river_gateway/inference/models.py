@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from river_engine.protocol import AdapterRef
-from river_gateway import catalog
+from river_gateway.checkpoints import catalog
 from river_gateway.codec import NUL
 from river_gateway.errors import (
     NotFoundError,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from river_engine.protocol import routing_dtype
-from river_gateway.arrays import unpacked
 from river_gateway.errors import InvalidFieldError
+from river_gateway.training.arrays import unpacked
 
 if TYPE_CHECKING:
     import numpy.typing as npt

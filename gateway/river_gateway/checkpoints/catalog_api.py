@@ -13,8 +13,16 @@ from litestar.response import Stream
 from river_billing.prices import list_prices
 from river_billing.usage import usage_lines
 from river_client import wire
-from river_gateway import catalog, validation
-from river_gateway.auth import parse_time, principal_of, requires
+from river_gateway.checkpoints import catalog
+from river_gateway.checkpoints.files import (
+    ByteRange,
+    find_file,
+    is_below,
+    list_files,
+    parse_range,
+    read_file,
+    remove_files,
+)
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
 from river_gateway.errors import (
@@ -24,16 +32,9 @@ from river_gateway.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
-from river_gateway.files import (
-    ByteRange,
-    find_file,
-    is_below,
-    list_files,
-    parse_range,
-    read_file,
-    remove_files,
-)
 from river_gateway.services import Services, services_of
+from river_gateway.tenancy.auth import parse_time, principal_of, requires
+from river_gateway.training import validation
 
 logger = logging.getLogger("river.gateway")
 

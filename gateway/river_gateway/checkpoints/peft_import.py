@@ -24,19 +24,19 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from river_gateway.errors import InvalidFieldError
-from river_gateway.safetensors_file import (
+from river_gateway.checkpoints.safetensors_file import (
     DTYPES,
     NewTensor,
     TensorPlace,
     as_float32,
     read_tensor,
 )
+from river_gateway.errors import InvalidFieldError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from river_gateway.safetensors_file import Array
+    from river_gateway.checkpoints.safetensors_file import Array
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

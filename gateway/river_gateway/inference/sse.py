@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from river_gateway.inference.metering import Chunk, UsageTally
 from river_gateway.limits import SSE_EVENT_MAX_BYTES
-from river_gateway.metering import Chunk, UsageTally
 
 DATA_PREFIX = b"data:"
 DONE = b"[DONE]"

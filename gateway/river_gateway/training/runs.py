@@ -6,11 +6,11 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from river_gateway import catalog
+from river_gateway.checkpoints import catalog
 from river_gateway.limits import RUN_CACHE_ENTRIES_MAX, RUN_CACHE_FRESH_S
 
 if TYPE_CHECKING:
-    from river_gateway.catalog import RunRow
+    from river_gateway.checkpoints.catalog import RunRow
     from river_gateway.database import Database
 
 

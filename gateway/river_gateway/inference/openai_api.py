@@ -15,23 +15,23 @@ from litestar import Request, Response, Router, get, post
 from litestar.response.base import ASGIResponse
 
 from river_billing.events import UsageEvent
-from river_gateway import catalog
-from river_gateway.auth import Principal, principal_of, requires
+from river_gateway.checkpoints import catalog
 from river_gateway.codec import storable
 from river_gateway.context import context_of
+from river_gateway.engines.upstream import ENGINE_LOST, Opened, unless_client_leaves
 from river_gateway.errors import (
     InvalidFieldError,
     MalformedBodyError,
     NotSupportedError,
     UnavailableError,
 )
+from river_gateway.inference.metering import Chunk, UsageTally, usage_event
+from river_gateway.inference.models import Target, ask_current, resolve_model
+from river_gateway.inference.relay import Relay
+from river_gateway.inference.sse import UsageWishes
 from river_gateway.limits import USER_MAX_CHARS
-from river_gateway.metering import Chunk, UsageTally, usage_event
-from river_gateway.models import Target, ask_current, resolve_model
-from river_gateway.relay import Relay
 from river_gateway.services import Services, services_of
-from river_gateway.sse import UsageWishes
-from river_gateway.upstream import ENGINE_LOST, Opened, unless_client_leaves
+from river_gateway.tenancy.auth import Principal, principal_of, requires
 
 POLICY_HEADER = "x-river-policy-version"
 OWNER = "river"
@@ -152,6 +152,7 @@ async def _complete(request: AnyRequest, path: str) -> ASGIResponse:
             path,
             for_engine,
             target=current,
+            tenant_id=principal.tenant_id,
             request_id=context_of(request.scope).request_id,
             content_type=_JSON,
             model_name=asked.model,

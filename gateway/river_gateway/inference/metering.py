@@ -22,10 +22,10 @@ from river_gateway.ids import uuid7_time_s
 from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
 
 if TYPE_CHECKING:
-    from river_gateway.auth import Principal
     from river_gateway.bus import Bus
-    from river_gateway.models import Target
+    from river_gateway.inference.models import Target
     from river_gateway.telemetry import Telemetry
+    from river_gateway.tenancy.auth import Principal
 
 logger = logging.getLogger("river.gateway")
 

@@ -21,8 +21,10 @@ from litestar.datastructures import UploadFile
 from river_billing.catalog import record_checkpoint
 from river_billing.events import CheckpointSaved
 from river_client import wire
-from river_gateway import catalog, validation
-from river_gateway.auth import principal_of, requires
+from river_gateway.checkpoints import catalog
+from river_gateway.checkpoints.files import disk_errors, store_errors
+from river_gateway.checkpoints.peft_import import CONFIG_FILE, WEIGHTS_FILE, ImportPlan, plan_import
+from river_gateway.checkpoints.safetensors_file import read_header, write_tensors
 from river_gateway.codec import WireRequest, idempotency_key, reply
 from river_gateway.errors import (
     InvalidFieldError,
@@ -30,13 +32,12 @@ from river_gateway.errors import (
     TooLargeError,
     UnavailableError,
 )
-from river_gateway.files import disk_errors, store_errors
 from river_gateway.ids import checkpoint_id, idempotent_id, seed_of
 from river_gateway.limits import IMPORT_CONFIG_MAX_BYTES, IMPORT_MAX_BYTES
-from river_gateway.peft_import import CONFIG_FILE, WEIGHTS_FILE, ImportPlan, plan_import
-from river_gateway.safetensors_file import read_header, write_tensors
 from river_gateway.services import Services, services_of
-from river_gateway.training_api import rank_max
+from river_gateway.tenancy.auth import principal_of, requires
+from river_gateway.training import validation
+from river_gateway.training.training_api import rank_max
 from river_trainer.store import FileSets
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
     from litestar.datastructures import FormMultiDict
 
-    from river_gateway.auth import Principal
+    from river_gateway.tenancy.auth import Principal
 
 
 @post(

@@ -17,25 +17,26 @@ import msgspec
 
 from river_billing.catalog import record_checkpoint
 from river_client import wire
-from river_gateway import catalog, validation
 from river_gateway.bus import BusError
+from river_gateway.checkpoints import catalog
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
-from river_gateway.expert_routing import RoutedExperts, check_replayable
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
     QUEUE_STATE_TIMEOUT_S,
     SEQ_AHEAD_MAX,
     SEQ_MAX,
 )
+from river_gateway.training import validation
+from river_gateway.training.expert_routing import RoutedExperts, check_replayable
 from river_trainer import journal, protocol
 
 logger = logging.getLogger("river.gateway")
 
 if TYPE_CHECKING:
-    from river_gateway.auth import Principal
-    from river_gateway.catalog import RunRow
+    from river_gateway.checkpoints.catalog import RunRow
     from river_gateway.services import Services
+    from river_gateway.tenancy.auth import Principal
 
 _OPERATION_ID = re.compile(r"(?P<run>run_[A-Za-z0-9]+)-(0|[1-9][0-9]{0,15})")
 

@@ -19,10 +19,9 @@ from river_engine.protocol import (
     EngineSequence,
     ExpertRouting,
 )
-from river_gateway import catalog, operations, validation
-from river_gateway.auth import principal_of, requires
 from river_gateway.bus import BusError
-from river_gateway.catalog import RunRow
+from river_gateway.checkpoints import catalog
+from river_gateway.checkpoints.catalog import RunRow
 from river_gateway.codec import (
     IDEMPOTENCY_HEADER,
     MSGPACK,
@@ -33,6 +32,7 @@ from river_gateway.codec import (
     reply,
 )
 from river_gateway.context import context_of
+from river_gateway.engines.upstream import ENGINE_LOST, unless_client_leaves
 from river_gateway.errors import (
     ConflictError,
     GatewayError,
@@ -42,11 +42,12 @@ from river_gateway.errors import (
     UnavailableError,
 )
 from river_gateway.ids import idempotent_id, seed_of
+from river_gateway.inference.metering import usage_event
+from river_gateway.inference.models import Target, ask_current, resolve_model
 from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
-from river_gateway.metering import usage_event
-from river_gateway.models import Target, ask_current, resolve_model
 from river_gateway.services import Services, services_of
-from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
+from river_gateway.tenancy.auth import principal_of, requires
+from river_gateway.training import operations, validation
 from river_trainer import protocol
 
 # ---- Sessions --------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
             data.model,
             principal.tenant_id,
             target,
-            lambda current: _ask_engine(services, current, data, request_id),
+            lambda current: _ask_engine(services, current, data, principal.tenant_id, request_id),
         ),
     )
     usage = _usage(result)
@@ -304,11 +305,12 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
 
 
 async def _ask_engine(
-    services: Services, target: Target, asked: wire.SampleRequest, request_id: str
+    services: Services, target: Target, asked: wire.SampleRequest, tenant_id: str, request_id: str
 ) -> tuple[EngineSampleResult, int]:
     """The engine's samples and its context length."""
     body = EngineSample(
         request_id=request_id,
+        tenant_id=tenant_id,
         adapter=target.adapter,
         prompts=asked.prompts,
         prompt_token_ids=asked.prompt_token_ids,
@@ -327,6 +329,7 @@ async def _ask_engine(
         "/river/sample",
         msgspec.msgpack.encode(body),
         target=target,
+        tenant_id=tenant_id,
         request_id=request_id,
         content_type=MSGPACK,
     )

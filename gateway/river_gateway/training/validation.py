@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from river_gateway.arrays import finite_floats, integers, token_ids
 from river_gateway.errors import InvalidFieldError
-from river_gateway.expert_routing import RoutedExperts, routing_bytes
 from river_gateway.limits import (
     ALPHA_MAX,
     CHECKPOINT_TTL_MAX_S,
@@ -34,6 +32,8 @@ from river_gateway.limits import (
     TAGS_MAX,
     TEMPERATURE_MAX,
 )
+from river_gateway.training.arrays import finite_floats, integers, token_ids
+from river_gateway.training.expert_routing import RoutedExperts, routing_bytes
 from river_trainer import protocol
 from river_trainer.loss_specs import TARGETS_PER_TOKEN_MAX, LossSpec, LossSpecError, find_spec
 

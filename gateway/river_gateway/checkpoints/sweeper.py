@@ -10,10 +10,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from river_gateway import catalog
+from river_gateway.checkpoints import catalog
+from river_gateway.checkpoints.files import remove_files
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import GatewayError
-from river_gateway.files import remove_files
 from river_gateway.limits import SWEEP_BATCH
 
 if TYPE_CHECKING:

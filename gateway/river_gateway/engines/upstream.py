@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import aiohttp
 import msgspec
 
-from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, EngineError
+from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, EngineError
+from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import (
     ClientGoneError,
     EngineRefusedError,
@@ -29,7 +30,6 @@ from river_gateway.limits import (
     UPSTREAM_KEEPALIVE_S,
     UPSTREAM_SILENCE_TIMEOUT_S,
 )
-from river_gateway.routing import choose_engine
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from litestar.types import Receive
 
     from river_engine.protocol import EngineRecord
-    from river_gateway.models import Target
-    from river_gateway.registry import Engines
+    from river_gateway.engines.registry import Engines
+    from river_gateway.inference.models import Target
 
 logger = logging.getLogger("river.gateway")
 
@@ -95,6 +95,7 @@ class Upstream:
         body: bytes,
         *,
         target: Target,
+        tenant_id: str,
         request_id: str,
         content_type: str,
         model_name: str | None = None,
@@ -111,7 +112,11 @@ class Upstream:
         """
         if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
             raise RateLimitedError("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
-        headers = {"content-type": content_type, "x-request-id": request_id}
+        headers = {
+            "content-type": content_type,
+            "x-request-id": request_id,
+            TENANT_HEADER: tenant_id,
+        }
         if target.adapter is not None:
             headers[ADAPTER_HEADER] = msgspec.json.encode(target.adapter).decode()
         if model_name is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import msgspec
 from litestar.response.base import ASGIResponse
 
+from river_gateway.engines.upstream import ENGINE_LOST, unless_client_leaves
 from river_gateway.errors import ClientGoneError, UnavailableError, openai_body
-from river_gateway.limits import FILE_CHUNK_BYTES
-from river_gateway.sse import (
+from river_gateway.inference.sse import (
     DONE,
     EventSplitter,
     EventTooLargeError,
@@ -18,7 +18,7 @@ from river_gateway.sse import (
     filter_event,
     payload_of,
 )
-from river_gateway.upstream import ENGINE_LOST, unless_client_leaves
+from river_gateway.limits import FILE_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from litestar.types import Receive, Scope, Send
 
     from river_billing.events import UsageEvent
-    from river_gateway.metering import Meter, UsageTally
-    from river_gateway.upstream import Opened
+    from river_gateway.engines.upstream import Opened
+    from river_gateway.inference.metering import Meter, UsageTally
 
 logger = logging.getLogger("river.gateway")
 

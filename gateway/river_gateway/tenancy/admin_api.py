@@ -8,10 +8,10 @@ from typing import Any
 from litestar import Response, delete, get, post
 
 from river_client import wire
-from river_gateway import auth
-from river_gateway.auth import requires
 from river_gateway.codec import WireRequest, reply
 from river_gateway.services import services_of
+from river_gateway.tenancy import auth
+from river_gateway.tenancy.auth import requires
 
 _ADMIN = [requires("admin")]
 

@@ -10,6 +10,9 @@ UPSTREAM_CONNECT_TIMEOUT_S = 5.0
 UPSTREAM_SILENCE_TIMEOUT_S = 600.0
 UPSTREAM_KEEPALIVE_S = 4.0
 """Below the 5 s after which uvicorn, and so an engine, closes an idle connection."""
+UPSTREAM_BUFFER_BYTES = 256 * 1024
+"""How much of an answer is read ahead of a client that is slower than the engine."""
+UPSTREAM_SWEEP_INTERVAL_S = 1.0
 UPSTREAM_ATTEMPTS = 2
 SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1.0

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import aiohttp
 import msgspec
 
 from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, EngineError
+from river_gateway.engines.http_client import EngineClient, EngineLostError
 from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import (
     ClientGoneError,
@@ -26,9 +26,6 @@ from river_gateway.limits import (
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
     UPSTREAM_CONCURRENT_MAX,
-    UPSTREAM_CONNECT_TIMEOUT_S,
-    UPSTREAM_KEEPALIVE_S,
-    UPSTREAM_SILENCE_TIMEOUT_S,
 )
 
 if TYPE_CHECKING:
@@ -37,13 +34,13 @@ if TYPE_CHECKING:
     from litestar.types import Receive
 
     from river_engine.protocol import EngineRecord
+    from river_gateway.engines.http_client import EngineAnswer, Header
     from river_gateway.engines.registry import Engines
     from river_gateway.inference.models import Target
 
 logger = logging.getLogger("river.gateway")
 
-ENGINE_LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError)
-"""What a request raises when its engine dies or falls silent."""
+_TENANT, _ADAPTER, _MODEL = TENANT_HEADER.encode(), ADAPTER_HEADER.encode(), MODEL_HEADER.encode()
 
 # By the type of an engine's own refusals; vLLM's own 404, of a model, has another.
 _ADAPTER_REFUSALS = {"not_found": PrunedError, "invalid_adapter": UnloadableError}
@@ -55,13 +52,13 @@ ResultType = TypeVar("ResultType")
 class Opened:
     """An engine's answer whose head has been read. `close` it, or the engine goes on working."""
 
-    response: aiohttp.ClientResponse
+    answer: EngineAnswer
     engine: EngineRecord
     _held: ExitStack
 
     def close(self) -> None:
         """Ends the request: the connection of an answer not read to its end is cut, which cancels the engine's work."""
-        self.response.close()
+        self.answer.close()
         self._held.close()
 
 
@@ -71,23 +68,12 @@ class Upstream:
     def __init__(self, engines: Engines, *, token: str) -> None:
         self._engines = engines
         self._outstanding = 0
-        self._session = aiohttp.ClientSession(
-            # The pool is unlimited (its default of 100 throttles); UPSTREAM_CONCURRENT_MAX is the bound.
-            # A connection kept for longer than the engine keeps it may be closed while a request is on its way.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=UPSTREAM_KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=UPSTREAM_CONNECT_TIMEOUT_S,
-                sock_read=UPSTREAM_SILENCE_TIMEOUT_S,
-            ),
-            headers={"authorization": f"Bearer {token}"},
-            auto_decompress=False,
-            skip_auto_headers=("accept-encoding",),
-        )
+        self._client = EngineClient()
+        self._authorization = (b"authorization", f"Bearer {token}".encode())
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._session.close()
+        await self._client.close()
 
     async def open(
         self,
@@ -112,15 +98,16 @@ class Upstream:
         """
         if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
             raise RateLimitedError("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
-        headers = {
-            "content-type": content_type,
-            "x-request-id": request_id,
-            TENANT_HEADER: tenant_id,
-        }
+        headers = [
+            self._authorization,
+            (b"content-type", content_type.encode()),
+            (b"x-request-id", request_id.encode()),
+            (_TENANT, tenant_id.encode()),
+        ]
         if target.adapter is not None:
-            headers[ADAPTER_HEADER] = msgspec.json.encode(target.adapter).decode()
+            headers.append((_ADAPTER, msgspec.json.encode(target.adapter)))
         if model_name is not None:
-            headers[MODEL_HEADER] = model_name
+            headers.append((_MODEL, model_name.encode()))
         tried: set[str] = set()
         for _ in range(UPSTREAM_ATTEMPTS):
             engine = choose_engine(
@@ -141,7 +128,7 @@ class Upstream:
         )
 
     async def _attempt(
-        self, engine: EngineRecord, path: str, body: bytes, headers: dict[str, str]
+        self, engine: EngineRecord, path: str, body: bytes, headers: list[Header]
     ) -> Opened | None:
         """One engine's successful answer, or None when another should be asked."""
         with ExitStack() as held:
@@ -149,17 +136,15 @@ class Upstream:
             self._outstanding += 1
             held.callback(self._release)
             try:
-                response = await self._session.post(
-                    engine.url.rstrip("/") + path, data=body, headers=headers
-                )
-                held.callback(response.close)
-                if response.status == HTTPStatus.OK:
-                    return Opened(response, engine, held.pop_all())
-                if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
+                answer = await self._client.post(engine.url, path, headers, body)
+                held.callback(answer.close)
+                if answer.status == HTTPStatus.OK:
+                    return Opened(answer, engine, held.pop_all())
+                if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
                     logger.warning("engine %s is not ready", engine.engine_id)
                     return None
-                await _raise_refusal(response)
-            except ENGINE_LOST as error:
+                await _raise_refusal(answer)
+            except EngineLostError as error:
                 logger.warning("engine %s is lost: %s", engine.engine_id, error)
             return None
 
@@ -168,11 +153,11 @@ class Upstream:
         assert self._outstanding >= 0
 
 
-async def _raise_refusal(response: aiohttp.ClientResponse) -> None:
+async def _raise_refusal(answer: EngineAnswer) -> None:
     """Turns an engine's error answer into ours. What is not the request's fault never shows the engine's words."""
-    body = await response.read()
+    body = await answer.read()
     refusal = _parse_refusal(body)
-    status = response.status
+    status = answer.status
     logger.info("engine answered %d", status)
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         raise RateLimitedError("the engine is busy", retry_after_s=RETRY_AFTER_S)

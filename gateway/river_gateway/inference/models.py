@@ -9,7 +9,6 @@ import msgspec
 
 from river_engine.protocol import AdapterRef
 from river_gateway.checkpoints import catalog
-from river_gateway.codec import NUL
 from river_gateway.errors import (
     NotFoundError,
     PrunedError,
@@ -45,7 +44,7 @@ async def resolve_model(services: Services, name: str, tenant_id: str) -> Target
     """
     if name in services.engines.bases():
         return Target(name, None, name)
-    if NUL in name:
+    if not name.isprintable():
         raise _unknown(name)
     path = name
     if not name.startswith(catalog.SCHEME):

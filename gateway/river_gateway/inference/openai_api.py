@@ -18,7 +18,8 @@ from river_billing.events import UsageEvent
 from river_gateway.checkpoints import catalog
 from river_gateway.codec import storable
 from river_gateway.context import context_of
-from river_gateway.engines.upstream import ENGINE_LOST, Opened, unless_client_leaves
+from river_gateway.engines.http_client import EngineLostError
+from river_gateway.engines.upstream import Opened, unless_client_leaves
 from river_gateway.errors import (
     InvalidFieldError,
     MalformedBodyError,
@@ -209,8 +210,8 @@ async def _answer_whole(
     opened: Opened,
 ) -> ASGIResponse:
     try:
-        body = await unless_client_leaves(request.receive, opened.response.read())
-    except ENGINE_LOST:
+        body = await unless_client_leaves(request.receive, opened.answer.read())
+    except EngineLostError:
         raise UnavailableError("the engine was lost in the middle of the answer") from None
     finally:
         opened.close()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from litestar.response.base import ASGIResponse
 
-from river_gateway.engines.upstream import ENGINE_LOST, unless_client_leaves
+from river_gateway.engines.http_client import EngineLostError
+from river_gateway.engines.upstream import unless_client_leaves
 from river_gateway.errors import ClientGoneError, UnavailableError, openai_body
 from river_gateway.inference.sse import (
     DONE,
@@ -18,7 +19,6 @@ from river_gateway.inference.sse import (
     filter_event,
     payload_of,
 )
-from river_gateway.limits import FILE_CHUNK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -76,7 +76,7 @@ class Relay(ASGIResponse):
         await self.start_response(send)
         splitter = EventSplitter()
         try:
-            async for data in self._opened.response.content.iter_chunked(FILE_CHUNK_BYTES):
+            async for data in self._opened.answer.chunks():
                 for_client: list[bytes] = []
                 for event in splitter.feed(data):
                     if payload_of(event) == DONE:
@@ -86,7 +86,7 @@ class Relay(ASGIResponse):
                         for_client.append(shown + b"\n\n")
                 if for_client:
                     await _send_body(send, b"".join(for_client))
-        except (*ENGINE_LOST, EventTooLargeError) as error:
+        except (EngineLostError, EventTooLargeError) as error:
             logger.warning("a stream broke: %s", error)
             await self._settle()
             lost = UnavailableError("the engine was lost in the middle of the answer")

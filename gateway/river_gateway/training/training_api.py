@@ -32,7 +32,8 @@ from river_gateway.codec import (
     reply,
 )
 from river_gateway.context import context_of
-from river_gateway.engines.upstream import ENGINE_LOST, unless_client_leaves
+from river_gateway.engines.http_client import EngineLostError
+from river_gateway.engines.upstream import unless_client_leaves
 from river_gateway.errors import (
     ConflictError,
     GatewayError,
@@ -334,8 +335,8 @@ async def _ask_engine(
         content_type=MSGPACK,
     )
     try:
-        answer = await opened.response.read()
-    except ENGINE_LOST:
+        answer = await opened.answer.read()
+    except EngineLostError:
         raise UnavailableError("the engine was lost in the middle of the answer") from None
     finally:
         opened.close()

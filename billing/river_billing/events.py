@@ -1,9 +1,9 @@
 """What others tell the recorder. Imports nothing heavy.
 
 JetStream: `EVENTS_STREAM`, subjects `usage.<tenant>` (`UsageEvent`) and `catalog.<run>`
-(`RunAdvanced`, `CheckpointSaved`), kept until the recorder has committed them to Postgres. The
-message id is the event's identity, and the primary keys in Postgres make recording one twice a
-no-op.
+(`RunAdvanced`, `CheckpointSaved`), kept until the recorder has committed them to Postgres. A message
+holds one event, or a list of usage events, then under `usage.group`. The message id is the identity
+of what it holds, and the primary keys in Postgres make recording an event twice a no-op.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from msgspec import Struct, field
 
 EVENTS_STREAM = "EVENTS"
 RECORDER_CONSUMER = "recorder"
+USAGE_GROUP_SUBJECT = "usage.group"
 
 
 class UsageKind(StrEnum):

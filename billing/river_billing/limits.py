@@ -3,7 +3,9 @@
 # ---- The stream --------------------------------------------------------------------------------
 
 STREAM_SIZE_MAX_BYTES = 1024 * 1024 * 1024  # some three million events: hours of a busy outage
-MESSAGE_SIZE_MAX_BYTES = 64 * 1024
+MESSAGE_SIZE_MAX_BYTES = 256 * 1024
+GROUP_EVENTS_MAX = 100
+# A user's name and a model's are bounded by a few hundred characters, so a group fits into a message.
 DEDUPLICATION_WINDOW_S = 120.0
 PUBLISH_TIMEOUT_S = 5.0
 

@@ -59,10 +59,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """An event and the message that brought it."""
+    """A message and the events that it brought."""
 
     message: Msg
-    event: AnyEvent
+    events: list[AnyEvent]
 
 
 def main() -> None:
@@ -173,22 +173,38 @@ async def _consume(
 
 
 async def _accept(message: Msg) -> Delivery | None:
-    """The message's event, or None for one that can never be recorded, which is then removed."""
+    """The message's events without those that can never be recorded; None if that leaves none: it is then removed."""
     try:
-        event = decode(message.data)
-        if isinstance(event, UsageEvent):
-            check(event)
+        events = decode(message.data)
     except RejectedEventError as error:
         await _reject(message, str(error))
         return None
-    return Delivery(message, event)
+    fit = [event for event in events if _fits(message, event)]
+    if not fit:
+        await message.term()
+        return None
+    return Delivery(message, fit)
+
+
+def _fits(message: Msg, event: AnyEvent) -> bool:
+    try:
+        if isinstance(event, UsageEvent):
+            check(event)
+    except RejectedEventError as error:
+        _report(message, str(error))
+        return False
+    return True
 
 
 async def _reject(message: Msg, reason: str) -> None:
+    _report(message, reason)
+    await message.term()
+
+
+def _report(message: Msg, reason: str) -> None:
     metrics.REJECTED.inc()
     extra = {"subject": message.subject, "stream_sequence": message.metadata.sequence.stream}
-    logger.error("message rejected for good: %s", reason, extra=extra)
-    await message.term()
+    logger.error("an event was rejected for good: %s", reason, extra=extra)
 
 
 async def record_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> None:
@@ -199,13 +215,17 @@ async def record_deliveries(connection: Connection, deliveries: Sequence[Deliver
     if not deliveries:
         return
     try:
-        unknown = await record_events(connection, [delivery.event for delivery in deliveries])
+        unknown = await record_events(
+            connection, [event for delivery in deliveries for event in delivery.events]
+        )
     except REFUSALS as error:
-        if len(deliveries) == 1:
+        if len(deliveries) > 1:
+            for delivery in deliveries:
+                await record_deliveries(connection, [delivery])
+        elif len(deliveries[0].events) > 1:
+            await _record_one_by_one(connection, deliveries[0])
+        else:
             await _reject(deliveries[0].message, str(error))
-            return
-        for delivery in deliveries:
-            await record_deliveries(connection, [delivery])
         return
     except OUTAGES:
         # Given back at once, so that nobody waits for the acknowledgement to time out.
@@ -213,10 +233,20 @@ async def record_deliveries(connection: Connection, deliveries: Sequence[Deliver
             await delivery.message.nak()
         raise
     for delivery in deliveries:
-        if delivery.event in unknown:
+        if any(event in unknown for event in delivery.events):
             await _retry_unknown_run(delivery)
         else:
             await delivery.message.ack()
+
+
+async def _record_one_by_one(connection: Connection, delivery: Delivery) -> None:
+    """The events of a group of which Postgres refuses some."""
+    for event in delivery.events:
+        try:
+            await record_events(connection, [event])
+        except REFUSALS as error:
+            _report(delivery.message, str(error))
+    await delivery.message.ack()
 
 
 async def _retry_unknown_run(delivery: Delivery) -> None:

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import msgspec
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
@@ -14,6 +17,7 @@ from river_billing import limits
 from river_billing.errors import RejectedEventError
 from river_billing.events import (
     EVENTS_STREAM,
+    USAGE_GROUP_SUBJECT,
     AnyEvent,
     CheckpointSaved,
     RunAdvanced,
@@ -25,7 +29,7 @@ from river_billing.events import (
 MESSAGE_ID_HEADER = "Nats-Msg-Id"
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(AnyEvent)
+_decoder = msgspec.msgpack.Decoder(AnyEvent | list[UsageEvent])
 
 
 async def ensure_streams(js: JetStreamContext) -> None:
@@ -63,6 +67,28 @@ async def publish(js: JetStreamContext, event: AnyEvent) -> None:
     )
 
 
+async def publish_group(js: JetStreamContext, events: Sequence[UsageEvent]) -> None:
+    """Sends up to `GROUP_EVENTS_MAX` usage events as one message, which costs little more than one event.
+
+    Raises:
+        nats.errors.Error: all or none may be stored; sending them again, in any grouping, is safe.
+    """
+    assert 0 < len(events) <= limits.GROUP_EVENTS_MAX
+    if len(events) == 1:
+        await publish(js, events[0])
+        return
+    # Of all the identities: another group may begin with the same event.
+    digest = hashlib.blake2b(digest_size=16)
+    for event in events:
+        digest.update(event.event_id.encode())
+    await js.publish(
+        USAGE_GROUP_SUBJECT,
+        _encoder.encode(events),
+        timeout=limits.PUBLISH_TIMEOUT_S,
+        headers={MESSAGE_ID_HEADER: digest.hexdigest()},
+    )
+
+
 def subject(event: AnyEvent) -> str:
     """Where the event is published."""
     match event:
@@ -88,13 +114,14 @@ def encode(event: AnyEvent) -> bytes:
     return _encoder.encode(event)
 
 
-def decode(payload: bytes) -> AnyEvent:
-    """The event of a message.
+def decode(payload: bytes) -> list[AnyEvent]:
+    """The events of a message.
 
     Raises:
         RejectedEventError: the bytes are no event.
     """
     try:
-        return _decoder.decode(payload)
+        decoded = _decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RejectedEventError(f"not an event: {error}") from error
+    return [*decoded] if isinstance(decoded, list) else [decoded]

@@ -14,7 +14,7 @@ from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
 from river_gateway.engines.registry import Engines, Trainers
 from river_gateway.engines.upstream import Upstream
-from river_gateway.inference.metering import Meter
+from river_gateway.inference.meter import Meter
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.telemetry import Telemetry
 from river_gateway.tenancy.auth import KeyCache
@@ -108,7 +108,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                 tasks.create_task(services.results.stop_with(services.stopping), name="results"),
                 tasks.create_task(services.engines.watch(), name="engines"),
                 tasks.create_task(services.trainers.watch(), name="trainers"),
-                tasks.create_task(services.meter.drain(), name="usage"),
+                tasks.create_task(services.meter.run(), name="usage"),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
                 tasks.create_task(_sweep(services), name="sweeper"),
             ]

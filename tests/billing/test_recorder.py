@@ -28,7 +28,7 @@ from support.billing import (
 
 from river_billing.events import EVENTS_STREAM, AnyEvent, CheckpointSaved, RunAdvanced
 from river_billing.recorder import Recorder, Settings
-from river_billing.streams import encode, ensure_streams, publish
+from river_billing.streams import encode, ensure_streams, publish, publish_group
 from river_ops.embedded.nats import EmbeddedNats
 
 WAIT_S = 60.0
@@ -149,6 +149,24 @@ async def test_one_bad_message_holds_up_nobody(
     await publish(js, make_event(1, occurred_at=float("inf"), prompt=1))
     await js.publish("usage.x", encode(make_event(2, tenant_id="ten\x00", prompt=1)))
     await publish_all(js, good)
+    async with recording(postgres_url, nats_url), database(postgres_url) as connection:
+        await until(lambda: drained(js))
+        assert (await totals(connection))[:2] == expected_totals(good)
+
+
+async def test_groups_are_recorded_like_their_events(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """A group, sent twice and mixed with single events: each event once, whatever is wrong with its neighbours."""
+    good = random_events(30, seed=8)
+    impossible = make_event(1, occurred_at=float("inf"), prompt=1)
+    refused = make_event(2, tenant_id="ten\x00", prompt=1)
+    await publish_group(js, [*good[:10], impossible, refused, *good[10:20]])
+    await publish_group(js, good[5:25])
+    await publish_group(js, good[5:25])
+    await publish_group(js, good[5:26])
+    await publish_all(js, good[20:])
+    assert (await js.stream_info(EVENTS_STREAM)).state.messages == 3 + 10
     async with recording(postgres_url, nats_url), database(postgres_url) as connection:
         await until(lambda: drained(js))
         assert (await totals(connection))[:2] == expected_totals(good)

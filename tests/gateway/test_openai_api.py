@@ -318,7 +318,7 @@ async def test_an_event_that_is_refused_for_good_blocks_nobody(rig: Rig) -> None
         context_length=1,
         quantities={UsageKind.PROMPT: 1},
     )
-    too_large = msgspec.structs.replace(fine, event_id=uuid7(), user="x" * 70_000)
+    too_large = msgspec.structs.replace(fine, event_id=uuid7(), user="x" * 300_000)
     far_too_large = msgspec.structs.replace(fine, event_id=uuid7(), user="x" * 2**21)
     meter = rig.services.meter
     await meter.record(too_large)

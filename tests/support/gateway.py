@@ -126,14 +126,16 @@ class Rig:
         jetstream = self.nats.jetstream()
         events: list[UsageEvent] = []
         async with asyncio.timeout(PATIENCE_S):
-            while (await jetstream.stream_info(EVENTS_STREAM)).state.messages < count:  # noqa: ASYNC110
+            seen = 0
+            while len(events) < count:
+                state = (await jetstream.stream_info(EVENTS_STREAM)).state
+                for sequence in range(max(state.first_seq, seen + 1), state.last_seq + 1):
+                    message = await jetstream.get_msg(EVENTS_STREAM, sequence)
+                    found = streams.decode(message.data or b"")
+                    events += [event for event in found if isinstance(event, UsageEvent)]
+                    assert len(found) <= count
+                    seen = sequence
                 await asyncio.sleep(0.01)
-        state = (await jetstream.stream_info(EVENTS_STREAM)).state
-        for sequence in range(state.first_seq, state.last_seq + 1):
-            message = await jetstream.get_msg(EVENTS_STREAM, sequence)
-            event = streams.decode(message.data or b"")
-            assert isinstance(event, UsageEvent)
-            events.append(event)
         assert len(events) == count
         return events
 

@@ -97,9 +97,7 @@ class World:
                 return found
             assert message.seq is not None
             assert message.data is not None
-            event = billing.decode(message.data)
-            if event.run_id == run_id:
-                found.append(event)
+            found += [event for event in billing.decode(message.data) if event.run_id == run_id]
             seq = message.seq + 1
 
     async def journal_size(self, run_id: str) -> int:

@@ -1,35 +1,22 @@
-"""What a request used, and getting that to the recorder: published and acknowledged before the client sees the end.
+"""What a request used, counted by the engine.
 
-Counts always are the engine's own. `UsageTally` reads them from a finished answer or from a stream's chunks, which the
-engine is asked to annotate throughout, so that what was produced before a client left is known without a tokenizer.
+`UsageTally` reads the counts from a finished answer or from a stream's chunks, which the engine is asked to annotate
+throughout, so that what was produced before a client left is known without a tokenizer.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from river_billing import streams
 from river_billing.events import UsageEvent, UsageKind
-from river_gateway.bus import REFUSALS, BusError
-from river_gateway.errors import UnavailableError
 from river_gateway.ids import uuid7_time_s
-from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
 
 if TYPE_CHECKING:
-    from river_gateway.bus import Bus
     from river_gateway.inference.models import Target
-    from river_gateway.telemetry import Telemetry
     from river_gateway.tenancy.auth import Principal
-
-logger = logging.getLogger("river.gateway")
-
-# ---- Counting --------------------------------------------------------------------------------------------------------
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -125,87 +112,3 @@ def usage_event(
         policy_version=target.policy_version,
         user=user,
     )
-
-
-# ---- Publishing ------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """Publishes usage events. While NATS is away they wait here, bounded, and requests go on being answered."""
-
-    def __init__(self, bus: Bus, telemetry: Telemetry) -> None:
-        self._bus = bus
-        self._telemetry = telemetry
-        self._backlog: deque[UsageEvent] = deque()
-        self._wake = asyncio.Event()
-
-    def admit(self) -> None:
-        """Refuses new work when what it uses could no longer be remembered.
-
-        Raises:
-            UnavailableError: the backlog is full.
-        """
-        if len(self._backlog) >= USAGE_BACKLOG_MAX:
-            raise UnavailableError("usage cannot be recorded at the moment; try again")
-
-    async def record(self, event: UsageEvent | None) -> None:
-        """Returns once the event is stored, or once it is in the backlog because NATS cannot store it now."""
-        if event is None:
-            return
-        try:
-            await self._publish(event)
-        except REFUSALS as error:
-            self._drop(event, error)
-        except (BusError, UnavailableError, TimeoutError) as error:
-            logger.warning("usage event waits: %s", error, extra={"request": event.event_id})
-            self.record_later(event)
-        else:
-            self._telemetry.metered(event)
-
-    def record_later(self, event: UsageEvent | None) -> None:
-        """Leaves an event to `drain`; for places that cannot wait, such as a cancelled stream."""
-        if event is not None:
-            self._backlog.append(event)
-            self._telemetry.usage_backlog.set(len(self._backlog))
-            self._wake.set()
-
-    async def drain(self) -> None:
-        """Publishes the backlog whenever there is one; runs until cancelled."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while not await self.flush():  # noqa: ASYNC110 - polls NATS, not a variable
-                await asyncio.sleep(USAGE_RETRY_S)
-
-    async def flush(self) -> bool:
-        """Publishes the backlog, oldest first; False when NATS refused and some of it is left."""
-        while self._backlog:
-            event, refused = self._backlog[0], None
-            try:
-                await self._publish(event)
-            except REFUSALS as error:
-                refused = error
-            except (BusError, UnavailableError, TimeoutError):
-                return False
-            if self._backlog and self._backlog[0] is event:
-                self._backlog.popleft()
-                if refused is None:
-                    self._telemetry.metered(event)
-                else:
-                    self._drop(event, refused)
-            self._telemetry.usage_backlog.set(len(self._backlog))
-        return True
-
-    @property
-    def waiting(self) -> int:
-        """How many events NATS has not acknowledged."""
-        return len(self._backlog)
-
-    async def _publish(self, event: UsageEvent) -> None:
-        self._bus.require()
-        await streams.publish(self._bus.jetstream, event)
-
-    def _drop(self, event: UsageEvent, error: BusError) -> None:
-        """Gives up an event that JetStream will never take, rather than let all others wait behind it."""
-        logger.error("usage event dropped: %s", error, extra={"request": event.event_id})
-        self._telemetry.usage_dropped.inc()

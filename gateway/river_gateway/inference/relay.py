@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from river_billing.events import UsageEvent
     from river_gateway.engines.upstream import Opened
-    from river_gateway.inference.metering import Meter, UsageTally
+    from river_gateway.inference.meter import Meter
+    from river_gateway.inference.metering import UsageTally
 
 logger = logging.getLogger("river.gateway")
 

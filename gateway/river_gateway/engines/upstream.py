@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, E
 from river_gateway.engines.http_client import EngineClient, EngineLostError
 from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import (
-    ClientGoneError,
     EngineRefusedError,
     PrunedError,
     RateLimitedError,
@@ -29,10 +27,6 @@ from river_gateway.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
-    from litestar.types import Receive
-
     from river_engine.protocol import EngineRecord
     from river_gateway.engines.http_client import EngineAnswer, Header
     from river_gateway.engines.registry import Engines
@@ -190,31 +184,3 @@ def _parse_refusal(body: bytes) -> EngineError:
         message=str(fields.get("message") or fallback.message),
         param=param if isinstance(param, str) else None,
     )
-
-
-async def unless_client_leaves(
-    receive: Receive, work: Coroutine[Any, Any, ResultType]
-) -> ResultType:
-    """The result of `work`, which is cancelled as soon as the client disconnects; the body must have been read.
-
-    No ASGI server cancels a handler whose client has gone, so it is raced against the disconnect message.
-
-    Raises:
-        ClientGoneError: the client left first.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError("the client closed the connection")
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

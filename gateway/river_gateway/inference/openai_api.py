@@ -18,8 +18,9 @@ from river_billing.events import UsageEvent
 from river_gateway.checkpoints import catalog
 from river_gateway.codec import storable
 from river_gateway.context import context_of
+from river_gateway.disconnect import unless_client_leaves
 from river_gateway.engines.http_client import EngineLostError
-from river_gateway.engines.upstream import Opened, unless_client_leaves
+from river_gateway.engines.upstream import Opened
 from river_gateway.errors import (
     InvalidFieldError,
     MalformedBodyError,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 from litestar.response.base import ASGIResponse
 
+from river_gateway.disconnect import unless_client_leaves
 from river_gateway.engines.http_client import EngineLostError
-from river_gateway.engines.upstream import unless_client_leaves
 from river_gateway.errors import ClientGoneError, UnavailableError, openai_body
 from river_gateway.inference.sse import (
     DONE,

@@ -32,8 +32,8 @@ from river_gateway.codec import (
     reply,
 )
 from river_gateway.context import context_of
+from river_gateway.disconnect import unless_client_leaves
 from river_gateway.engines.http_client import EngineLostError
-from river_gateway.engines.upstream import unless_client_leaves
 from river_gateway.errors import (
     ConflictError,
     GatewayError,

@@ -9,7 +9,7 @@ from litestar import Litestar, Request, Response, Router, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.types import ASGIApp
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from river_client.wire import API_PREFIX
 from river_gateway.checkpoints.catalog_api import CATALOG_HANDLERS
@@ -18,7 +18,7 @@ from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import EXCEPTION_HANDLERS
-from river_gateway.inference.openai_api import openai_router
+from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
@@ -80,5 +80,14 @@ def create_litestar(services: Services) -> Litestar:
 
 
 def create_app(services: Services) -> ASGIApp:
-    """The whole application."""
-    return cast("ASGIApp", Envelope(cast("ASGIApp", create_litestar(services)), services.telemetry))
+    """The whole application. Completions take a shorter way to the same handlers as in Litestar's."""
+    litestar = cast("ASGIApp", create_litestar(services))
+    short_ways = completion_apps(services)
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = litestar
+        if scope["type"] == "http" and scope["method"] == "POST":
+            answer = short_ways.get(scope["path"], litestar)
+        await answer(scope, receive, send)
+
+    return cast("ASGIApp", Envelope(dispatch, services.telemetry))

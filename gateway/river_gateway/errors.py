@@ -24,6 +24,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +41,8 @@ from river_gateway.limits import RETRY_AFTER_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from river_gateway.context import RequestContext
 
 logger = logging.getLogger("river.gateway")
 
@@ -185,25 +188,33 @@ def openai_body(error: GatewayError) -> dict[str, Any]:
     }
 
 
-def error_response(error: GatewayError, request: Request[Any, Any, Any]) -> Response[bytes]:
-    """The answer to a request that failed, in the shape of its dialect."""
-    context = context_of(request.scope)
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error on the wire."""
+
+    status: int
+    media_type: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def error_answer(
+    error: GatewayError, *, path: str, accept: str = "", request_id: str
+) -> ErrorAnswer:
+    """The answer to a request that failed, in the shape of the dialect that `path` speaks."""
     status = int(error.status)
     media_type = "application/json"
-    if is_openai(request.scope["path"]):
+    if is_openai(path):
         if isinstance(error, InvalidFieldError):
             status = HTTPStatus.BAD_REQUEST
         body = msgspec.json.encode(openai_body(error))
     else:
         envelope = wire.ErrorEnvelope(
             error=wire.ErrorBody(
-                type=error.type,
-                message=error.message,
-                param=error.param,
-                request_id=context.request_id,
+                type=error.type, message=error.message, param=error.param, request_id=request_id
             )
         )
-        if "msgpack" in request.headers.get("accept", ""):
+        if "msgpack" in accept:
             media_type = "application/msgpack"
             body = msgspec.msgpack.encode(envelope)
         else:
@@ -213,7 +224,7 @@ def error_response(error: GatewayError, request: Request[Any, Any, Any]) -> Resp
         headers["retry-after"] = f"{error.retry_after_s:g}"
     if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
-    return Response(body, status_code=status, media_type=media_type, headers=headers)
+    return ErrorAnswer(status, media_type, headers, body)
 
 
 def is_openai(path: str) -> bool:
@@ -264,44 +275,44 @@ def _validation_param(error: HTTPException) -> str | None:
     return str(key) if key else None
 
 
-def _answer_gateway_error(request: Request[Any, Any, Any], error: GatewayError) -> Response[bytes]:
-    return error_response(error, request)
+def as_gateway_error(error: Exception, context: RequestContext) -> GatewayError:
+    """What any exception means to a client; what only we can mend is logged."""
+    match error:
+        case GatewayError():
+            return error
+        case HTTPException():
+            return _from_http_exception(error)
+        case nats.errors.Error():
+            logger.warning("NATS failed a request: %r", error, extra=context.log_ids())
+            return from_jetstream(error)
+        case _ if isinstance(error, POSTGRES_AWAY):
+            logger.warning("Postgres failed a request: %r", error, extra=context.log_ids())
+            return UnavailableError("the catalog is not reachable; try again")
+        case _ if isinstance(error, UNSTORABLE):
+            return InvalidFieldError("a name has a character that cannot be stored")
+        case _:
+            logger.error("a request failed", exc_info=error, extra=context.log_ids())
+            return GatewayError("internal error")
 
 
-def _answer_http_exception(
-    request: Request[Any, Any, Any], error: HTTPException
-) -> Response[bytes]:
-    return error_response(_from_http_exception(error), request)
-
-
-def _answer_postgres(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    logger.warning(
-        "Postgres failed a request: %r", error, extra=context_of(request.scope).log_ids()
+def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    context = context_of(request.scope)
+    answer = error_answer(
+        as_gateway_error(error, context),
+        path=request.scope["path"],
+        accept=request.headers.get("accept", ""),
+        request_id=context.request_id,
     )
-    return error_response(UnavailableError("the catalog is not reachable; try again"), request)
-
-
-def _answer_unstorable(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:  # noqa: ARG001 - says no more
-    return error_response(
-        InvalidFieldError("a name has a character that cannot be stored"), request
+    return Response(
+        answer.body,
+        status_code=answer.status,
+        media_type=answer.media_type,
+        headers=answer.headers,
     )
-
-
-def _answer_nats(request: Request[Any, Any, Any], error: nats.errors.Error) -> Response[bytes]:
-    logger.warning("NATS failed a request: %r", error, extra=context_of(request.scope).log_ids())
-    return error_response(from_jetstream(error), request)
-
-
-def _answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    logger.error("a request failed", exc_info=error, extra=context_of(request.scope).log_ids())
-    return error_response(GatewayError("internal error"), request)
 
 
 EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Any, Any], Response[bytes]]] = {
-    GatewayError: _answer_gateway_error,
-    HTTPException: _answer_http_exception,
-    nats.errors.Error: _answer_nats,
-    **dict.fromkeys(POSTGRES_AWAY, _answer_postgres),
-    **dict.fromkeys(UNSTORABLE, _answer_unstorable),
-    Exception: _answer_unexpected,
+    # Litestar asks for the handler of HTTPException by its status, before it asks for that of Exception.
+    HTTPException: _answer,
+    Exception: _answer,
 }

@@ -19,9 +19,9 @@ from river_gateway.checkpoints.catalog import Path, parse_path
 from river_gateway.checkpoints.files import parse_range
 from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import InvalidFieldError
+from river_gateway.inference.asked import engine_body, read_asked
 from river_gateway.inference.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
-from river_gateway.inference.openai_api import engine_body, understand
-from river_gateway.inference.sse import EventSplitter, UsageWishes, filter_event
+from river_gateway.inference.sse import EventSplitter, UsageFilter, UsageWishes, filter_event
 from river_gateway.limits import UPSTREAM_KEEPALIVE_S
 from river_gateway.training.operations import to_wire
 from river_trainer.protocol import TrainResult
@@ -84,12 +84,14 @@ def test_tally_of_several_prompts_and_choices() -> None:
 def test_events_survive_any_cutting(payloads: list[bytes], data: st.DataObject) -> None:
     """However the network cuts a stream, the same events come out."""
     stream = b"".join(b"data: " + payload + b"\n\n" for payload in payloads)
-    splitter, events = EventSplitter(), []
-    while stream:
-        cut = data.draw(st.integers(1, len(stream)))
-        events += splitter.feed(stream[:cut])
-        stream = stream[cut:]
-    assert events == [b"data: " + payload for payload in payloads]
+    splitter, rest, whole = EventSplitter(), stream, b""
+    while rest:
+        cut = data.draw(st.integers(1, len(rest)))
+        events = splitter.feed(rest[:cut])
+        assert not events or events.endswith(b"\n\n")
+        whole += events
+        rest = rest[cut:]
+    assert whole == stream
 
 
 def test_events_without_usage_pass_untouched() -> None:
@@ -105,10 +107,63 @@ def test_events_without_usage_pass_untouched() -> None:
         assert filter_event(event, tally, wishes) == event
 
 
+def _stream(texts: list[str], details: int | None) -> list[bytes]:
+    """The payloads of a stream of one choice as vLLM writes them, counts in every chunk and a sum at the end."""
+    payloads: list[bytes] = []
+    for index, text in enumerate(texts, 1):
+        usage = {"prompt_tokens": 7, "completion_tokens": index, "total_tokens": 7 + index}
+        choice = {"index": 0, "delta": {"content": text}}
+        payloads.append(msgspec.json.encode({"choices": [choice], "usage": usage}))
+    cached = None if details is None else {"cached_tokens": details}
+    total = {"prompt_tokens": 7, "completion_tokens": len(texts), "prompt_tokens_details": cached}
+    payloads.append(msgspec.json.encode({"choices": [], "usage": total}))
+    return [*payloads, b"[DONE]"]
+
+
+@given(
+    st.lists(
+        st.text() | st.sampled_from([',"usage":{"a":1}', "data: [DONE]\n\n", '"choices":[]']),
+        min_size=1,
+    ),
+    st.none() | st.integers(0, 7),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+def test_a_stream_is_shown_as_asked_and_counted(
+    texts: list[str], cached: int | None, final: bool, continuous: bool, data: st.DataObject
+) -> None:
+    """Whatever the model says and however it is cut: the counts are right, and only those asked for are shown."""
+    payloads = _stream(texts, cached)
+    wishes = UsageWishes(final=final, continuous=final and continuous)
+    usage = UsageFilter(wishes, choices_per_prompt=1, single=data.draw(st.booleans()))
+    events = [b"data: " + payload + b"\n\n" for payload in payloads]
+    shown = b""
+    for index, event in enumerate(events):
+        together = data.draw(st.booleans()) and index + 1 < len(events)
+        if together:
+            events[index + 1] = event + events[index + 1]
+            continue
+        shown += usage.show(event)
+        tokens = usage.quantities()[UsageKind.COMPLETION]
+        assert tokens == min(index + 1, len(texts))
+        assert usage.done == (index == len(events) - 1)
+    assert usage.quantities()[UsageKind.CACHED_PROMPT] == (cached or 0)
+    *chunks, last = [event.removeprefix(b"data: ") for event in shown.split(b"\n\n")[:-1]]
+    assert last == b"[DONE]"
+    expected = [msgspec.json.decode(payload) for payload in payloads[:-1]]
+    if not wishes.final:
+        expected.pop()
+    if not wishes.continuous:
+        for chunk in expected[: len(texts)]:
+            del chunk["usage"]
+    assert [msgspec.json.decode(chunk) for chunk in chunks] == expected
+
+
 def test_the_engine_s_body() -> None:
     """All but the model and the stream options travels byte for byte."""
     body = b'{"model":"river://run_1","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
-    sent = engine_body(body, understand(body), "base")
+    sent = engine_body(body, read_asked(body), "base")
     assert sent == b'{"model":"base","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
     streamed: Any = {
         "model": "m",
@@ -116,7 +171,7 @@ def test_the_engine_s_body() -> None:
         "stream_options": {"include_usage": False, "z": 1},
     }
     body = msgspec.json.encode(streamed)
-    sent = engine_body(body, understand(body), "base")
+    sent = engine_body(body, read_asked(body), "base")
     assert msgspec.json.decode(sent)["stream_options"] == {
         "include_usage": True,
         "continuous_usage_stats": True,

@@ -1,0 +1,92 @@
+"""What a client asks for in a completion: the few fields that matter here, and the body that the engine gets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from river_gateway.codec import storable
+from river_gateway.errors import InvalidFieldError, MalformedBodyError
+from river_gateway.inference.sse import UsageWishes
+from river_gateway.limits import USER_MAX_CHARS
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Of a completion's body; everything else is the engine's affair.
+
+    `prompt` is only looked at to tell one prompt from several.
+    """
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    user: Annotated[str, msgspec.Meta(max_length=USER_MAX_CHARS)] | None = None
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
+
+    @property
+    def wishes(self) -> UsageWishes:
+        """Which usage the client is to see in a stream."""
+        options = self.stream_options or StreamOptions()
+        return UsageWishes(
+            final=bool(options.include_usage),
+            continuous=bool(options.include_usage and options.continuous_usage_stats),
+        )
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """How many answers there are to each prompt."""
+        return max(self.n or 1, 1)
+
+    @property
+    def single(self) -> bool:
+        """Whether there will be one choice only: one answer to one prompt."""
+        return self.choices_per_prompt == 1 and bytes(memoryview(self.prompt)[:1]) != b"["
+
+
+_asked_decoder = msgspec.json.Decoder(Asked)
+_fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def read_asked(body: bytes) -> Asked:
+    """Reads a completion's body.
+
+    Raises:
+        MalformedBodyError: it is no JSON object.
+        InvalidFieldError: a field has the wrong type, or `user` cannot be written down.
+    """
+    try:
+        asked = _asked_decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        param = path.rstrip("`") or ("model" if "`model`" in message else None)
+        if param == "model" and not path:
+            message = "you must provide a model parameter"
+        raise InvalidFieldError(message, param=param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
+    if asked.user is not None:
+        storable(asked.user, "user")
+    return asked
+
+
+def engine_body(body: bytes, asked: Asked, base_model: str) -> bytes:
+    """The body for the engine: the base model's name, and in a stream usage in every chunk."""
+    fields = _fields_decoder.decode(body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(base_model))
+    if asked.stream:
+        options = msgspec.json.decode(
+            fields.get("stream_options", b"null"), type=dict[str, Any] | None
+        )
+        fields["stream_options"] = msgspec.Raw(
+            msgspec.json.encode(
+                {**(options or {}), "include_usage": True, "continuous_usage_stats": True}
+            )
+        )
+    return msgspec.json.encode(fields)

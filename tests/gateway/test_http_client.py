@@ -114,6 +114,20 @@ async def test_requests_at_once_have_connections_of_their_own() -> None:
         assert server.connections == 5
 
 
+async def test_closing_twice_gives_back_once() -> None:
+    """A connection is never lent to two requests at once."""
+    client = EngineClient()
+    async with serving(answering(OK)) as server:
+        answer = await client.post(server.url, "/x", [], b"")
+        assert await answer.read() == b"ok"
+        answer.close()
+        answer.close()
+        assert await asyncio.gather(*(post(client, server) for _ in range(3))) == [(200, b"ok")] * 3
+        answer.close()
+        assert await post(client, server) == (200, b"ok")
+        await client.close()
+
+
 async def test_a_dead_kept_connection_is_replaced() -> None:
     """A server that closes between requests costs nobody an error."""
     client = EngineClient()

@@ -133,11 +133,12 @@ class EngineAnswer:
     `headers` have lower-case names.
     """
 
-    __slots__ = ("_connection", "_origin", "headers", "status")
+    __slots__ = ("_closed", "_connection", "_origin", "headers", "status")
 
     def __init__(self, connection: _Connection, origin: _Origin) -> None:
         self._connection = connection
         self._origin = origin
+        self._closed = False
         self.status = connection.status
         self.headers = connection.headers
 
@@ -165,8 +166,13 @@ class EngineAnswer:
         return b"".join(rest)
 
     def close(self) -> None:
-        """Keeps the connection if the answer was read to its end, else cuts it, which cancels the engine's work."""
-        self._origin.give_back(self._connection)
+        """Keeps the connection if the answer was read to its end, else cuts it, which cancels the engine's work.
+
+        Once closed, the connection may be somebody else's: closing again does nothing.
+        """
+        if not self._closed:
+            self._closed = True
+            self._origin.give_back(self._connection)
 
 
 class _Origin:

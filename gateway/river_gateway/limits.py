@@ -103,6 +103,11 @@ SWEEP_GRACE_S = 300.0
 """How long the files of an expired or replaced checkpoint stay for operations accepted before."""
 SWEEP_BATCH = 100
 
+# ---- The process -----------------------------------------------------------------------------------------------------
+
+GC_THRESHOLD = 20_000
+"""After how many allocations the garbage collector looks for cycles."""
+
 # ---- Stopping --------------------------------------------------------------------------------------------------------
 
 STOP_GRACE_S = 6

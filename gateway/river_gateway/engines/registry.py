@@ -19,7 +19,7 @@ from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator
+    from collections.abc import AsyncIterator, Generator, KeysView
 
     from river_gateway.bus import Bus, Change
 
@@ -76,9 +76,9 @@ class Registry(Generic[RecordType]):
         """The newest record of a base model, whether its writer is alive or not."""
         return self._last_of_base.get(base_model)
 
-    def bases(self) -> set[str]:
+    def bases(self) -> KeysView[str]:
         """Every base model ever heard of."""
-        return set(self._last_of_base)
+        return self._last_of_base.keys()
 
     async def watch(self) -> None:
         """Follows the bucket until cancelled, through its creation, loss and return."""

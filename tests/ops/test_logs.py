@@ -6,6 +6,8 @@ import json
 import logging
 from pathlib import Path
 
+import pytest
+
 from river_ops.logs import JsonFormatter
 
 
@@ -40,11 +42,10 @@ def test_a_line_carries_the_ids() -> None:
 def test_a_line_carries_the_exception() -> None:
     """With its traceback, still on one line."""
     logger = logging.getLogger("river.test")
-    try:
+    with pytest.raises(ValueError, match="invalid literal") as caught:
         int("x")
-    except ValueError as error:
-        trace = (type(error), error, error.__traceback__)
-        record = logger.makeRecord(logger.name, logging.ERROR, "f.py", 1, "failed", (), trace)
+    trace = (caught.type, caught.value, caught.tb)
+    record = logger.makeRecord(logger.name, logging.ERROR, "f.py", 1, "failed", (), trace)
     exception = _line(record)["exception"]
     assert isinstance(exception, str)
     assert exception.startswith("Traceback")

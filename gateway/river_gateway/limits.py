@@ -13,11 +13,34 @@ UPSTREAM_KEEPALIVE_S = 4.0
 UPSTREAM_BUFFER_BYTES = 256 * 1024
 """How much of an answer is read ahead of a client that is slower than the engine."""
 UPSTREAM_SWEEP_INTERVAL_S = 1.0
-UPSTREAM_ATTEMPTS = 2
+UPSTREAM_ATTEMPTS = 4
+"""How many engines are asked, one after another, before the first byte."""
+UPSTREAM_LOSSES_MAX = 3
+"""How many engines may break off on one request: it may be the request that kills them."""
 SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1.0
+RETRY_AFTER_MAX_S = 60.0
 USER_MAX_CHARS = 256
 IDEMPOTENCY_KEY_MAX_CHARS = 256
+
+# ---- Routing ---------------------------------------------------------------------------------------------------------
+
+ROUTING_ROOM_FACTOR = 1.25
+"""An engine takes requests that belong there up to so many times the average load."""
+ROUTING_CROWDED_FACTOR = 2.0
+"""An adapter is loaded once more when its engines have so many times the average load."""
+ROUTING_SLACK_TOKENS = 4096
+"""Below this, nobody counts as loaded."""
+BYTES_PER_TOKEN = 4
+"""Of a request's body, about."""
+ROUTING_PREFIX_BYTES = 512
+"""How much of a request's body says which prefix cache it belongs to."""
+PLACEMENT_REMEMBERED_S = 10.0
+"""How long a new place of an adapter is remembered while its engine has not reported it: a load and a heartbeat."""
+PLACEMENTS_MAX = 10_000
+BREAKER_FAILURES = 3
+BREAKER_PAUSE_MIN_S = 0.5
+BREAKER_PAUSE_MAX_S = 30.0
 
 # ---- Keys ------------------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         results=Results(bus),
         engines=engines,
         trainers=Trainers(bus),
-        upstream=Upstream(engines, token=settings.engine_token),
+        upstream=Upstream(engines, telemetry, token=settings.engine_token),
         meter=Meter(bus, telemetry),
         telemetry=telemetry,
     )

@@ -44,6 +44,11 @@ class Telemetry:
             "Usage events that NATS has not acknowledged yet.",
             registry=self.registry,
         )
+        self.retries = Counter(
+            "river_gateway_retries",
+            "Requests sent to another engine because one did not answer.",
+            registry=self.registry,
+        )
         self.usage_dropped = Counter(
             "river_gateway_usage_dropped",
             "Usage events that NATS refused for good.",

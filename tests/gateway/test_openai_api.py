@@ -108,7 +108,7 @@ async def test_leaving_a_stream_cancels_and_bills_what_was_produced(rig: Rig) ->
     await eventually(lambda: sum(engine.cancelled for engine in rig.engines) == 1)
     (event,) = await rig.usage(1)
     assert event.quantities == {UsageKind.PROMPT: PROMPT_TOKENS, UsageKind.COMPLETION: 2}
-    await eventually(lambda: not rig.services.engines.in_flight)
+    await eventually(lambda: not rig.services.upstream.fleet.outstanding_tokens())
 
 
 async def test_leaving_a_whole_answer_cancels(rig: Rig) -> None:
@@ -120,7 +120,7 @@ async def test_leaving_a_whole_answer_cancels(rig: Rig) -> None:
             model=BASE, messages=MESSAGES
         )
     await eventually(lambda: sum(engine.cancelled for engine in rig.engines) == 1)
-    await eventually(lambda: not rig.services.engines.in_flight)
+    await eventually(lambda: not rig.services.upstream.fleet.outstanding_tokens())
 
 
 async def test_an_engine_lost_in_a_stream_ends_it_with_an_error(rig: Rig) -> None:

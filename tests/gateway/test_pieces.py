@@ -11,13 +11,11 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from support.stand_ins import BASE, StandInEngine
 
 from river_billing.events import UsageKind
 from river_gateway import ids
 from river_gateway.checkpoints.catalog import Path, parse_path
 from river_gateway.checkpoints.files import parse_range
-from river_gateway.engines.routing import choose_engine
 from river_gateway.errors import InvalidFieldError
 from river_gateway.inference.asked import engine_body, read_asked
 from river_gateway.inference.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
@@ -25,38 +23,6 @@ from river_gateway.inference.sse import EventSplitter, UsageFilter, UsageWishes,
 from river_gateway.limits import UPSTREAM_KEEPALIVE_S
 from river_gateway.training.operations import to_wire
 from river_trainer.protocol import TrainResult
-
-ENGINES = [
-    StandInEngine(name).record(resident=resident, running=running)
-    for name, resident, running in (("a", [], 0), ("b", ["x"], 5), ("c", ["x", "y"], 2))
-]
-
-
-@pytest.mark.parametrize(
-    ("adapter", "in_flight", "excluded", "chosen"),
-    [
-        (None, {}, set(), "a"),
-        (None, {"a": 3}, set(), "c"),
-        ("x", {}, set(), "c"),
-        ("x", {"c": 9}, set(), "b"),
-        ("x", {}, {"b", "c"}, "a"),
-        ("z", {}, set(), "a"),
-        ("x", {}, {"a", "b", "c"}, None),
-    ],
-)
-def test_routing(
-    adapter: str | None, in_flight: dict[str, int], excluded: set[str], chosen: str | None
-) -> None:
-    """An engine that holds the adapter comes first, then the one with the least outstanding."""
-    engine = choose_engine(
-        ENGINES, base_model=BASE, adapter=adapter, in_flight=in_flight, excluded=excluded
-    )
-    assert (engine.engine_id if engine else None) == chosen
-
-
-def test_routing_keeps_to_the_base_model() -> None:
-    """An engine of another base model is no engine."""
-    assert choose_engine(ENGINES, base_model="other", adapter=None, in_flight={}) is None
 
 
 def test_tally_of_several_prompts_and_choices() -> None:

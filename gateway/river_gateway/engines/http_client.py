@@ -30,7 +30,11 @@ Header = tuple[bytes, bytes]
 
 
 class EngineLostError(ConnectionError):
-    """The engine cannot be reached, broke off, fell silent, or does not speak HTTP."""
+    """The engine broke off, fell silent, or does not speak HTTP; it may have worked on the request."""
+
+
+class EngineUnreachableError(EngineLostError):
+    """The engine cannot be reached: it has not seen the request."""
 
 
 class EngineClient:
@@ -106,7 +110,7 @@ class EngineClient:
                     ssl=origin.ssl,
                 )
         except (OSError, TimeoutError) as error:
-            raise EngineLostError(f"no connection to {origin.url}: {error!r}") from error
+            raise EngineUnreachableError(f"no connection to {origin.url}: {error!r}") from error
         return connection
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import msgspec
@@ -19,7 +17,7 @@ from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, KeysView
+    from collections.abc import AsyncIterator, KeysView
 
     from river_gateway.bus import Bus, Change
 
@@ -121,24 +119,12 @@ class Registry(Generic[RecordType]):
 
 
 class Engines(Registry[EngineRecord]):
-    """The engines, and how many of our requests each is answering."""
+    """The engines."""
 
     def __init__(self, bus: Bus) -> None:
         super().__init__(
             bus, bucket=ENGINES_BUCKET, kind=EngineRecord, lost_after_s=ENGINE_LOST_AFTER_S
         )
-        self.in_flight: Counter[str] = Counter()
-
-    @contextmanager
-    def occupied(self, engine_id: str) -> Generator[None]:
-        """Counts one request on an engine while the block runs."""
-        self.in_flight[engine_id] += 1
-        try:
-            yield
-        finally:
-            self.in_flight[engine_id] -= 1
-            if not self.in_flight[engine_id]:
-                del self.in_flight[engine_id]
 
 
 class Trainers(Registry[TrainerRecord]):

@@ -1,18 +1,23 @@
-"""Asking an engine: choosing one, one more try before the first byte, and never working for a client that has left."""
+"""Asking an engine: choosing one, and others before the first byte if it does not answer."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
 from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, EngineError
-from river_gateway.engines.http_client import EngineClient, EngineLostError
-from river_gateway.engines.routing import choose_engine
+from river_gateway.engines.fleet import Fleet
+from river_gateway.engines.http_client import (
+    EngineClient,
+    EngineLostError,
+    EngineUnreachableError,
+)
+from river_gateway.engines.routing import Question
 from river_gateway.errors import (
     EngineRefusedError,
     PrunedError,
@@ -21,9 +26,11 @@ from river_gateway.errors import (
     UnloadableError,
 )
 from river_gateway.limits import (
+    RETRY_AFTER_MAX_S,
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
     UPSTREAM_CONCURRENT_MAX,
+    UPSTREAM_LOSSES_MAX,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from river_gateway.engines.http_client import EngineAnswer, Header
     from river_gateway.engines.registry import Engines
     from river_gateway.inference.models import Target
+    from river_gateway.telemetry import Telemetry
 
 logger = logging.getLogger("river.gateway")
 
@@ -52,15 +60,24 @@ class Opened:
 
     def close(self) -> None:
         """Ends the request: the connection of an answer not read to its end is cut, which cancels the engine's work."""
-        self.answer.close()
         self._held.close()
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What has been tried for one request: engines to leave out, and why they did not answer."""
+
+    excluded: set[str] = field(default_factory=set[str])
+    losses: int = 0
+    retry_after_s: list[float] = field(default_factory=list[float])
 
 
 class Upstream:
     """The engines as HTTP servers."""
 
-    def __init__(self, engines: Engines, *, token: str) -> None:
-        self._engines = engines
+    def __init__(self, engines: Engines, telemetry: Telemetry, *, token: str) -> None:
+        self.fleet = Fleet(engines)
+        self._telemetry = telemetry
         self._outstanding = 0
         self._client = EngineClient()
         self._authorization = (b"authorization", f"Bearer {token}".encode())
@@ -79,14 +96,18 @@ class Upstream:
         request_id: str,
         content_type: str,
         model_name: str | None = None,
+        affinity: bytes = b"",
+        tokens: int = 0,
     ) -> Opened:
         """Posts to an engine of the target's base model and returns its answer once that is a success.
 
-        An engine that cannot be reached or answers 503 is replaced by another, once.
+        Requests with the same `affinity` may share cached blocks; `tokens` is about how much work this one is. Engines
+        that cannot be reached, are full, or take nothing new are replaced by others. One that breaks off may have been
+        killed by the request, so that is tried again a few times only.
 
         Raises:
             EngineRefusedError: the engine found fault with the request.
-            RateLimitedError: too many requests are outstanding.
+            RateLimitedError: all engines are full, or too many requests are outstanding here.
             UnloadableError: the engine cannot load the target's adapter.
             UnavailableError: no engine answers.
         """
@@ -102,49 +123,79 @@ class Upstream:
             headers.append((_ADAPTER, msgspec.json.encode(target.adapter)))
         if model_name is not None:
             headers.append((_MODEL, model_name.encode()))
-        tried: set[str] = set()
-        for _ in range(UPSTREAM_ATTEMPTS):
-            engine = choose_engine(
-                self._engines.alive(target.base_model),
-                base_model=target.base_model,
-                adapter=target.adapter.name if target.adapter else None,
-                in_flight=self._engines.in_flight,
-                excluded=tried,
-            )
+        question = Question(
+            target.base_model, target.adapter.name if target.adapter else None, affinity
+        )
+        tries = _Tries()
+        while len(tries.excluded) < UPSTREAM_ATTEMPTS and tries.losses < UPSTREAM_LOSSES_MAX:
+            engine = self.fleet.choose(question, tries.excluded)
             if engine is None:
                 break
-            tried.add(engine.engine_id)
-            opened = await self._attempt(engine, path, body, headers)
+            if tries.excluded:
+                self._telemetry.retries.inc()
+            tries.excluded.add(engine.engine_id)
+            opened = await self._attempt(engine, question, path, body, headers, tokens, tries)
             if opened is not None:
                 return opened
+        if tries.retry_after_s:
+            raise RateLimitedError("all engines are busy", retry_after_s=min(tries.retry_after_s))
         raise UnavailableError(
             f"no engine of {target.base_model!r} answers at the moment; try again"
         )
 
     async def _attempt(
-        self, engine: EngineRecord, path: str, body: bytes, headers: list[Header]
+        self,
+        engine: EngineRecord,
+        question: Question,
+        path: str,
+        body: bytes,
+        headers: list[Header],
+        tokens: int,
+        tries: _Tries,
     ) -> Opened | None:
         """One engine's successful answer, or None when another should be asked."""
+        engine_id = engine.engine_id
         with ExitStack() as held:
-            held.enter_context(self._engines.occupied(engine.engine_id))
+            held.enter_context(self.fleet.occupied(engine_id, tokens))
             self._outstanding += 1
             held.callback(self._release)
             try:
                 answer = await self._client.post(engine.url, path, headers, body)
                 held.callback(answer.close)
-                if answer.status == HTTPStatus.OK:
+                status = answer.status
+                if status == HTTPStatus.OK:
+                    self.fleet.succeeded(engine_id)
                     return Opened(answer, engine, held.pop_all())
-                if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-                    logger.warning("engine %s is not ready", engine.engine_id)
+                if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    logger.warning("engine %s takes no requests", engine_id)
+                    self.fleet.failed(engine_id, question.adapter)
+                    return None
+                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    self.fleet.failed(engine_id, question.adapter)
+                else:
+                    self.fleet.succeeded(engine_id)
+                if status == HTTPStatus.TOO_MANY_REQUESTS:
+                    tries.retry_after_s.append(_retry_after_s(answer))
                     return None
                 await _raise_refusal(answer)
             except EngineLostError as error:
-                logger.warning("engine %s is lost: %s", engine.engine_id, error)
+                logger.warning("engine %s is lost: %s", engine_id, error)
+                self.fleet.failed(engine_id, question.adapter)
+                tries.losses += not isinstance(error, EngineUnreachableError)
             return None
 
     def _release(self) -> None:
         self._outstanding -= 1
         assert self._outstanding >= 0
+
+
+def _retry_after_s(answer: EngineAnswer) -> float:
+    """What a full engine says of when to come back."""
+    try:
+        seconds = float(answer.headers.get(b"retry-after", b""))
+    except ValueError:
+        return RETRY_AFTER_S
+    return min(max(seconds, 0.0), RETRY_AFTER_MAX_S)
 
 
 async def _raise_refusal(answer: EngineAnswer) -> None:
@@ -153,8 +204,6 @@ async def _raise_refusal(answer: EngineAnswer) -> None:
     refusal = _parse_refusal(body)
     status = answer.status
     logger.info("engine answered %d", status)
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        raise RateLimitedError("the engine is busy", retry_after_s=RETRY_AFTER_S)
     own_fault = status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
     if own_fault or not HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
         raise UnavailableError("the engine failed; try again")

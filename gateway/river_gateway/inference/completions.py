@@ -27,7 +27,7 @@ from river_gateway.inference.metering import Chunk, UsageTally, usage_event
 from river_gateway.inference.models import ask_current, resolve_model
 from river_gateway.inference.relay import relay
 from river_gateway.inference.sse import UsageFilter
-from river_gateway.limits import BODY_MAX_BYTES
+from river_gateway.limits import BODY_MAX_BYTES, BYTES_PER_TOKEN, ROUTING_PREFIX_BYTES
 from river_gateway.tenancy.auth import check_scopes
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class Completions:
         asked = exchange.asked
         tenant_id = exchange.principal.tenant_id
         for_engine = engine_body(body, asked, exchange.target.base_model)
+        affinity = tenant_id.encode() + body[:ROUTING_PREFIX_BYTES]
+        tokens = len(body) // BYTES_PER_TOKEN
 
         async def ask(target: Target) -> Opened:
             return await self._services.upstream.open(
@@ -116,6 +118,8 @@ class Completions:
                 request_id=exchange.request_id,
                 content_type=_JSON,
                 model_name=asked.model,
+                affinity=affinity,
+                tokens=tokens,
             )
 
         exchange.target, opened = await ask_current(

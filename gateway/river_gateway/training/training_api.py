@@ -333,6 +333,7 @@ async def _ask_engine(
         tenant_id=tenant_id,
         request_id=request_id,
         content_type=MSGPACK,
+        tokens=asked.num_samples * asked.max_tokens,
     )
     try:
         answer = await opened.answer.read()

@@ -1,0 +1,119 @@
+"""The engines as this gateway sees them: their records, what it has there itself, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from river_gateway.engines.health import Breaker
+from river_gateway.engines.routing import EngineState, Question, choose_engine
+from river_gateway.limits import PLACEMENT_REMEMBERED_S, PLACEMENTS_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator
+
+    from river_engine.protocol import EngineRecord
+    from river_gateway.engines.registry import Engines
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """Where an adapter has been sent to be loaded; believed until the engine has had time to report it."""
+
+    engine_id: str
+    until: float
+
+
+class Fleet:
+    """Chooses engines, and learns from what happens there. Times are those of `clock`, in seconds."""
+
+    def __init__(self, engines: Engines, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engines = engines
+        self._clock = clock
+        self._tokens: Counter[str] = Counter()
+        self._breakers: dict[str, Breaker] = {}
+        self._resident: dict[str, tuple[EngineRecord, frozenset[str]]] = {}
+        self._placements: OrderedDict[str, _Placement] = OrderedDict()
+
+    def choose(self, question: Question, excluded: Collection[str] = ()) -> EngineRecord | None:
+        """The engine to ask, or None when there is none.
+
+        An adapter that is loaded nowhere gets its place here: further requests follow, and it is loaded once.
+        """
+        chosen = choose_engine(self.snapshot(question), question, excluded=excluded)
+        if chosen is None:
+            return None
+        if question.adapter is not None and not chosen.holds:
+            self._place(question.adapter, chosen.record.engine_id)
+        return chosen.record
+
+    def snapshot(self, question: Question) -> list[EngineState]:
+        """All engines of the base model in question."""
+        now = self._clock()
+        placed = self._placed(question.adapter, now)
+        return [
+            EngineState(
+                record,
+                max(record.outstanding_tokens, self._tokens[record.engine_id]),
+                record.engine_id == placed or question.adapter in self._residents(record),
+                self.is_failing(record.engine_id),
+            )
+            for record in self._engines.alive(question.base_model)
+        ]
+
+    def is_failing(self, engine_id: str) -> bool:
+        """Whether the engine is to be left alone."""
+        breaker = self._breakers.get(engine_id)
+        return breaker is not None and breaker.is_open(self._clock())
+
+    @contextmanager
+    def occupied(self, engine_id: str, tokens: int) -> Generator[None]:
+        """Counts a request on an engine while the block runs."""
+        breaker = self._breakers.get(engine_id)
+        if breaker is not None:
+            breaker.begin(self._clock())
+        self._tokens[engine_id] += tokens
+        try:
+            yield
+        finally:
+            self._tokens[engine_id] -= tokens
+            if not self._tokens[engine_id]:
+                del self._tokens[engine_id]
+            breaker = self._breakers.get(engine_id)
+            if breaker is not None:
+                breaker.give_up()
+
+    def succeeded(self, engine_id: str) -> None:
+        """The engine answered, be it with a refusal."""
+        self._breakers.pop(engine_id, None)
+
+    def failed(self, engine_id: str, adapter: str | None) -> None:
+        """The engine did not answer, or said that it cannot."""
+        self._breakers.setdefault(engine_id, Breaker()).fail(self._clock())
+        placement = self._placements.get(adapter) if adapter is not None else None
+        if placement is not None and placement.engine_id == engine_id:
+            del self._placements[adapter or ""]
+
+    def outstanding_tokens(self) -> dict[str, int]:
+        """What this gateway has on each engine."""
+        return dict(self._tokens)
+
+    def _residents(self, record: EngineRecord) -> frozenset[str]:
+        known = self._resident.get(record.engine_id)
+        if known is None or known[0] is not record:
+            known = self._resident[record.engine_id] = (record, frozenset(record.resident))
+        return known[1]
+
+    def _place(self, adapter: str, engine_id: str) -> None:
+        until = self._clock() + PLACEMENT_REMEMBERED_S
+        self._placements[adapter] = _Placement(engine_id, until)
+        self._placements.move_to_end(adapter)
+        if len(self._placements) > PLACEMENTS_MAX:
+            self._placements.popitem(last=False)
+
+    def _placed(self, adapter: str | None, now: float) -> str | None:
+        placement = self._placements.get(adapter) if adapter is not None else None
+        return placement.engine_id if placement is not None and now < placement.until else None

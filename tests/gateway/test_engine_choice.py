@@ -1,0 +1,270 @@
+"""Which engine answers: the pure choice, the breakers, and what the fleet remembers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.stand_ins import BASE, StandInEngine
+
+from river_engine.protocol import EngineRecord
+from river_gateway import limits
+from river_gateway.bus import Bus
+from river_gateway.engines.fleet import Fleet
+from river_gateway.engines.health import Breaker
+from river_gateway.engines.registry import Engines
+from river_gateway.engines.routing import EngineState, Question, choose_engine
+
+BUSY_TOKENS = 100 * limits.ROUTING_SLACK_TOKENS
+
+
+def state(
+    name: str,
+    *,
+    tokens: int = 0,
+    holds: bool = False,
+    failing: bool = False,
+    draining: bool = False,
+) -> EngineState:
+    """An engine in a snapshot."""
+    record = StandInEngine(name).record(draining=draining)
+    return EngineState(record, tokens, holds, failing)
+
+
+def chosen(engines: list[EngineState], question: Question, excluded: set[str] | None = None) -> str:
+    """The chosen engine's name; empty if there is none."""
+    engine = choose_engine(engines, question, excluded=excluded or set())
+    return engine.record.engine_id if engine else ""
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engines", "expected"),
+    [
+        ([], ""),
+        ([state("a", draining=True)], ""),
+        ([state("a", draining=True), state("b", tokens=BUSY_TOKENS)], "b"),
+        ([state("a", failing=True)], "a"),
+        ([state("a", failing=True), state("b", tokens=BUSY_TOKENS)], "b"),
+        ([state("a", holds=True), state("b")], "a"),
+        ([state("a", holds=True, failing=True), state("b")], "b"),
+        ([state("a", holds=True, draining=True), state("b")], "b"),
+        ([state("a", holds=True, tokens=BUSY_TOKENS), state("b", holds=True)], "b"),
+        ([state("a", holds=True, tokens=BUSY_TOKENS), state("b"), state("c")], "bc"),
+        ([state("a", holds=True, tokens=BUSY_TOKENS), state("b", tokens=BUSY_TOKENS)], "a"),
+    ],
+    ids=[
+        "none",
+        "draining",
+        "draining before busy",
+        "failing is better than none",
+        "failing is worse than busy",
+        "the holder",
+        "a failing holder",
+        "a draining holder",
+        "the idle holder",
+        "a crowded holder",
+        "all crowded",
+    ],
+)
+def test_the_order_of_reasons(engines: list[EngineState], expected: str) -> None:
+    """Who may answer, who holds the adapter, who has room."""
+    name = chosen(engines, Question(BASE, "x", b"k"))
+    assert name == expected or (name and name in expected)
+
+
+def test_excluded_engines_and_other_bases_are_not_asked() -> None:
+    """An engine that has been tried, or has another base model, is no engine."""
+    engines = [state("a"), state("b")]
+    assert chosen(engines, Question(BASE), {"a"}) == "b"
+    assert chosen(engines, Question(BASE), {"a", "b"}) == ""
+    assert chosen(engines, Question("other")) == ""
+
+
+def test_without_affinity_the_least_loaded_answers() -> None:
+    """Ties go by name, so that an idle stack keeps its cache in one place."""
+    engines = [state("b", tokens=2), state("c", tokens=1), state("a", tokens=1)]
+    assert chosen(engines, Question(BASE)) == "a"
+
+
+@given(
+    tokens=st.lists(st.integers(0, 10**6), min_size=1, max_size=12),
+    key=st.binary(max_size=8),
+    adapter=st.none() | st.just("x"),
+    data=st.data(),
+)
+def test_nobody_is_overloaded(
+    tokens: list[int], key: bytes, adapter: str | None, data: st.DataObject
+) -> None:
+    """Whatever the loads, the chosen engine has at most its share and a bit, unless it holds the adapter."""
+    engines = [
+        state(f"e{index}", tokens=count, holds=data.draw(st.booleans()))
+        for index, count in enumerate(tokens)
+    ]
+    engine = choose_engine(engines, Question(BASE, adapter, key))
+    assert engine is not None
+    crowded = limits.ROUTING_CROWDED_FACTOR * sum(tokens) / len(tokens)
+    if adapter is None or not any(candidate.holds for candidate in engines):
+        crowded = limits.ROUTING_ROOM_FACTOR * sum(tokens) / len(tokens)
+    holders = [candidate.outstanding_tokens for candidate in engines if candidate.holds]
+    if adapter is not None and engine.holds:
+        crowded = max(crowded, limits.ROUTING_ROOM_FACTOR * sum(holders) / len(holders))
+    assert engine.outstanding_tokens <= crowded + limits.ROUTING_SLACK_TOKENS or all(
+        candidate.outstanding_tokens >= engine.outstanding_tokens
+        for candidate in engines
+        if not candidate.holds or engine.holds
+    )
+
+
+def test_adapters_spread_and_stay_put() -> None:
+    """Thousands of adapters lie evenly, and an engine that joins or leaves moves only its own share of them."""
+    engines = [state(f"e{index}") for index in range(8)]
+    questions = [Question(BASE, f"run_{index}@1") for index in range(4000)]
+    before = [chosen(engines, question) for question in questions]
+    counts = Counter(before)
+    assert len(counts) == 8
+    assert max(counts.values()) < 1.2 * 4000 / 8
+    left = [chosen(engines[:-1], question) for question in questions]
+    assert all(old in (new, "e7") for old, new in zip(before, left, strict=True))
+    joined = [chosen([*engines, state("e8")], question) for question in questions]
+    moved = [new for old, new in zip(before, joined, strict=True) if old != new]
+    assert set(moved) == {"e8"}
+    assert len(moved) < 1.3 * 4000 / 9
+
+
+def test_requests_that_share_a_beginning_share_an_engine() -> None:
+    """Until it is crowded; other beginnings go elsewhere."""
+    engines = [state(f"e{index}") for index in range(4)]
+    home = chosen(engines, Question(BASE, None, b"tenant system prompt"))
+    assert home == chosen(engines, Question(BASE, None, b"tenant system prompt"))
+    assert len({chosen(engines, Question(BASE, None, b"%d" % index)) for index in range(50)}) == 4
+    busy = [
+        state(engine.record.engine_id, tokens=BUSY_TOKENS * (engine.record.engine_id == home))
+        for engine in engines
+    ]
+    assert chosen(busy, Question(BASE, None, b"tenant system prompt")) != home
+
+
+# ---- Breakers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_breaker_opens_and_one_request_tries_again() -> None:
+    """A few failures in a row open it; after a pause one request may try; each failure doubles the pause."""
+    breaker, now, pause_s = Breaker(), 100.0, limits.BREAKER_PAUSE_MIN_S
+    for _ in range(limits.BREAKER_FAILURES):
+        assert not breaker.is_open(now)
+        breaker.fail(now)
+    while pause_s <= limits.BREAKER_PAUSE_MAX_S:
+        assert breaker.is_open(now + 0.99 * pause_s)
+        now += pause_s
+        assert not breaker.is_open(now)
+        breaker.begin(now)
+        assert breaker.is_open(now)
+        breaker.fail(now)
+        pause_s *= 2
+    assert not breaker.is_open(now + limits.BREAKER_PAUSE_MAX_S)
+    breaker.begin(now + limits.BREAKER_PAUSE_MAX_S)
+    breaker.succeed()
+    assert not breaker.is_open(now)
+
+
+def test_a_try_that_says_nothing_lets_another_try() -> None:
+    """A client that leaves in the middle of the trying request does not keep the breaker open for ever."""
+    breaker = Breaker()
+    for _ in range(limits.BREAKER_FAILURES):
+        breaker.fail(0.0)
+    breaker.begin(limits.BREAKER_PAUSE_MIN_S)
+    breaker.give_up()
+    assert not breaker.is_open(limits.BREAKER_PAUSE_MIN_S)
+
+
+def test_successes_in_between_keep_a_breaker_closed() -> None:
+    """Only failures in a row count."""
+    breaker = Breaker()
+    for _ in range(10 * limits.BREAKER_FAILURES):
+        breaker.fail(0.0)
+        breaker.succeed()
+    assert not breaker.is_open(0.0)
+
+
+# ---- The fleet -------------------------------------------------------------------------------------------------------
+
+
+class StillEngines(Engines):
+    """A registry whose records are given."""
+
+    def __init__(self, *records: EngineRecord) -> None:
+        super().__init__(Bus())
+        self.records = list(records)
+
+    def alive(self, base_model: str | None = None) -> list[EngineRecord]:
+        return [record for record in self.records if base_model in (None, record.base_model)]
+
+
+def _fleet(*names: str) -> tuple[Fleet, StillEngines, list[float]]:
+    engines = StillEngines(*(StandInEngine(name).record() for name in names))
+    now = [time.monotonic()]
+    return Fleet(engines, lambda: now[0]), engines, now
+
+
+def _ask(fleet: Fleet, question: Question) -> str:
+    record = fleet.choose(question)
+    assert record is not None
+    return record.engine_id
+
+
+def test_first_requests_for_an_adapter_go_to_one_place() -> None:
+    """Though that engine fills up meanwhile and has not reported the adapter yet; later its report decides."""
+    fleet, engines, now = _fleet("a", "b", "c", "d")
+    question = Question(BASE, "run_1@1")
+    home = _ask(fleet, question)
+    with fleet.occupied(home, limits.ROUTING_SLACK_TOKENS):
+        assert {_ask(fleet, question) for _ in range(20)} == {home}
+    now[0] += limits.PLACEMENT_REMEMBERED_S
+    other = next(record.engine_id for record in engines.records if record.engine_id != home)
+    engines.records = [
+        StandInEngine(record.engine_id).record(
+            resident=["run_1@1"] if record.engine_id == other else []
+        )
+        for record in engines.records
+    ]
+    assert _ask(fleet, question) == other
+
+
+def test_a_place_where_loading_failed_is_forgotten() -> None:
+    """The next request may go elsewhere."""
+    fleet, _, _ = _fleet("a", "b")
+    question = Question(BASE, "run_1@1")
+    home = _ask(fleet, question)
+    assert [state.holds for state in fleet.snapshot(question)].count(True) == 1
+    fleet.failed(home, "run_1@1")
+    assert not any(state.holds for state in fleet.snapshot(question))
+
+
+def test_what_is_outstanding_here_counts_at_once() -> None:
+    """The engine's own report is seconds old."""
+    fleet, _, _ = _fleet("a", "b")
+    assert _ask(fleet, Question(BASE)) == "a"
+    with fleet.occupied("a", 10):
+        assert _ask(fleet, Question(BASE)) == "b"
+        assert fleet.outstanding_tokens() == {"a": 10}
+    assert fleet.outstanding_tokens() == {}
+    assert _ask(fleet, Question(BASE)) == "a"
+
+
+def test_a_failing_engine_is_left_alone_for_a_while() -> None:
+    """And comes back with its first success."""
+    fleet, _, now = _fleet("a", "b")
+    for _ in range(limits.BREAKER_FAILURES):
+        fleet.failed("a", None)
+    assert _ask(fleet, Question(BASE)) == "b"
+    now[0] += limits.BREAKER_PAUSE_MIN_S
+    with fleet.occupied("a", 0):
+        assert _ask(fleet, Question(BASE)) == "b"
+        fleet.succeeded("a")
+    assert _ask(fleet, Question(BASE)) == "a"

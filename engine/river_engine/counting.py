@@ -16,6 +16,8 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.output_processor import RequestState
 
+from river_engine.stream_usage import note_completion, note_prompt
+
 tokens_total = Counter("river_engine_tokens", "Tokens answered, as billed.", ["kind"])
 _prompt = tokens_total.labels(kind="prompt")
 _cached = tokens_total.labels(kind="cached_prompt")
@@ -47,9 +49,11 @@ def counted(generate: Generate) -> Generate:
                     cached = output.num_cached_tokens or 0
                     _prompt.inc(len(output.prompt_token_ids or ()) - cached)
                     _cached.inc(cached)
+                    note_prompt(len(output.prompt_token_ids or ()), cached)
                 for part in output.outputs:
                     before = counted_by_index.get(part.index, 0) if cumulative else 0
                     _completion.inc(len(part.token_ids) - before)
+                    note_completion(len(part.token_ids) - before)
                     counted_by_index[part.index] = len(part.token_ids)
                 yield output
         finally:

@@ -35,6 +35,7 @@ from river_engine.errors import (
 from river_engine.limits import BODY_MAX_BYTES, HEADER_MAX_BYTES
 from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, AdapterRef, EngineSample
 from river_engine.sampling import Sampler
+from river_engine.stream_usage import ANNOTATED_PATHS, annotated
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -185,6 +186,8 @@ class EngineDoor:
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()
 
+        if scope["path"] in ANNOTATED_PATHS:
+            send = annotated(send)
         await self._inner(scope, receive_replaced, send)
 
 

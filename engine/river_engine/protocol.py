@@ -26,6 +26,8 @@ HEARTBEAT_LOST_AFTER_S = 8.0
 ADAPTER_HEADER = "x-river-adapter"
 MODEL_HEADER = "x-river-model"
 TENANT_HEADER = "x-river-tenant"
+USAGE_COMMENT = b": river-usage "
+"""Begins a comment in a stream of `/v1/responses` or `/v1/messages`; a `StreamUsage` as JSON follows."""
 EXPERT_LAYOUT_METADATA = "expert_layout"
 """Of the file `adapter_model.safetensors`."""
 SHARED_OUTER = "shared_outer"
@@ -72,6 +74,14 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     outstanding_tokens: int = 0
     draining: bool = False
     expert_routing: bool = False
+
+
+class StreamUsage(Struct, frozen=True):
+    """What a stream has used so far; `prompt_tokens` includes `cached_tokens`."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
 
 
 class EngineSample(Struct, frozen=True, kw_only=True):

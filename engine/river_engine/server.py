@@ -37,6 +37,7 @@ from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
 from river_engine.logs import log_to_stderr
 from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
+from river_engine.parsers import tool_parser_of
 from river_engine.protocol import SHARED_OUTER, EngineRecord
 from river_engine.registration import registered
 from river_engine.routing import RoutingShape, routing_shape
@@ -102,7 +103,15 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         "--disable-fastapi-docs",
+        "--enable-auto-tool-choice",
+        # Arguments of a tool that a client names or demands follow its schema, whether it says `strict` or not.
+        "--tool-strict-level=parameter",
+        f"--tool-call-parser={settings.tool_parser or tool_parser_of(settings.model_path)}",
+        # Else a small model may fill what is left of its answer with blanks.
+        '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
     ]
+    if settings.reasoning_parser:
+        options.append(f"--reasoning-parser={settings.reasoning_parser}")
     if settings.max_model_len:
         options.append(f"--max-model-len={settings.max_model_len}")
     if settings.on_cpu:

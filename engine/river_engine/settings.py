@@ -25,6 +25,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     makes vLLM record on a GPU which experts each token goes to, for which it needs its second model runner; on a CPU,
     where that costs nothing until somebody asks, it is always possible. With the `expert_layout` `shared_outer` vLLM
     holds one copy of what the experts of an adapter share; adapters whose experts share nothing are refused then.
+    `tool_parser` and `reasoning_parser` are vLLM's names: how the model writes tool calls (empty: by its `model_type`)
+    and how it sets off its reasoning (empty: it does not).
     """
 
     base_model: str
@@ -46,6 +48,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     cpu_threads: int = 1
     expert_routing: bool = False
     expert_layout: Literal["per_expert", "shared_outer"] = "per_expert"
+    tool_parser: str = ""
+    reasoning_parser: str = ""
 
     @property
     def on_cpu(self) -> bool:

@@ -10,6 +10,8 @@
     ├── ConflictError             409
     ├── TooLargeError             413
     ├── InvalidFieldError         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
+    │   ├── UnknownFieldError     422  there is no such field
+    │   └── UnsupportedFieldError 422  there is, but what it asks for is not offered
     ├── RateLimitedError          429
     ├── EngineRefusedError        4xx  the engine's own refusal, passed on
     ├── NotSupportedError         501
@@ -18,7 +20,7 @@
     │       └── PrunedError       503  because they are gone, maybe for newer ones
     └── StorageFullError          507
 
-`/v1` speaks OpenAI's shape, everything else `river_client.wire.ErrorEnvelope`.
+`/v1/messages` speaks Anthropic's shape, the rest of `/v1` OpenAI's, everything else `river_client.wire.ErrorEnvelope`.
 """
 
 from __future__ import annotations
@@ -115,6 +117,16 @@ class InvalidFieldError(GatewayError):
     type = "invalid_request"
 
 
+class UnknownFieldError(InvalidFieldError):
+    def __init__(self, name: str) -> None:
+        # OpenAI's words, which clients look for; it names no param.
+        super().__init__(f"Unrecognized request argument supplied: {name}")
+
+
+class UnsupportedFieldError(InvalidFieldError):
+    code = "unsupported_parameter"
+
+
 class RateLimitedError(GatewayError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "rate_limited"
@@ -125,10 +137,13 @@ class EngineRefusedError(GatewayError):
 
     type = "invalid_request"
 
-    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         assert 400 <= status < 500  # noqa: PLR2004 - the range of client errors
         super().__init__(message, param=param)
         self.status = status
+        self.code = code
 
 
 class NotSupportedError(GatewayError):
@@ -188,6 +203,31 @@ def openai_body(error: GatewayError) -> dict[str, Any]:
     }
 
 
+_ANTHROPIC_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.PAYMENT_REQUIRED: "billing_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+
+
+def anthropic_body(error: GatewayError, request_id: str) -> dict[str, Any]:
+    """Anthropic's shape of an error."""
+    failed = error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    type_ = _ANTHROPIC_TYPES.get(
+        HTTPStatus(error.status) if error.status in _ANTHROPIC_TYPES else HTTPStatus.OK,
+        "api_error" if failed else "invalid_request_error",
+    )
+    return {
+        "type": "error",
+        "error": {"type": type_, "message": error.message},
+        "request_id": request_id,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
     """An error on the wire."""
@@ -204,10 +244,15 @@ def error_answer(
     """The answer to a request that failed, in the shape of the dialect that `path` speaks."""
     status = int(error.status)
     media_type = "application/json"
+    headers: dict[str, str] = {}
     if is_openai(path):
         if isinstance(error, InvalidFieldError):
             status = HTTPStatus.BAD_REQUEST
-        body = msgspec.json.encode(openai_body(error))
+        if is_anthropic(path):
+            body = msgspec.json.encode(anthropic_body(error, request_id))
+            headers["request-id"] = request_id
+        else:
+            body = msgspec.json.encode(openai_body(error))
     else:
         envelope = wire.ErrorEnvelope(
             error=wire.ErrorBody(
@@ -219,7 +264,6 @@ def error_answer(
             body = msgspec.msgpack.encode(envelope)
         else:
             body = msgspec.json.encode(envelope)
-    headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = f"{error.retry_after_s:g}"
     if isinstance(error, UnauthenticatedError):
@@ -228,8 +272,13 @@ def error_answer(
 
 
 def is_openai(path: str) -> bool:
-    """Whether a path speaks OpenAI's dialect."""
+    """Whether a path speaks OpenAI's dialect or, among those paths, Anthropic's."""
     return path == "/v1" or path.startswith("/v1/")
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path speaks Anthropic's dialect."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 # ---- From elsewhere --------------------------------------------------------------------------------------------------

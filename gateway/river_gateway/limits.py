@@ -21,6 +21,10 @@ SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
 RETRY_AFTER_S = 1.0
 RETRY_AFTER_MAX_S = 60.0
 USER_MAX_CHARS = 256
+CHOICES_MAX = 128
+"""As with OpenAI: `n` of one request."""
+STREAM_KEEP_ALIVE_S = 10.0
+"""How long a stream may be silent before its client is told that it goes on."""
 IDEMPOTENCY_KEY_MAX_CHARS = 256
 
 # ---- Routing ---------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from river_gateway.engines.http_client import (
     EngineLostError,
     EngineUnreachableError,
 )
+from river_gateway.engines.refusals import refused_by_engine
 from river_gateway.engines.routing import Question
 from river_gateway.errors import (
-    EngineRefusedError,
     PrunedError,
     RateLimitedError,
     UnavailableError,
@@ -210,7 +210,7 @@ async def _raise_refusal(answer: EngineAnswer) -> None:
     if refusal.type in _ADAPTER_REFUSALS:
         logger.error("an engine cannot load an adapter: %s", refusal.message)
         raise _ADAPTER_REFUSALS[refusal.type]
-    raise EngineRefusedError(status, refusal.message, param=refusal.param)
+    raise refused_by_engine(status, refusal)
 
 
 def _parse_refusal(body: bytes) -> EngineError:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
 from river_gateway.codec import storable
 from river_gateway.errors import InvalidFieldError, MalformedBodyError
 from river_gateway.inference.sse import UsageWishes
-from river_gateway.limits import USER_MAX_CHARS
+from river_gateway.limits import CHOICES_MAX, USER_MAX_CHARS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Body = TypeVar("Body")
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -26,7 +31,7 @@ class Asked(msgspec.Struct, frozen=True):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None = None
     user: Annotated[str, msgspec.Meta(max_length=USER_MAX_CHARS)] | None = None
     prompt: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -54,15 +59,37 @@ _asked_decoder = msgspec.json.Decoder(Asked)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def read_asked(body: bytes) -> Asked:
-    """Reads a completion's body.
+def read_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a body, each as it came.
 
     Raises:
         MalformedBodyError: it is no JSON object.
+    """
+    try:
+        return _fields_decoder.decode(body)
+    except msgspec.ValidationError:
+        raise MalformedBodyError("the body is not a JSON object") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
+
+
+def read_asked(body: bytes) -> Asked:
+    """What a completion's body asks for.
+
+    Raises:
+        InvalidFieldError: a field has the wrong type, or `user` cannot be written down.
+    """
+    return decode(_asked_decoder, body)
+
+
+def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    """A body that is a JSON object, by the decoder of what matters of it.
+
+    Raises:
         InvalidFieldError: a field has the wrong type, or `user` cannot be written down.
     """
     try:
-        asked = _asked_decoder.decode(body)
+        asked = decoder.decode(body)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         param = path.rstrip("`") or ("model" if "`model`" in message else None)
@@ -71,22 +98,22 @@ def read_asked(body: bytes) -> Asked:
         raise InvalidFieldError(message, param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
-    if asked.user is not None:
-        storable(asked.user, "user")
+    user = getattr(asked, "user", None)
+    if user is not None:
+        storable(user, "user")
     return asked
 
 
-def engine_body(body: bytes, asked: Asked, base_model: str) -> bytes:
+def engine_body(fields: Mapping[str, msgspec.Raw], asked: Asked, base_model: str) -> bytes:
     """The body for the engine: the base model's name, and in a stream usage in every chunk."""
-    fields = _fields_decoder.decode(body)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(base_model))
+    for_engine: dict[str, Any] = {**fields, "model": base_model}
     if asked.stream:
         options = msgspec.json.decode(
             fields.get("stream_options", b"null"), type=dict[str, Any] | None
         )
-        fields["stream_options"] = msgspec.Raw(
-            msgspec.json.encode(
-                {**(options or {}), "include_usage": True, "continuous_usage_stats": True}
-            )
-        )
-    return msgspec.json.encode(fields)
+        for_engine["stream_options"] = {
+            **(options or {}),
+            "include_usage": True,
+            "continuous_usage_stats": True,
+        }
+    return msgspec.json.encode(for_engine)

@@ -1,4 +1,4 @@
-"""A completion from the first byte to the last, as plain ASGI.
+"""A completion from the first byte to the last, as plain ASGI; what routes differ in is their dialect's affair.
 
 This is the path that the gateway's cost is measured on, so it goes past Litestar's own: `app.py` sends requests to its
 routes here directly. A body goes to the engine as it came but for `model` and `stream_options`; the engine's answer
@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from river_gateway.context import context_of
 from river_gateway.disconnect import WhileClientStays
 from river_gateway.engines.http_client import EngineLostError
@@ -22,21 +20,27 @@ from river_gateway.errors import (
     as_gateway_error,
     error_answer,
 )
-from river_gateway.inference.asked import engine_body, read_asked
-from river_gateway.inference.metering import Chunk, UsageTally, usage_event
+from river_gateway.inference.asked import read_fields
+from river_gateway.inference.metering import UsageTally, usage_event
 from river_gateway.inference.models import ask_current, resolve_model
 from river_gateway.inference.relay import relay
-from river_gateway.inference.sse import UsageFilter
-from river_gateway.limits import BODY_MAX_BYTES, BYTES_PER_TOKEN, ROUTING_PREFIX_BYTES
+from river_gateway.limits import (
+    BODY_MAX_BYTES,
+    BYTES_PER_TOKEN,
+    ROUTING_PREFIX_BYTES,
+    STREAM_KEEP_ALIVE_S,
+)
 from river_gateway.tenancy.auth import check_scopes
 
 if TYPE_CHECKING:
+    import msgspec
     from litestar.types import Receive, Scope, Send
 
     from river_billing.events import UsageEvent, UsageKind
     from river_gateway.context import RequestContext
     from river_gateway.engines.upstream import Opened
     from river_gateway.inference.asked import Asked
+    from river_gateway.inference.dialects import Dialect, StreamReader
     from river_gateway.inference.models import Target
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
@@ -51,19 +55,17 @@ _STREAM_HEADERS = (
 _POLICY_HEADER = b"x-river-policy-version"
 _SCOPES = ("infer",)
 
-_usage_decoder = msgspec.json.Decoder(Chunk)
-
 
 class Completions:
-    """The ASGI application of one route; `path` is the engine's too."""
+    """The ASGI application of one route."""
 
-    def __init__(self, services: Services, path: str) -> None:
+    def __init__(self, services: Services, dialect: Dialect) -> None:
         self._services = services
-        self._path = path
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context = context_of(scope)
-        scope["path_template"] = self._path
+        scope["path_template"] = self._dialect.path
         try:
             await self._complete(context, scope, receive, send)
         except Exception as error:
@@ -80,19 +82,18 @@ class Completions:
         context.tenant_id = principal.tenant_id
         check_scopes(principal, _SCOPES)
         body = await _read_body(receive)
-        asked = read_asked(body)
+        fields = read_fields(body)
+        asked = self._dialect.read(body, fields)
         target = await resolve_model(services, asked.model, principal.tenant_id)
-        exchange = _Exchange(services, context.request_id, principal, asked, target)
+        exchange = _Exchange(services, self._dialect, context.request_id, principal, asked, target)
         if asked.stream:
-            usage = UsageFilter(
-                asked.wishes, choices_per_prompt=asked.choices_per_prompt, single=asked.single
-            )
+            usage = self._dialect.stream_reader(asked)
             async with WhileClientStays(receive):
-                opened = await self._open(exchange, body)
+                opened = await self._open(exchange, body, fields)
             await exchange.stream(opened, usage, receive, send)
             return
         async with WhileClientStays(receive):
-            opened = await self._open(exchange, body)
+            opened = await self._open(exchange, body, fields)
             try:
                 answer = await opened.answer.read()
             except EngineLostError:
@@ -101,17 +102,19 @@ class Completions:
                 opened.close()
         await exchange.answer(opened, answer, send)
 
-    async def _open(self, exchange: _Exchange, body: bytes) -> Opened:
+    async def _open(
+        self, exchange: _Exchange, body: bytes, fields: dict[str, msgspec.Raw]
+    ) -> Opened:
         """The engine's answer, its head read; `exchange` learns who answers."""
         asked = exchange.asked
         tenant_id = exchange.principal.tenant_id
-        for_engine = engine_body(body, asked, exchange.target.base_model)
+        for_engine = self._dialect.engine_body(fields, asked, exchange.target.base_model)
         affinity = tenant_id.encode() + body[:ROUTING_PREFIX_BYTES]
         tokens = len(body) // BYTES_PER_TOKEN
 
         async def ask(target: Target) -> Opened:
             return await self._services.upstream.open(
-                self._path,
+                self._dialect.path,
                 for_engine,
                 target=target,
                 tenant_id=tenant_id,
@@ -129,7 +132,7 @@ class Completions:
 
     async def _refuse(self, context: RequestContext, error: Exception, send: Send) -> None:
         answer = error_answer(
-            as_gateway_error(error, context), path=self._path, request_id=context.request_id
+            as_gateway_error(error, context), path=self._dialect.path, request_id=context.request_id
         )
         headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         await _send_whole(send, answer.status, [_JSON_HEADER, *headers], answer.body)
@@ -140,6 +143,7 @@ class _Exchange:
     """One request that will be answered: who asks for what, who answers, and what it has used."""
 
     services: Services
+    dialect: Dialect
     request_id: str
     principal: Principal
     asked: Asked
@@ -149,12 +153,12 @@ class _Exchange:
     async def answer(self, opened: Opened, body: bytes, send: Send) -> None:
         """Sends a whole answer, once its usage is stored."""
         tally = UsageTally()
-        tally.finish(_usage_decoder.decode(body).usage)
+        tally.finish(self.dialect.usage_of(body))
         await self._settle(opened, tally.quantities())
-        await _send_whole(send, 200, [_JSON_HEADER, self._policy()], body)
+        await _send_whole(send, 200, [_JSON_HEADER, *self._headers()], body)
 
     async def stream(
-        self, opened: Opened, usage: UsageFilter, receive: Receive, send: Send
+        self, opened: Opened, usage: StreamReader, receive: Receive, send: Send
     ) -> None:
         """Sends a stream on as it comes; its usage is stored before its end, or what there was of it if none comes."""
 
@@ -166,10 +170,19 @@ class _Exchange:
                 {
                     "type": "http.response.start",
                     "status": 200,
-                    "headers": [*_STREAM_HEADERS, self._policy()],
+                    "headers": [*_STREAM_HEADERS, *self._headers()],
                 }
             )
-            await relay(opened, usage, receive=receive, send=send, settle=settle)
+            await relay(
+                opened,
+                usage,
+                receive=receive,
+                send=send,
+                settle=settle,
+                keep_alive=self.dialect.keep_alive,
+                keep_alive_s=STREAM_KEEP_ALIVE_S,
+                error_event=lambda error: self.dialect.error_event(error, self.request_id),
+            )
         finally:
             opened.close()
             self._settle_later(opened, usage)
@@ -181,7 +194,7 @@ class _Exchange:
         self._settled = True
         await self.services.meter.record(self._event(opened, quantities))
 
-    def _settle_later(self, opened: Opened, usage: UsageFilter) -> None:
+    def _settle_later(self, opened: Opened, usage: StreamReader) -> None:
         if self._settled:
             return
         self._settled = True
@@ -197,15 +210,20 @@ class _Exchange:
             user=self.asked.user,
         )
 
-    def _policy(self) -> tuple[bytes, bytes]:
-        return (_POLICY_HEADER, self.target.policy_version.encode())
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        policy = (_POLICY_HEADER, self.target.policy_version.encode())
+        return [policy, *self.dialect.headers(self.request_id)]
 
 
 def _authorization(scope: Scope) -> str | None:
+    """The credentials; Anthropic's clients send the key by itself."""
+    api_key = None
     for name, value in scope["headers"]:
         if name == b"authorization":
             return value.decode("latin-1")
-    return None
+        if name == b"x-api-key":
+            api_key = value.decode("latin-1")
+    return api_key and f"Bearer {api_key}"
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -66,18 +66,22 @@ class Fields:
                 raise UnsupportedFieldError(refusal.reason, param=name)
 
 
-_SAMPLING = frozenset(
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SAMPLING = _names(
     "model temperature top_p seed stop stream stream_options user logit_bias n presence_penalty frequency_penalty"
-    " response_format".split()
+    " response_format"
 )
-_HINTS = frozenset(
-    "metadata service_tier prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier".split()
+_HINTS = _names(
+    "metadata service_tier prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier"
 )
-_ENGINE_EXTRAS = frozenset(
+_ENGINE_EXTRAS = _names(
     "top_k min_p repetition_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens"
     " skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens truncation_side prompt_logprobs"
     " logprob_token_ids allowed_token_ids bad_words add_special_tokens structured_outputs return_token_ids"
-    " return_tokens_as_token_ids return_token_offsets repetition_detection thinking_token_budget".split()
+    " return_tokens_as_token_ids return_token_offsets repetition_detection thinking_token_budget"
 )
 _NO_MODERATION = Refusal("moderation of prompts and answers is not offered")
 
@@ -85,10 +89,10 @@ CHAT_COMPLETIONS = Fields(
     passed=_SAMPLING
     | _HINTS
     | _ENGINE_EXTRAS
-    | frozenset(
+    | _names(
         "messages logprobs top_logprobs max_tokens max_completion_tokens tools tool_choice parallel_tool_calls"
         " reasoning_effort prediction verbosity store echo add_generation_prompt continue_final_message documents"
-        " chat_template_kwargs include_reasoning".split()
+        " chat_template_kwargs include_reasoning"
     ),
     refused={
         "audio": Refusal("answers are text: audio is not offered"),
@@ -96,17 +100,16 @@ CHAT_COMPLETIONS = Fields(
             "answers are text: other modalities are not offered", _NOTHING | {b'["text"]'}
         ),
         "functions": Refusal("`functions` is deprecated and not offered: use `tools`"),
-        "function_call": Refusal("`function_call` is deprecated and not offered: use `tool_choice`"),
+        "function_call": Refusal(
+            "`function_call` is deprecated and not offered: use `tool_choice`"
+        ),
         "web_search_options": Refusal("web search is not offered"),
         "moderation": _NO_MODERATION,
     },
 )
 
 COMPLETIONS = Fields(
-    passed=_SAMPLING
-    | _HINTS
-    | _ENGINE_EXTRAS
-    | frozenset("prompt max_tokens logprobs echo suffix".split()),
+    passed=_SAMPLING | _HINTS | _ENGINE_EXTRAS | _names("prompt max_tokens logprobs echo suffix"),
     refused={
         "best_of": Refusal(
             "choosing the best of several is not offered: leave `best_of` out or set it to 1",
@@ -119,10 +122,10 @@ _STATELESS = "answers are not stored here"
 RESPONSES = Fields(
     passed=(_SAMPLING - {"n", "response_format"})
     | _HINTS
-    | frozenset(
+    | _names(
         "input instructions include max_output_tokens max_tool_calls parallel_tool_calls reasoning text tool_choice"
         " tools top_logprobs truncation top_k min_p repetition_penalty stop_token_ids include_stop_str_in_output"
-        " ignore_eos skip_special_tokens structured_outputs include_reasoning chat_template_kwargs".split()
+        " ignore_eos skip_special_tokens structured_outputs include_reasoning chat_template_kwargs"
     ),
     refused={
         "store": Refusal(f"{_STATELESS}: leave `store` out or set it to false", _NO),
@@ -138,15 +141,13 @@ RESPONSES = Fields(
     },
 )
 
-_MESSAGE = frozenset(
+_MESSAGE = _names(
     "model messages system tools tool_choice thinking output_config cache_control context_management"
-    " chat_template_kwargs".split()
+    " chat_template_kwargs"
 )
 MESSAGES = Fields(
     passed=_MESSAGE
-    | frozenset(
-        "max_tokens metadata stop_sequences stream temperature top_k top_p service_tier".split()
-    ),
+    | _names("max_tokens metadata stop_sequences stream temperature top_k top_p service_tier"),
     refused={
         "container": Refusal("containers are not offered"),
         "mcp_servers": Refusal("MCP servers are not asked from here", _NOTHING | {b"[]"}),

@@ -12,7 +12,11 @@ from litestar.types import ASGIApp
 from river_gateway.checkpoints import catalog
 from river_gateway.errors import NotSupportedError
 from river_gateway.inference.completions import Completions
+from river_gateway.inference.dialects import Dialect, OpenAICompletions
+from river_gateway.inference.fields import CHAT_COMPLETIONS, COMPLETIONS
+from river_gateway.inference.messages_api import COUNT_TOKENS_DIALECT, MESSAGES_DIALECT
 from river_gateway.inference.models import resolve_model
+from river_gateway.inference.responses_api import Responses
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
 
@@ -23,25 +27,51 @@ AnyRequest = Request[Any, Any, Any]
 
 # ---- Completions -----------------------------------------------------------------------------------------------------
 
-CHAT_PATH = "/v1/chat/completions"
-COMPLETIONS_PATH = "/v1/completions"
+CHAT = OpenAICompletions("/v1/chat/completions", CHAT_COMPLETIONS)
+TEXT = OpenAICompletions("/v1/completions", COMPLETIONS)
+RESPONSES = Responses()
 
 
 def completion_apps(services: Services) -> dict[str, ASGIApp]:
     """What answers POST on these paths."""
-    return {path: Completions(services, path) for path in (CHAT_PATH, COMPLETIONS_PATH)}
+    dialects: tuple[Dialect, ...] = (
+        CHAT,
+        TEXT,
+        RESPONSES,
+        MESSAGES_DIALECT,
+        COUNT_TOKENS_DIALECT,
+    )
+    return {dialect.path: Completions(services, dialect) for dialect in dialects}
 
 
 @post("/chat/completions", status_code=200)
 async def chat_completions(request: AnyRequest) -> ASGIApp:
     """A chat completion, streamed or whole."""
-    return Completions(services_of(request), CHAT_PATH)
+    return Completions(services_of(request), CHAT)
 
 
 @post("/completions", status_code=200)
 async def completions(request: AnyRequest) -> ASGIApp:
     """A text completion, streamed or whole."""
-    return Completions(services_of(request), COMPLETIONS_PATH)
+    return Completions(services_of(request), TEXT)
+
+
+@post("/responses", status_code=200)
+async def responses(request: AnyRequest) -> ASGIApp:
+    """A response, streamed or whole. Nothing is stored: each request brings its whole conversation."""
+    return Completions(services_of(request), RESPONSES)
+
+
+@post("/messages", status_code=200, tags=["Anthropic"])
+async def messages(request: AnyRequest) -> ASGIApp:
+    """Anthropic's Messages, streamed or whole."""
+    return Completions(services_of(request), MESSAGES_DIALECT)
+
+
+@post("/messages/count_tokens", status_code=200, tags=["Anthropic"])
+async def count_tokens(request: AnyRequest) -> ASGIApp:
+    """How many tokens the prompt of a message has."""
+    return Completions(services_of(request), COUNT_TOKENS_DIALECT)
 
 
 @post("/embeddings", guards=[requires("infer")], status_code=200)
@@ -92,6 +122,15 @@ def _json(value: Any) -> Response[bytes]:
 
 openai_router = Router(
     "/v1",
-    route_handlers=[chat_completions, completions, embeddings, list_models, get_model],
+    route_handlers=[
+        chat_completions,
+        completions,
+        responses,
+        messages,
+        count_tokens,
+        embeddings,
+        list_models,
+        get_model,
+    ],
     tags=["OpenAI"],
 )

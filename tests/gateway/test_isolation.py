@@ -77,9 +77,7 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", "/v1/completions"): _models("/v1/completions", prompt="x"),
     ("POST", "/v1/responses"): _models("/v1/responses", input="x"),
     ("POST", "/v1/messages"): _models("/v1/messages", messages=_MESSAGES, max_tokens=2),
-    ("POST", "/v1/messages/count_tokens"): _models(
-        "/v1/messages/count_tokens", messages=_MESSAGES
-    ),
+    ("POST", "/v1/messages/count_tokens"): _models("/v1/messages/count_tokens", messages=_MESSAGES),
     ("GET", "/v1/models/{model_id:path}"): _models("/v1/models/{model}"),
     ("POST", f"{River}/sample"): _models(f"{River}/sample", prompts=["x"], max_tokens=2),
     ("POST", f"{River}/sessions/{{session_id:str}}/heartbeat"): _call(

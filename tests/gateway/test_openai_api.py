@@ -10,7 +10,8 @@ import msgspec
 import openai
 import pytest
 from support.gateway import Rig, eventually, served_gateway
-from support.stand_ins import BASE, CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TOKENS
+from support.stand_in_answers import CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TOKENS
+from support.stand_ins import BASE
 
 from river_billing.events import UsageEvent, UsageKind
 from river_client import wire

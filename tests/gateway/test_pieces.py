@@ -17,7 +17,7 @@ from river_gateway import ids
 from river_gateway.checkpoints.catalog import Path, parse_path
 from river_gateway.checkpoints.files import parse_range
 from river_gateway.errors import InvalidFieldError
-from river_gateway.inference.asked import engine_body, read_asked
+from river_gateway.inference.asked import engine_body, read_asked, read_fields
 from river_gateway.inference.metering import Choice, Chunk, PromptDetails, Usage, UsageTally
 from river_gateway.inference.sse import EventSplitter, UsageFilter, UsageWishes, filter_event
 from river_gateway.limits import UPSTREAM_KEEPALIVE_S
@@ -129,7 +129,7 @@ def test_a_stream_is_shown_as_asked_and_counted(
 def test_the_engine_s_body() -> None:
     """All but the model and the stream options travels byte for byte."""
     body = b'{"model":"river://run_1","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
-    sent = engine_body(body, read_asked(body), "base")
+    sent = engine_body(read_fields(body), read_asked(body), "base")
     assert sent == b'{"model":"base","x":1.50,"big":123456789012345678901234567890,"y":{"b" : 1}}'
     streamed: Any = {
         "model": "m",
@@ -137,7 +137,7 @@ def test_the_engine_s_body() -> None:
         "stream_options": {"include_usage": False, "z": 1},
     }
     body = msgspec.json.encode(streamed)
-    sent = engine_body(body, read_asked(body), "base")
+    sent = engine_body(read_fields(body), read_asked(body), "base")
     assert msgspec.json.decode(sent)["stream_options"] == {
         "include_usage": True,
         "continuous_usage_stats": True,

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 from nats.aio.client import Client
+from support import stand_in_answers
+from support.stand_in_answers import CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TOKENS
 
 from river_billing.events import CheckpointSaved
 from river_engine.protocol import (
@@ -49,7 +51,6 @@ BASE = "river/test-base"
 CONTEXT_LENGTH = 64
 VOCAB_SIZE = 512
 TOKEN = "engine-secret"
-PROMPT_TOKENS, CACHED_TOKENS, COMPLETION_TOKENS = 7, 2, 4
 PATIENCE_S = 10.0
 ROUTING = ExpertRouting(
     dtype="uint8", shape=(3, 2, 2), data=bytes([0, 7, 1, 2, 3, 0, 6, 5, 0, 0, 0, 0])
@@ -92,6 +93,8 @@ class StandInEngine:
         application = web.Application(client_max_size=2**26)
         application.router.add_post("/v1/chat/completions", self._openai)
         application.router.add_post("/v1/completions", self._openai)
+        for path in stand_in_answers.PATHS:
+            application.router.add_post(path, self._openai)
         application.router.add_post("/river/sample", self._sample)
         return application
 
@@ -112,7 +115,9 @@ class StandInEngine:
             return web.json_response({"error": {**error, "code": status}}, status=status)
         try:
             if body.get("stream"):
-                return await self._stream(request, body)
+                typed = request.path in stand_in_answers.PATHS
+                stream = self._stream_typed if typed else self._stream
+                return await stream(request, body)
             if self.behaviour == "hang":
                 await asyncio.sleep(PATIENCE_S)
             return web.json_response(self._whole(request))
@@ -134,6 +139,25 @@ class StandInEngine:
             "unready": (503, "starting"),
             "fail": (500, "secret trace"),
         }.get(self.behaviour)
+
+    async def _stream_typed(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        events = stand_in_answers.stream_events(
+            request.path, request.headers[MODEL_HEADER], cut_off=body.get("max_output_tokens") == 1
+        )
+        paused = False
+        for produced, event in events:
+            if produced > 2 and not paused and self.behaviour in ("hang", "break"):
+                paused = True
+                if self.behaviour == "hang":
+                    await asyncio.sleep(PATIENCE_S)
+                await self.may_break.wait()
+                assert request.transport is not None
+                request.transport.close()
+                return response
+            await response.write(event)
+        return response
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         assert body["stream_options"]["include_usage"]
@@ -168,6 +192,8 @@ class StandInEngine:
         }
 
     def _whole(self, request: web.Request) -> dict[str, Any]:
+        if request.path in stand_in_answers.PATHS:
+            return stand_in_answers.whole_answer(request.path, request.headers[MODEL_HEADER])
         chat = "chat" in request.path
         content = {"message": {"role": "assistant", "content": "w0 "}} if chat else {"text": "w0 "}
         usage = _usage(COMPLETION_TOKENS, cached=CACHED_TOKENS)

@@ -340,11 +340,11 @@ async def test_the_number_of_choices_is_bounded(rig: Rig, choices: int) -> None:
             ),
         ),
         (
-            """2 validation errors: {'type': 'int_parsing', 'loc': 'body.messages.0.Tool.size_b', 'msg': "It isn't", 'input'""",
+            """2 validation errors: {'type': 'int_type', 'loc': 'body.messages.0.A.s', 'msg': "It isn't", 'input'""",
             "body.x",
             (
-                "Invalid value for 'messages[0].size_b': It isn't",
-                "messages[0].size_b",
+                "Invalid value for 'messages[0].s': It isn't",
+                "messages[0].s",
                 "invalid_type",
             ),
         ),

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -84,7 +85,7 @@ class Tally:
 
 async def ask(rig: Rig, model: str, version: str, tally: Tally, *, stream: bool) -> None:
     """One request; fails unless it was answered by the right adapter, or broke after its first byte as it should."""
-    messages = [{"role": "user", "content": f"question {random.random()}"}]
+    messages: Any = [{"role": "user", "content": f"question {random.random()}"}]
     answer = await rig.tenant.openai.chat.completions.create(
         model=model, messages=messages, stream=stream
     )

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import uvloop
 
 from river_gateway import limits
 from river_gateway.engines.http_client import EngineClient, EngineLostError
@@ -281,3 +282,19 @@ async def test_a_slow_reader_holds_the_engine_back() -> None:
         assert await answer.read() == piece * pieces
         answer.close()
         await client.close()
+
+
+def test_it_works_on_the_loop_that_the_gateway_runs_on() -> None:
+    """The transports of uvloop are not those of asyncio; fresh and kept ones answer there too."""
+
+    async def ask_twice() -> None:
+        async with serving(answering(OK)) as server:
+            client = EngineClient()
+            for _ in range(2):
+                answer = await client.post(server.url, "/", [], b"x")
+                assert await answer.read() == b"ok"
+                answer.close()
+            assert server.connections == 1
+            await client.close()
+
+    uvloop.run(ask_twice())

@@ -1,0 +1,151 @@
+"""A program that stands in for an engine and costs next to nothing: it looks only for the end of a request.
+
+It registers itself as engines do, and answers every POST alike; a body with `"stream":true` gets a stream, at once, or
+with `PACED` in it token by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import cast
+
+import msgspec
+import nats
+import uvloop
+from msgspec import Struct
+from nats.js.api import KeyValueConfig
+from nats.js.errors import BucketNotFoundError
+
+from river_engine.protocol import ENGINES_BUCKET, HEARTBEAT_INTERVAL_S, EngineRecord
+from river_ops.bench.gateway.answers import (
+    MODEL,
+    STREAM_END,
+    STREAM_HEAD,
+    STREAM_TOKENS,
+    stream_events,
+    whole_answer,
+)
+from river_ops.bench.programs import answer_with, program_settings
+
+CONTEXT_LENGTH = 8192
+PACED = b'"user":"paced"'
+PACE_S = 0.02
+
+
+class StubSettings(Struct, frozen=True, kw_only=True):
+    """Without `nats_url` it does not register."""
+
+    nats_url: str | None = None
+
+
+class Listening(Struct, frozen=True, kw_only=True):
+    """Where it answers; the first line it prints."""
+
+    url: str
+
+
+def main() -> None:
+    """Serves until its input ends."""
+    uvloop.run(serve(program_settings(StubSettings)))
+
+
+async def serve(settings: StubSettings) -> None:
+    """Serves until the input ends."""
+    server = await asyncio.get_running_loop().create_server(StubConnection, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    registering = (
+        asyncio.create_task(keep_registered(settings.nats_url, url)) if settings.nats_url else None
+    )
+    answer_with(Listening(url=url))
+    await asyncio.to_thread(sys.stdin.read)
+    if registering is not None:
+        registering.cancel()
+    server.close()
+
+
+async def keep_registered(nats_url: str, url: str) -> None:
+    """Renews the record for ever."""
+    client = await nats.connect(nats_url)
+    jetstream = client.jetstream()
+    try:
+        bucket = await jetstream.key_value(ENGINES_BUCKET)
+    except BucketNotFoundError:
+        bucket = await jetstream.create_key_value(KeyValueConfig(bucket=ENGINES_BUCKET))
+    while True:
+        record = EngineRecord(
+            engine_id="stub",
+            base_model=MODEL,
+            url=url,
+            context_length=CONTEXT_LENGTH,
+            vocab_size=1,
+            max_loras=1,
+            max_lora_rank=1,
+            heartbeat_at=time.time(),
+        )
+        await bucket.put(record.engine_id, msgspec.msgpack.encode(record))
+        await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+
+class StubConnection(asyncio.Protocol):
+    """One client's connection."""
+
+    _whole = whole_answer()
+    _events = stream_events(STREAM_TOKENS)
+    _stream = STREAM_HEAD + b"".join(_events) + STREAM_END
+
+    def __init__(self) -> None:
+        self._received = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (end := request_end(self._received)) is not None:
+            request, self._received = self._received[:end], self._received[end:]
+            self._answer(request)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._transport = None
+
+    def _answer(self, request: bytes) -> None:
+        assert self._transport is not None
+        if b'"stream":true' not in request:
+            self._transport.write(self._whole if request.startswith(b"POST") else EMPTY_ANSWER)
+        elif PACED in request:
+            self._transport.write(STREAM_HEAD)
+            self._pace(0, asyncio.get_running_loop())
+        else:
+            self._transport.write(self._stream)
+
+    def _pace(self, index: int, loop: asyncio.AbstractEventLoop) -> None:
+        if self._transport is None:
+            return
+        if index == STREAM_TOKENS:
+            self._transport.write(b"".join(self._events[index:]) + STREAM_END)
+            return
+        self._transport.write(self._events[index])
+        loop.call_later(PACE_S, self._pace, index + 1, loop)
+
+
+EMPTY_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+"""To health checks of peers."""
+
+
+def request_end(received: bytes) -> int | None:
+    """How long the first request is, or None while it is not whole."""
+    head_end = received.find(b"\r\n\r\n")
+    if head_end < 0:
+        return None
+    head = received[:head_end].lower()
+    at = head.find(b"content-length:")
+    length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+    end = head_end + 4 + length
+    return end if len(received) >= end else None
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from river_ops.bench.gateway.answers import MODEL
-from river_ops.bench.gateway.load import LoadResult, LoadSettings
+from river_ops.bench.gateway.messages import LoadResult, LoadSettings
 from river_ops.bench.gateway.peers import API_KEY, PEERS, Peer, peers_environment, running_peer
 from river_ops.bench.gateway.platform import Platform, running_platform
 from river_ops.bench.gateway.processes import pin, processor_s, resident_mb

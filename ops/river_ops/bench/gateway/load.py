@@ -15,54 +15,13 @@ from typing import cast
 import httptools
 import msgspec
 import uvloop
-from msgspec import Struct
 
-from river_ops.bench.gateway.stub import PACED
+from river_ops.bench.gateway.messages import PACED, LoadResult, LoadSettings
 from river_ops.bench.measure import percentile
 from river_ops.bench.programs import answer_with, program_settings
 
 DRAIN_TIMEOUT_S = 30.0
 PROMPT = "Tell me a story about a river. " * 12
-
-
-class LoadSettings(Struct, frozen=True, kw_only=True):
-    """`rate` in requests per second; ends after `requests` of them or `seconds`, whatever is given.
-
-    `stream` asks for streams, `paced` for those whose tokens come one by one. `max_tokens` is for a real engine.
-    """
-
-    port: int
-    model: str
-    api_key: str
-    connections: int
-    seconds: float | None = None
-    requests: int | None = None
-    rate: float | None = None
-    stream: bool = False
-    paced: bool = False
-    max_tokens: int = 64
-
-
-class LoadResult(Struct, frozen=True, kw_only=True):
-    """Milliseconds from sending a request to the first byte of its answer's body, and to its end.
-
-    `errors` are answers with another status than 200, and lost connections. `events` are those of streams.
-    """
-
-    requests: int
-    errors: int
-    seconds: float
-    events: int
-    p50_ms: float
-    p99_ms: float
-    first_byte_p50_ms: float
-    first_byte_p99_ms: float
-    first_error: str | None = None
-
-    @property
-    def requests_per_s(self) -> float:
-        """Answers per second."""
-        return self.requests / self.seconds
 
 
 def main() -> None:

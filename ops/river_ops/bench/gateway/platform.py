@@ -16,8 +16,8 @@ import httpx
 import msgspec
 
 from river_gateway.tenancy.auth import create_key, create_tenant
+from river_ops.bench.gateway.messages import Listening, StubSettings
 from river_ops.bench.gateway.processes import pin
-from river_ops.bench.gateway.stub import Listening, StubSettings
 from river_ops.bench.programs import start_program
 from river_ops.children import Child, free_port, part_argv
 from river_ops.embedded.nats import EmbeddedNats

@@ -14,7 +14,6 @@ from typing import cast
 import msgspec
 import nats
 import uvloop
-from msgspec import Struct
 from nats.js.api import KeyValueConfig
 from nats.js.errors import BucketNotFoundError
 
@@ -27,23 +26,11 @@ from river_ops.bench.gateway.answers import (
     stream_events,
     whole_answer,
 )
+from river_ops.bench.gateway.messages import PACED, Listening, StubSettings
 from river_ops.bench.programs import answer_with, program_settings
 
 CONTEXT_LENGTH = 8192
-PACED = b'"user":"paced"'
 PACE_S = 0.02
-
-
-class StubSettings(Struct, frozen=True, kw_only=True):
-    """Without `nats_url` it does not register."""
-
-    nats_url: str | None = None
-
-
-class Listening(Struct, frozen=True, kw_only=True):
-    """Where it answers; the first line it prints."""
-
-    url: str
 
 
 def main() -> None:

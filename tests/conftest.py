@@ -35,6 +35,8 @@ from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
 from river_ops.migrate import migrate
 from river_ops.models import TINY_MOE
+from river_ops.settings import StackInfo, StackOptions
+from river_ops.stack import running_stack
 
 _TEMPLATE = "river_template"
 _database_numbers = itertools.count(1)
@@ -76,6 +78,24 @@ def s3() -> Iterator[S3]:
     """A running S3 server; tests use buckets of their own in it."""
     with running_s3() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def stack_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data directory of the running platform."""
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="session")
+def stack(stack_directory: Path) -> Iterator[StackInfo]:
+    """The running platform."""
+    options = StackOptions(data_directory=stack_directory, port=0, durable=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # Files of expired checkpoints go while a test can wait for it.
+        patch.setenv("RIVER_SWEEP_INTERVAL_S", "0.5")
+        patch.setenv("RIVER_SWEEP_GRACE_S", "0")
+        with running_stack(options) as info:
+            yield info
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,8 @@ class Bus:
         self._jetstream: JetStreamContext | None = None
         self.losses = 0
         """How often the connection was lost."""
+        self.on_back: list[Callable[[], None]] = []
+        """Called whenever a lost connection is back."""
         self._lost_at: float | None = None
         self._back_at: float | None = None
 
@@ -149,6 +151,8 @@ class Bus:
     async def _on_back(self) -> None:
         self._back_at = time.time()
         logger.info("NATS connection is back")
+        for callback in self.on_back:
+            callback()
 
     async def _on_error(self, error: Exception) -> None:
         logger.warning("NATS: %s", error)
@@ -158,6 +162,14 @@ class Bus:
     async def hear(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> None:
         """Calls `callback` with every message of `subject` for as long as there is a connection, old or new."""
         await self.client.subscribe(subject, cb=callback)
+
+    async def tell(self, subject: str, message: bytes) -> None:
+        """Says something to whoever listens, who may miss it.
+
+        Raises:
+            BusError: it cannot be sent, or kept for when the connection is back.
+        """
+        await self.client.publish(subject, message)
 
     async def ask(self, subject: str, question: bytes, *, timeout_s: float) -> bytes | None:
         """Somebody's answer; None if nobody listens or none comes in time."""

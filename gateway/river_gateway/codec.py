@@ -7,7 +7,7 @@ would build plain objects first and convert them leniently.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
@@ -110,11 +110,20 @@ def is_msgpack(media_type: str) -> bool:
 
 
 def reply(
-    request: Request[Any, Any, Any], value: StructType, *, status: int = HTTPStatus.OK
+    request: Request[Any, Any, Any],
+    value: StructType,
+    *,
+    status: int = HTTPStatus.OK,
+    headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> Response[StructType]:
     """`value` in the encoding that the client accepts."""
     encode, media_type = encoder_for(request)
-    return Response(encode(value), media_type=media_type, status_code=status)  # type: ignore[return-value]
+    return Response(  # type: ignore[return-value]
+        encode(value),
+        media_type=media_type,
+        status_code=status,
+        headers={name.decode(): text.decode() for name, text in headers},
+    )
 
 
 def preferred_wait_s(request: Request[Any, Any, Any], *, at_most_s: float) -> float:

@@ -26,9 +26,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 import nats.errors
@@ -42,7 +43,7 @@ from river_gateway.database import POSTGRES_AWAY, UNSTORABLE
 from river_gateway.limits import RETRY_AFTER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from river_gateway.context import RequestContext
 
@@ -128,8 +129,23 @@ class UnsupportedFieldError(InvalidFieldError):
 
 
 class RateLimitedError(GatewayError):
+    """`openai_type` says what OpenAI counts it under, `requests` or `tokens`; `headers` go with the answer."""
+
     status = HTTPStatus.TOO_MANY_REQUESTS
     type = "rate_limited"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float,
+        openai_type: Literal["requests", "tokens"] = "requests",
+        headers: Sequence[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.openai_type = openai_type
+        self.headers = headers
 
 
 class EngineRefusedError(GatewayError):
@@ -177,16 +193,18 @@ class StorageFullError(GatewayError):
 
 # ---- To the wire -----------------------------------------------------------------------------------------------------
 
-_OPENAI_TYPES = {
+_OPENAI_TYPES: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.FORBIDDEN: "permission_error",
-    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "requests",
 }
 
 
 def openai_body(error: GatewayError) -> dict[str, Any]:
     """OpenAI's shape of an error."""
-    type_ = _OPENAI_TYPES.get(HTTPStatus(error.status)) if error.status in _OPENAI_TYPES else None
+    type_ = _OPENAI_TYPES.get(error.status)
+    if isinstance(error, RateLimitedError):
+        type_ = error.openai_type
     if type_ is None:
         type_ = (
             "server_error"
@@ -265,7 +283,11 @@ def error_answer(
         else:
             body = msgspec.json.encode(envelope)
     if error.retry_after_s is not None:
-        headers["retry-after"] = f"{error.retry_after_s:g}"
+        # Whole seconds are what the standard knows; OpenAI's clients look for the milliseconds first.
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, RateLimitedError):
+        headers |= {name.decode(): value.decode() for name, value in error.headers}
     if isinstance(error, UnauthenticatedError):
         headers["www-authenticate"] = "Bearer"
     return ErrorAnswer(status, media_type, headers, body)

@@ -52,7 +52,31 @@ KEY_CACHE_ENTRIES_MAX = 10_000
 KEY_CACHE_FRESH_S = 30.0
 KEY_CACHE_STALE_MAX_S = 900.0
 """While Postgres is away, a key seen this recently still works."""
+KEY_RETRY_S = 1.0
+"""How long an old answer stands in after Postgres could not be asked, before it is asked again."""
 KEY_MAX_CHARS = 256
+
+# ---- Limits of keys and tenants --------------------------------------------------------------------------------------
+
+LIMIT_MAX = 2**31 - 1
+CHARS_PER_TOKEN = 4
+QUOTA_OWNERS_MAX = 100_000
+"""Keys and tenants whose limits are kept count of; the longest unused are forgotten."""
+QUOTA_SWEEP_MAX = 256
+"""How many of them are looked at every tick, to find those that can be forgotten."""
+QUOTA_ROUND_S = 0.05
+"""Between two draws of a gateway from the same limit: twice what an announcement may take to reach the others."""
+QUOTA_PUBLISH_GAP_S = 0.01
+QUOTA_TICK_S = 0.25
+QUOTA_HOLD_S = 1.0
+"""For how long a gateway may keep what it has drawn and not spent, looked at every tick."""
+QUOTA_IDLE_S = 1.0
+QUOTA_JOIN_S = 0.2
+QUOTA_ECHO_LOST_S = 1.5
+QUOTA_PEER_LOST_S = 3.0
+QUOTA_ASK_GAP_S = 1.0
+QUOTA_PARTS_MAX = 4096
+"""Parts in one announcement: well below what NATS takes as a message."""
 
 # ---- Postgres and NATS -----------------------------------------------------------------------------------------------
 

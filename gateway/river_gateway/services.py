@@ -18,6 +18,9 @@ from river_gateway.inference.meter import Meter
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.telemetry import Telemetry
 from river_gateway.tenancy.auth import KeyCache
+from river_gateway.tenancy.exchange import Exchange
+from river_gateway.tenancy.messages import ACCOUNTS_SUBJECT
+from river_gateway.tenancy.quotas import Quotas
 from river_gateway.training.results import Results
 from river_gateway.training.runs import RunCache
 
@@ -43,6 +46,7 @@ class Services:
     pool: Pool
     bus: Bus
     keys: KeyCache
+    quotas: Quotas
     runs: RunCache
     results: Results
     engines: Engines
@@ -93,6 +97,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         pool=pool,
         bus=bus,
         keys=KeyCache(pool),
+        quotas=Quotas(),
         runs=RunCache(pool),
         results=Results(bus),
         engines=engines,
@@ -103,12 +108,17 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
     )
     try:
         await services.results.listen()
+        await bus.hear(ACCOUNTS_SUBJECT, services.keys.hear)
+        bus.on_back.append(services.keys.distrust)
+        exchange = Exchange(bus, services.quotas)
+        await exchange.join()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(services.results.stop_with(services.stopping), name="results"),
                 tasks.create_task(services.engines.watch(), name="engines"),
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.run(), name="usage"),
+                tasks.create_task(exchange.run(), name="limits"),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
                 tasks.create_task(_sweep(services), name="sweeper"),
             ]

@@ -21,7 +21,8 @@ import asyncpg
 import httpx
 
 from river_client.service import read_settings
-from river_gateway.tenancy.auth import create_key, create_tenant, hash_secret, list_tenants
+from river_gateway.tenancy.accounts import create_key, create_tenant, list_tenants
+from river_gateway.tenancy.auth import hash_secret
 from river_ops import limits
 from river_ops.children import Child, free_port, part_argv
 from river_ops.embedded.nats import EmbeddedNats

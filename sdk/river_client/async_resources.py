@@ -232,10 +232,15 @@ class AsyncAdmin:
         page = await self._transport.call("GET", "/tenants", wire.Page)
         return page.tenants or []
 
-    async def create_tenant(self, name: str) -> wire.Tenant:
-        """A new tenant."""
-        body = wire.CreateTenant(name=name)
+    async def create_tenant(self, name: str, *, limits: wire.Limits | None = None) -> wire.Tenant:
+        """A new tenant; `limits` are over all its keys."""
+        body = wire.CreateTenant(name=name, limits=limits)
         return await self._transport.call("POST", "/tenants", wire.Tenant, body=body)
+
+    async def change_tenant_limits(self, tenant: str, change: wire.ChangeLimits) -> wire.Tenant:
+        """Changes those limits of a tenant, given by id or name, that are given; None ends one."""
+        path = f"/tenants/{quote(tenant, safe='')}/limits"
+        return await self._transport.call("PATCH", path, wire.Tenant, body=change)
 
     async def keys(self, tenant: str | None = None) -> list[wire.ApiKey]:
         """The keys of one tenant or of all, without their secrets."""
@@ -250,10 +255,18 @@ class AsyncAdmin:
         name: str = "default",
         scopes: Sequence[str] = ("infer", "train"),
         expires_at: str | None = None,
+        limits: wire.Limits | None = None,
     ) -> wire.ApiKey:
         """A new key for a tenant; its `secret` is in this answer and nowhere else."""
-        body = wire.CreateKey(tenant=tenant, name=name, scopes=[*scopes], expires_at=expires_at)
+        body = wire.CreateKey(
+            tenant=tenant, name=name, scopes=[*scopes], expires_at=expires_at, limits=limits
+        )
         return await self._transport.call("POST", "/keys", wire.ApiKey, body=body)
+
+    async def change_key_limits(self, key_id: str, change: wire.ChangeLimits) -> wire.ApiKey:
+        """Changes those limits of a key that are given; None ends one."""
+        path = f"/keys/{quote(key_id, safe='')}/limits"
+        return await self._transport.call("PATCH", path, wire.ApiKey, body=change)
 
     async def revoke_key(self, key_id: str) -> None:
         """Ends a key."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import Struct, field
+from msgspec import UNSET, Struct, UnsetType, field
 
 API_PREFIX = "/river/v1"
 NANO_USD_PER_USD = 10**9
@@ -386,14 +386,35 @@ class UsageLine(Wire, frozen=True):
     events: int
 
 
+class Limits(Wire, frozen=True):
+    """What a key, or a tenant with all its keys, may use; None is no limit.
+
+    A limit per minute is a bucket of one minute's allowance that fills steadily.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+
+
+class ChangeLimits(Wire, frozen=True):
+    """What is absent stays as it is; None ends a limit."""
+
+    requests_per_minute: int | UnsetType | None = UNSET
+    tokens_per_minute: int | UnsetType | None = UNSET
+    concurrent_requests: int | UnsetType | None = UNSET
+
+
 class CreateTenant(Wire, frozen=True):
     name: str
+    limits: Limits | None = None
 
 
 class Tenant(Wire, frozen=True):
     tenant_id: str
     name: str
     created_at: str
+    limits: Limits | None = None
 
 
 class CreateKey(Wire, frozen=True):
@@ -401,6 +422,7 @@ class CreateKey(Wire, frozen=True):
     name: str = "default"
     scopes: list[str] = field(default_factory=lambda: ["infer", "train"])
     expires_at: str | None = None
+    limits: Limits | None = None
 
 
 class ApiKey(Wire, frozen=True):
@@ -414,6 +436,7 @@ class ApiKey(Wire, frozen=True):
     created_at: str
     expires_at: str | None = None
     revoked_at: str | None = None
+    limits: Limits | None = None
     secret: str | None = None
 
 

@@ -132,6 +132,12 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
     ("POST", f"{River}/tenants"): _call("POST", f"{River}/tenants", {"name": "x"}),
     ("GET", f"{River}/tenants"): _call("GET", f"{River}/tenants"),
     ("POST", f"{River}/keys"): _call("POST", f"{River}/keys", {"tenant": "tenant"}),
+    ("PATCH", f"{River}/tenants/{{tenant:str}}/limits"): _call(
+        "PATCH", f"{River}/tenants/tenant/limits", {"requests_per_minute": 1}
+    ),
+    ("PATCH", f"{River}/keys/{{key_id:str}}/limits"): _call(
+        "PATCH", River + "/keys/{key_id}/limits", {"requests_per_minute": 1}
+    ),
     ("GET", f"{River}/keys"): _call("GET", f"{River}/keys"),
     ("DELETE", f"{River}/keys/{{key_id:str}}"): _call("DELETE", River + "/keys/{key_id}"),
 }

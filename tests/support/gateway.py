@@ -31,7 +31,7 @@ from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_gateway.app import create_app
 from river_gateway.services import Services, open_services
 from river_gateway.settings import Settings
-from river_gateway.tenancy.auth import create_key, create_tenant
+from river_gateway.tenancy.accounts import create_key, create_tenant
 from river_trainer import journal
 from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM, TrainerRecord
 

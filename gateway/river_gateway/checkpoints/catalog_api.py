@@ -33,7 +33,8 @@ from river_gateway.errors import (
     PermissionDeniedError,
 )
 from river_gateway.services import Services, services_of
-from river_gateway.tenancy.auth import parse_time, principal_of, requires
+from river_gateway.tenancy.accounts import parse_time
+from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.training import validation
 
 logger = logging.getLogger("river.gateway")

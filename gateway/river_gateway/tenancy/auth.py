@@ -1,43 +1,38 @@
-"""Who is asking: API keys, their tenants and scopes. Only the SHA-256 of a key is stored or compared."""
+"""Who is asking: API keys, their tenants, scopes and limits. Only the SHA-256 of a key is stored or compared."""
 
 from __future__ import annotations
 
-import datetime as dt
+import asyncio
 import hashlib
 import logging
-import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from river_client.wire import ApiKey, Tenant
+import msgspec
+
+from river_client.wire import Limits
 from river_gateway.context import context_of
-from river_gateway.database import POSTGRES_AWAY, NameTakenError
-from river_gateway.errors import (
-    ConflictError,
-    InvalidFieldError,
-    NotFoundError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-    UnavailableError,
-)
-from river_gateway.ids import new_id
+from river_gateway.database import POSTGRES_AWAY
+from river_gateway.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
 from river_gateway.limits import (
     KEY_CACHE_ENTRIES_MAX,
     KEY_CACHE_FRESH_S,
     KEY_CACHE_STALE_MAX_S,
     KEY_MAX_CHARS,
-    NAME_MAX_CHARS,
-    PAGE_ROWS_MAX,
+    KEY_RETRY_S,
 )
+from river_gateway.tenancy.messages import AccountChanged
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    import datetime as dt
+    from collections.abc import Awaitable, Callable
 
     from litestar import Request
     from litestar.connection import ASGIConnection
     from litestar.handlers import BaseRouteHandler
+    from nats.aio.msg import Msg
 
     from river_gateway.database import Database, Row
 
@@ -45,81 +40,192 @@ logger = logging.getLogger("river.gateway")
 
 KEY_PREFIXES = ("rv-", "tml-")
 SCOPES = ("infer", "train", "admin")
-_SECRET_BYTES = 32
-_SHOWN_CHARS = 10
 _PRINCIPAL = "river_principal"
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
 
 _FIND_KEY = """
-select key_id, tenant_id, scopes, expires_at, revoked_at from api_key where secret_hash = $1
+select
+  key_id, tenant_id, scopes, expires_at, revoked_at,
+  api_key.requests_per_minute, api_key.tokens_per_minute, api_key.concurrent_requests,
+  tenant.requests_per_minute as tenant_requests_per_minute,
+  tenant.tokens_per_minute as tenant_tokens_per_minute,
+  tenant.concurrent_requests as tenant_concurrent_requests
+from api_key join tenant using (tenant_id)
+where secret_hash = $1
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A valid key; `expires_at` in Unix seconds."""
+    """A valid key; `expires_at` in Unix seconds. `limits` are the key's, None when it has none, and its tenant's."""
 
     tenant_id: str
     key_id: str
     scopes: frozenset[str]
     expires_at: float | None
+    limits: Limits | None = None
+    tenant_limits: Limits | None = None
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What Postgres said of a hash; None when there is no valid key of it. Times of a steady clock."""
+
+    principal: Principal | None
+    checked_at: float
+    fresh_until: float
 
 
 class KeyCache:
-    """Looks keys up in Postgres, remembering the answers for a short while in a bounded LRU."""
+    """Looks keys up in Postgres, remembering the answers, no's too, for a short while in a bounded LRU.
+
+    What is remembered is found by the SHA-256 of the key; the key itself is nowhere kept beyond its request. An answer
+    is dropped as soon as a gateway says that the key or its tenant has changed; after NATS was away, when that may have
+    gone unheard, all of them are asked for anew.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._entries: OrderedDict[bytes, tuple[Principal | None, float]] = OrderedDict()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._asking: dict[bytes, asyncio.Future[_Entry | None]] = {}
+        self._changes = 0
+        """How often anything was said to have changed: an answer asked for before that may be old."""
 
-    async def authenticate(self, authorization: str | None) -> Principal:
-        """The principal of an `Authorization` header.
+    def find_cached(
+        self, authorization: str | None, api_key: str | None = None
+    ) -> Principal | None:
+        """The principal of a request's headers, if that is known without asking; takes microseconds.
 
         Raises:
-            UnauthenticatedError: it is missing, unknown, expired or revoked.
+            UnauthenticatedError: the key is missing, or known to be none, expired or revoked.
+        """
+        secret = _secret(authorization, api_key)
+        entry = self._entries.get(hashlib.sha256(secret.encode()).digest())
+        if entry is None or time.monotonic() >= entry.fresh_until:
+            return None
+        return _checked(entry.principal)
+
+    async def authenticate(
+        self, authorization: str | None, api_key: str | None = None
+    ) -> Principal:
+        """The principal of an `Authorization: Bearer` or, as Anthropic's clients send it, an `x-api-key` header.
+
+        Raises:
+            UnauthenticatedError: the key is missing, unknown, expired or revoked.
             UnavailableError: Postgres is away and the key was not seen lately.
         """
-        scheme, _, secret = (authorization or "").partition(" ")
-        secret = secret.strip()
-        if scheme.lower() != "bearer" or not secret:
-            raise UnauthenticatedError("no API key: send `Authorization: Bearer <key>`")
-        if not secret.startswith(KEY_PREFIXES) or len(secret) > KEY_MAX_CHARS:
-            raise UnauthenticatedError("the API key is not valid")
-        principal = await self._find(hash_secret(secret))
-        if principal is None:
-            raise UnauthenticatedError("the API key is not valid")
-        if principal.expires_at is not None and principal.expires_at <= time.time():
-            raise UnauthenticatedError("the API key has expired")
-        return principal
+        principal = self.find_cached(authorization, api_key)
+        if principal is not None:
+            return principal
+        return _checked(await self._find(hash_secret(_secret(authorization, api_key))))
 
-    def forget(self, secret_hash: bytes) -> None:
-        """Drops a key, so that its revocation is seen at once here."""
-        self._entries.pop(secret_hash, None)
+    def forget(self, change: AccountChanged) -> None:
+        """Drops a key, or all keys of a tenant, so that what has changed is seen with the next request."""
+        self._changes += 1
+        dropped = [
+            secret_hash
+            for secret_hash, entry in self._entries.items()
+            if entry.principal is not None
+            and (
+                entry.principal.key_id == change.key_id
+                or entry.principal.tenant_id == change.tenant_id
+            )
+        ]
+        for secret_hash in dropped:
+            del self._entries[secret_hash]
+
+    def distrust(self) -> None:
+        """Asks for everything anew when it is next needed; until then it only counts while Postgres is away."""
+        self._changes += 1
+        for entry in self._entries.values():
+            entry.fresh_until = 0.0
+
+    async def hear(self, message: Msg) -> None:
+        """Takes in what a gateway says has changed."""
+        try:
+            self.forget(msgspec.msgpack.decode(message.data, type=AccountChanged))
+        except msgspec.DecodeError:
+            logger.warning("unreadable message about a key or tenant")
+            self.distrust()
 
     async def _find(self, secret_hash: bytes) -> Principal | None:
-        cached = self._entries.get(secret_hash)
-        age_s = time.monotonic() - cached[1] if cached else float("inf")
-        if cached and age_s < KEY_CACHE_FRESH_S:
-            self._entries.move_to_end(secret_hash)
-            return cached[0]
+        """One question to Postgres at a time for each key; those who come meanwhile wait for its answer."""
+        while (asking := self._asking.get(secret_hash)) is not None:
+            try:
+                return self._known(await asyncio.shield(asking))
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not asking.cancelled() or (task is not None and task.cancelling()):
+                    raise
+                # Only the one who asked has gone: the next one asks.
+        asking = asyncio.get_running_loop().create_future()
+        self._asking[secret_hash] = asking
+        try:
+            answer = await self._ask(secret_hash)
+            asking.set_result(answer)
+        finally:
+            asking.cancel()
+            del self._asking[secret_hash]
+        return self._known(answer)
+
+    async def _ask(self, secret_hash: bytes) -> _Entry | None:
+        """The answer of Postgres, or while it is away an earlier one if it is not too old."""
+        changes = self._changes
         try:
             row = await self._database.fetchrow(_FIND_KEY, secret_hash)
-        except POSTGRES_AWAY as error:
-            if cached and age_s < KEY_CACHE_STALE_MAX_S:
-                return cached[0]
-            raise UnavailableError("keys cannot be checked at the moment; try again") from error
-        principal = _principal(row) if row else None
-        self._entries[secret_hash] = (principal, time.monotonic())
+        except POSTGRES_AWAY:
+            entry = self._entries.get(secret_hash)
+            now = time.monotonic()
+            if entry is None or now - entry.checked_at >= KEY_CACHE_STALE_MAX_S:
+                return None
+            entry.fresh_until = now + KEY_RETRY_S
+            return entry
+        now = time.monotonic()
+        fresh_s = KEY_CACHE_FRESH_S if changes == self._changes else 0.0
+        entry = _Entry(_principal(row) if row else None, now, now + fresh_s)
+        self._entries[secret_hash] = entry
         self._entries.move_to_end(secret_hash)
-        while len(self._entries) > KEY_CACHE_ENTRIES_MAX:
+        if len(self._entries) > KEY_CACHE_ENTRIES_MAX:
             self._entries.popitem(last=False)
-        return principal
+        return entry
+
+    @staticmethod
+    def _known(entry: _Entry | None) -> Principal | None:
+        if entry is None:
+            raise UnavailableError("keys cannot be checked at the moment; try again")
+        return entry.principal
 
 
 def hash_secret(secret: str) -> bytes:
     """What is stored of a key."""
     return hashlib.sha256(secret.encode()).digest()
+
+
+def _secret(authorization: str | None, api_key: str | None) -> str:
+    """The key that a request's headers carry."""
+    if authorization is None:
+        secret = (api_key or "").strip()
+    elif authorization.startswith("Bearer "):
+        secret = authorization[7:].strip()
+    else:
+        scheme, _, secret = authorization.partition(" ")
+        secret = secret.strip() if scheme.lower() == "bearer" else ""
+    if not secret:
+        raise UnauthenticatedError(
+            "no API key: send `Authorization: Bearer <key>` or `x-api-key: <key>`"
+        )
+    if len(secret) > KEY_MAX_CHARS or not secret.startswith(KEY_PREFIXES):
+        raise UnauthenticatedError("the API key is not valid")
+    return secret
+
+
+def _checked(principal: Principal | None) -> Principal:
+    if principal is None:
+        raise UnauthenticatedError("the API key is not valid")
+    if principal.expires_at is not None and principal.expires_at <= time.time():
+        raise UnauthenticatedError("the API key has expired")
+    return principal
 
 
 def _principal(row: Row) -> Principal | None:
@@ -131,7 +237,19 @@ def _principal(row: Row) -> Principal | None:
         key_id=row["key_id"],
         scopes=frozenset(row["scopes"]),
         expires_at=expires_at.timestamp() if expires_at else None,
+        limits=limits_of(row),
+        tenant_limits=limits_of(row, "tenant_"),
     )
+
+
+def limits_of(row: Row, prefix: str = "") -> Limits | None:
+    """The limits in the columns of a row; None when there are none."""
+    limits = Limits(
+        requests_per_minute=row[f"{prefix}requests_per_minute"],
+        tokens_per_minute=row[f"{prefix}tokens_per_minute"],
+        concurrent_requests=row[f"{prefix}concurrent_requests"],
+    )
+    return None if limits == Limits() else limits
 
 
 def requires(
@@ -145,7 +263,9 @@ def requires(
         connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler
     ) -> None:
         keys = cast("KeyCache", connection.app.state.services.keys)
-        principal = await keys.authenticate(connection.headers.get("authorization"))
+        principal = await keys.authenticate(
+            connection.headers.get("authorization"), connection.headers.get("x-api-key")
+        )
         context_of(connection.scope).tenant_id = principal.tenant_id
         check_scopes(principal, scopes)
         connection.scope["state"][_PRINCIPAL] = principal
@@ -163,146 +283,3 @@ def check_scopes(principal: Principal, scopes: Sequence[str]) -> None:
 def principal_of(request: Request[Any, Any, Any]) -> Principal:
     """The principal of a request that passed a guard."""
     return cast("Principal", request.scope["state"][_PRINCIPAL])
-
-
-# ---- Tenants and keys ------------------------------------------------------------------------------------------------
-
-_INSERT_TENANT = "insert into tenant (tenant_id, name) values ($1, $2) returning *"
-_LIST_TENANTS = "select * from tenant order by created_at, tenant_id limit $1"
-_FIND_TENANT = "select tenant_id from tenant where tenant_id = $1 or name = $1"
-_INSERT_KEY = """
-insert into api_key (key_id, tenant_id, name, secret_hash, prefix, scopes, expires_at)
-values ($1, $2, $3, $4, $5, $6::text[], $7) returning *
-"""
-_LIST_KEYS = """
-select * from api_key where $1::text is null or tenant_id = $1 order by created_at, key_id limit $2
-"""
-_REVOKE_KEY = """
-update api_key set revoked_at = coalesce(revoked_at, now()) where key_id = $1 returning secret_hash
-"""
-
-
-async def create_tenant(database: Database, name: str) -> Tenant:
-    """A new tenant.
-
-    Raises:
-        InvalidFieldError: the name is empty or too long.
-        ConflictError: the name is taken.
-    """
-    _check_name(name, "name")
-    try:
-        row = await database.fetchrow(_INSERT_TENANT, new_id("ten"), name)
-    except NameTakenError:
-        raise ConflictError(f"there is a tenant named {name!r} already", param="name") from None
-    assert row is not None
-    return _tenant(row)
-
-
-async def list_tenants(database: Database) -> list[Tenant]:
-    """All tenants, oldest first."""
-    return [_tenant(row) for row in await database.fetch(_LIST_TENANTS, PAGE_ROWS_MAX)]
-
-
-async def create_key(
-    database: Database,
-    *,
-    tenant: str,
-    name: str = "default",
-    scopes: Sequence[str] = ("infer", "train"),
-    expires_at: str | None = None,
-) -> ApiKey:
-    """A new key of a tenant, given by id or name; the only answer that ever has `secret`.
-
-    Raises:
-        NotFoundError: there is no such tenant.
-        InvalidFieldError: a scope is unknown, or `expires_at` is no ISO 8601 time with an offset.
-    """
-    _check_name(name, "name")
-    for index, scope in enumerate(scopes):
-        if scope not in SCOPES:
-            raise InvalidFieldError(
-                f"{scope!r} is not a scope; there are {', '.join(SCOPES)}", param=f"scopes[{index}]"
-            )
-    expires = parse_time(expires_at, "expires_at") if expires_at is not None else None
-    tenant_id = await database.fetchval(_FIND_TENANT, tenant)
-    if tenant_id is None:
-        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
-    secret = KEY_PREFIXES[0] + secrets.token_urlsafe(_SECRET_BYTES)
-    row = await database.fetchrow(
-        _INSERT_KEY,
-        new_id("key"),
-        tenant_id,
-        name,
-        hash_secret(secret),
-        secret[:_SHOWN_CHARS],
-        sorted(set(scopes)),
-        expires,
-    )
-    assert row is not None
-    return _api_key(row, secret=secret)
-
-
-async def list_keys(database: Database, tenant: str | None) -> list[ApiKey]:
-    """The keys of one tenant, given by id or name, or of all, oldest first, without their secrets."""
-    tenant_id = await database.fetchval(_FIND_TENANT, tenant) if tenant is not None else None
-    if tenant is not None and tenant_id is None:
-        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
-    return [_api_key(row) for row in await database.fetch(_LIST_KEYS, tenant_id, PAGE_ROWS_MAX)]
-
-
-async def revoke_key(database: Database, key_id: str) -> bytes:
-    """Ends a key; doing it again changes nothing. Returns the hash of its secret.
-
-    Raises:
-        NotFoundError: there is no such key.
-    """
-    secret_hash = await database.fetchval(_REVOKE_KEY, key_id)
-    if secret_hash is None:
-        raise NotFoundError(f"there is no key {key_id!r}")
-    return cast("bytes", secret_hash)
-
-
-def parse_time(text: str, param: str) -> dt.datetime:
-    """An ISO 8601 time with its offset.
-
-    Raises:
-        InvalidFieldError: it is none.
-    """
-    try:
-        time_ = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidFieldError(f"{param}: {text!r} is no ISO 8601 time", param=param) from None
-    if time_.tzinfo is None:
-        raise InvalidFieldError(f"{param}: {text!r} has no offset from UTC", param=param)
-    return time_
-
-
-def _check_name(name: str, param: str) -> None:
-    if not 0 < len(name.strip()) <= NAME_MAX_CHARS:
-        raise InvalidFieldError(
-            f"{param}: {len(name)} characters, must be 1 to {NAME_MAX_CHARS}", param=param
-        )
-
-
-def _tenant(row: Row) -> Tenant:
-    return Tenant(
-        tenant_id=row["tenant_id"], name=row["name"], created_at=row["created_at"].isoformat()
-    )
-
-
-def _api_key(row: Row, *, secret: str | None = None) -> ApiKey:
-    def iso(column: str) -> str | None:
-        value = cast("dt.datetime | None", row[column])
-        return value.isoformat() if value else None
-
-    return ApiKey(
-        key_id=row["key_id"],
-        tenant=row["tenant_id"],
-        name=row["name"],
-        prefix=row["prefix"],
-        scopes=list(row["scopes"]),
-        created_at=row["created_at"].isoformat(),
-        expires_at=iso("expires_at"),
-        revoked_at=iso("revoked_at"),
-        secret=secret,
-    )

@@ -48,6 +48,7 @@ from river_gateway.inference.models import Target, ask_current, resolve_model
 from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
+from river_gateway.tenancy.quotas import tokens_guessed
 from river_gateway.training import operations, validation
 from river_trainer import protocol
 
@@ -218,11 +219,17 @@ async def submit_operation(
     services, principal = services_of(request), principal_of(request)
     run = await _own_run(request, run_id)
     task = await operations.make_task(services, run, principal.tenant_id, data)
-    operation = await operations.publish_task(services, run, principal, data.seq, task)
+    tokens = protocol.task_tokens(task)
+    with services.quotas.admit(principal, tokens) as ticket:
+        operation = await operations.publish_task(services, run, principal, data.seq, task)
+        ticket.settle(tokens)
     wait_s = preferred_wait_s(request, at_most_s=LONG_POLL_MAX_S)
     if not wait_s:
         return reply(
-            request, wire.OperationAccepted(operation_id=operation), status=HTTPStatus.ACCEPTED
+            request,
+            wire.OperationAccepted(operation_id=operation),
+            status=HTTPStatus.ACCEPTED,
+            headers=ticket.headers,
         )
     encode, media_type = encoder_for(request)
 
@@ -231,6 +238,7 @@ async def submit_operation(
         yield encode(wire.OperationAccepted(operation_id=operation, result=result))
 
     headers = {"location": f"{wire.API_PREFIX}/operations/{operation}"}
+    headers |= {name.decode(): value.decode() for name, value in ticket.headers}
     return Stream(  # type: ignore[return-value]
         accepted(), status_code=HTTPStatus.ACCEPTED, media_type=media_type, headers=headers
     )
@@ -271,17 +279,21 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
         data, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
     )
     request_id = context_of(request.scope).request_id
-    target, (result, context_length) = await unless_client_leaves(
-        request.receive,
-        ask_current(
-            services,
-            data.model,
-            principal.tenant_id,
-            target,
-            lambda current: _ask_engine(services, current, data, principal.tenant_id, request_id),
-        ),
-    )
-    usage = _usage(result)
+    with services.quotas.admit(principal, _tokens_at_most(data)) as ticket:
+        target, (result, context_length) = await unless_client_leaves(
+            request.receive,
+            ask_current(
+                services,
+                data.model,
+                principal.tenant_id,
+                target,
+                lambda current: _ask_engine(
+                    services, current, data, principal.tenant_id, request_id
+                ),
+            ),
+        )
+        usage = _usage(result)
+        ticket.settle(usage.prompt_tokens + usage.completion_tokens)
     await services.meter.record(
         usage_event(
             request_id=request_id,
@@ -302,7 +314,17 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
             policy_version=target.policy_version,
             usage=usage,
         ),
+        headers=ticket.headers,
     )
+
+
+def _tokens_at_most(asked: wire.SampleRequest) -> int:
+    """What a request may use, with a guess for prompts that are text."""
+    if asked.prompt_token_ids is not None:
+        prompts = [len(prompt) for prompt in asked.prompt_token_ids]
+    else:
+        prompts = [tokens_guessed(len(prompt)) for prompt in asked.prompts or ()]
+    return sum(prompts) + len(prompts) * asked.num_samples * asked.max_tokens
 
 
 async def _ask_engine(

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
+from typing import Any, TypeVar
 
 import click
+from msgspec import UNSET
 
+from river_client import wire
 from river_client.cli.output import dollars, json_option, moment, say, show
 from river_client.client import Client
 from river_client.settings import DEFAULT_BASE_URL, Login, save_login
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 TIME = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M"])
+
+
+class LimitType(click.ParamType[int | None]):
+    """A positive number, or `none` for no limit."""
+
+    name = "number|none"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """What was typed, as the limit it means; None for none."""
+        if value is None or value == "none":
+            return None
+        try:
+            limit = int(value)
+        except ValueError:
+            limit = 0
+        if limit <= 0:
+            self.fail(f"{value!r} is neither a positive number nor `none`", param, ctx)
+        return limit
+
+
+def limit_options(command: Command) -> Command:
+    """The options of what a key or tenant may use; one that is not given is absent from the keywords."""
+    for option, text in (
+        ("--concurrent-requests", "Requests at once."),
+        ("--tokens-per-minute", "Tokens of prompts, answers and training data."),
+        ("--requests-per-minute", "Completions, samples and training operations."),
+    ):
+        command = click.option(option, type=LimitType(), default=UNSET, help=text)(command)
+    return command
+
+
+def limits_text(limits: wire.Limits | None) -> str:
+    """Limits for people: requests and tokens per minute, requests at once."""
+    if limits is None:
+        return "-"
+    parts = [
+        (limits.requests_per_minute, "requests/min"),
+        (limits.tokens_per_minute, "tokens/min"),
+        (limits.concurrent_requests, "at once"),
+    ]
+    return ", ".join(f"{value} {unit}" for value, unit in parts if value is not None)
 
 
 @click.command()
@@ -100,19 +149,39 @@ def list_tenants(as_json: bool) -> None:
     show(
         found,
         as_json=as_json,
-        columns=("TENANT", "NAME", "CREATED"),
-        rows=[(tenant.tenant_id, tenant.name, moment(tenant.created_at)) for tenant in found],
+        columns=("TENANT", "NAME", "LIMITS", "CREATED"),
+        rows=[
+            (
+                tenant.tenant_id,
+                tenant.name,
+                limits_text(tenant.limits),
+                moment(tenant.created_at),
+            )
+            for tenant in found
+        ],
     )
 
 
 @tenants.command("create")
 @click.argument("name")
+@limit_options
 @json_option
-def create_tenant(name: str, as_json: bool) -> None:
-    """Add a tenant."""
+def create_tenant(name: str, as_json: bool, **limits: Any) -> None:
+    """Add a tenant; limits are over all its keys."""
     with Client() as client:
-        tenant = client.admin.create_tenant(name)
+        tenant = client.admin.create_tenant(name, limits=_new_limits(limits))
     say(tenant, tenant.tenant_id, as_json=as_json)
+
+
+@tenants.command("limits")
+@click.argument("tenant")
+@limit_options
+@json_option
+def tenant_limits(tenant: str, as_json: bool, **limits: Any) -> None:
+    """Change limits of a TENANT over all its keys, or show them."""
+    with Client() as client:
+        changed = client.admin.change_tenant_limits(tenant, wire.ChangeLimits(**limits))
+    say(changed, limits_text(changed.limits), as_json=as_json)
 
 
 @click.group()
@@ -130,7 +199,17 @@ def list_keys(tenant: str | None, as_json: bool) -> None:
     show(
         found,
         as_json=as_json,
-        columns=("KEY", "TENANT", "NAME", "PREFIX", "SCOPES", "CREATED", "EXPIRES", "REVOKED"),
+        columns=(
+            "KEY",
+            "TENANT",
+            "NAME",
+            "PREFIX",
+            "SCOPES",
+            "LIMITS",
+            "CREATED",
+            "EXPIRES",
+            "REVOKED",
+        ),
         rows=[
             (
                 key.key_id,
@@ -138,6 +217,7 @@ def list_keys(tenant: str | None, as_json: bool) -> None:
                 key.name,
                 key.prefix,
                 ",".join(key.scopes),
+                limits_text(key.limits),
                 moment(key.created_at),
                 moment(key.expires_at),
                 moment(key.revoked_at),
@@ -159,15 +239,34 @@ def list_keys(tenant: str | None, as_json: bool) -> None:
     type=click.Choice(["infer", "train", "admin"]),
 )
 @click.option("--expires", type=TIME, help="When it ends (local time); never if left out.")
+@limit_options
 @json_option
 def create_key(
-    tenant: str, name: str, scopes: tuple[str, ...], expires: datetime | None, as_json: bool
+    tenant: str,
+    name: str,
+    scopes: tuple[str, ...],
+    expires: datetime | None,
+    as_json: bool,
+    **limits: Any,
 ) -> None:
     """Make a key for a TENANT. Its secret is shown this once."""
     expires_at = expires.astimezone().isoformat() if expires else None
     with Client() as client:
-        key = client.admin.create_key(tenant, name=name, scopes=scopes, expires_at=expires_at)
+        key = client.admin.create_key(
+            tenant, name=name, scopes=scopes, expires_at=expires_at, limits=_new_limits(limits)
+        )
     say(key, key.secret or "", as_json=as_json)
+
+
+@keys.command("limits")
+@click.argument("key_id")
+@limit_options
+@json_option
+def key_limits(key_id: str, as_json: bool, **limits: Any) -> None:
+    """Change limits of a key, or show them."""
+    with Client() as client:
+        changed = client.admin.change_key_limits(key_id, wire.ChangeLimits(**limits))
+    say(changed, limits_text(changed.limits), as_json=as_json)
 
 
 @keys.command("revoke")
@@ -178,6 +277,11 @@ def revoke_key(key_id: str, as_json: bool) -> None:
     with Client() as client:
         client.admin.revoke_key(key_id)
     say({"revoked": key_id}, f"{key_id} is revoked.", as_json=as_json)
+
+
+def _new_limits(given: dict[str, Any]) -> wire.Limits | None:
+    limits = wire.Limits(**{name: value for name, value in given.items() if value is not UNSET})
+    return None if limits == wire.Limits() else limits
 
 
 COMMANDS = (login, usage, prices, tenants, keys)

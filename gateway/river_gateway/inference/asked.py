@@ -9,7 +9,8 @@ import msgspec
 from river_gateway.codec import storable
 from river_gateway.errors import InvalidFieldError, MalformedBodyError
 from river_gateway.inference.sse import UsageWishes
-from river_gateway.limits import CHOICES_MAX, USER_MAX_CHARS
+from river_gateway.limits import ANSWER_TOKENS_GUESSED, CHOICES_MAX, USER_MAX_CHARS
+from river_gateway.tenancy.quotas import tokens_guessed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +33,8 @@ class Asked(msgspec.Struct, frozen=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     user: Annotated[str, msgspec.Meta(max_length=USER_MAX_CHARS)] | None = None
     prompt: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -53,6 +56,11 @@ class Asked(msgspec.Struct, frozen=True):
     def single(self) -> bool:
         """Whether there will be one choice only: one answer to one prompt."""
         return self.choices_per_prompt == 1 and bytes(memoryview(self.prompt)[:1]) != b"["
+
+    def tokens_guessed(self, body_bytes: int) -> int:
+        """About how many tokens it will use, for limits: of a prompt of that size, and of what may be answered."""
+        answer = self.max_completion_tokens or self.max_tokens or ANSWER_TOKENS_GUESSED
+        return tokens_guessed(body_bytes) + self.choices_per_prompt * max(answer, 1)
 
 
 _asked_decoder = msgspec.json.Decoder(Asked)

@@ -30,7 +30,7 @@ from river_gateway.limits import (
     ROUTING_PREFIX_BYTES,
     STREAM_KEEP_ALIVE_S,
 )
-from river_gateway.tenancy.auth import check_scopes
+from river_gateway.tenancy.auth import check_scopes, credentials
 
 if TYPE_CHECKING:
     import msgspec
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from river_gateway.inference.models import Target
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
+    from river_gateway.tenancy.quotas import Ticket
 
 _JSON = "application/json"
 _JSON_HEADER = (b"content-type", b"application/json")
@@ -78,14 +79,28 @@ class Completions:
     ) -> None:
         services = self._services
         services.meter.admit()
-        principal = await services.keys.authenticate(_authorization(scope))
+        principal = await services.keys.authenticate(*credentials(scope))
         context.tenant_id = principal.tenant_id
         check_scopes(principal, _SCOPES)
         body = await _read_body(receive)
         fields = read_fields(body)
         asked = self._dialect.read(body, fields)
-        target = await resolve_model(services, asked.model, principal.tenant_id)
-        exchange = _Exchange(services, self._dialect, context.request_id, principal, asked, target)
+        with services.quotas.admit(principal, asked.tokens_guessed(len(body))) as ticket:
+            target = await resolve_model(services, asked.model, principal.tenant_id)
+            exchange = _Exchange(
+                services, self._dialect, context.request_id, principal, ticket, asked, target
+            )
+            await self._exchange(exchange, body, fields, receive, send)
+
+    async def _exchange(
+        self,
+        exchange: _Exchange,
+        body: bytes,
+        fields: dict[str, msgspec.Raw],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        asked = exchange.asked
         if asked.stream:
             usage = self._dialect.stream_reader(asked)
             async with WhileClientStays(receive):
@@ -146,6 +161,7 @@ class _Exchange:
     dialect: Dialect
     request_id: str
     principal: Principal
+    ticket: Ticket
     asked: Asked
     target: Target
     _settled: bool = field(default=False)
@@ -192,13 +208,16 @@ class _Exchange:
             return
         # The meter has the event from here on, even if this request is cancelled while it waits.
         self._settled = True
+        self.ticket.settle(sum(quantities.values()))
         await self.services.meter.record(self._event(opened, quantities))
 
     def _settle_later(self, opened: Opened, usage: StreamReader) -> None:
         if self._settled:
             return
         self._settled = True
-        self.services.meter.record_later(self._event(opened, usage.quantities()))
+        quantities = usage.quantities()
+        self.ticket.settle(sum(quantities.values()))
+        self.services.meter.record_later(self._event(opened, quantities))
 
     def _event(self, opened: Opened, quantities: dict[UsageKind, int]) -> UsageEvent | None:
         return usage_event(
@@ -212,18 +231,7 @@ class _Exchange:
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         policy = (_POLICY_HEADER, self.target.policy_version.encode())
-        return [policy, *self.dialect.headers(self.request_id)]
-
-
-def _authorization(scope: Scope) -> str | None:
-    """The credentials; Anthropic's clients send the key by itself."""
-    api_key = None
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            return value.decode("latin-1")
-        if name == b"x-api-key":
-            api_key = value.decode("latin-1")
-    return api_key and f"Bearer {api_key}"
+        return [policy, *self.dialect.headers(self.request_id), *self.ticket.headers]
 
 
 async def _read_body(receive: Receive) -> bytes:

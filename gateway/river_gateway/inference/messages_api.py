@@ -82,6 +82,7 @@ class Messages:
         return Asked(
             model=asked.model,
             stream=asked.stream,
+            max_tokens=asked.max_tokens,
             user=asked.metadata.user_id if asked.metadata else None,
         )
 

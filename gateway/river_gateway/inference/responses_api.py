@@ -80,7 +80,12 @@ class Responses:
                     f"tools of type {tool.type!r} are not offered; only {', '.join(TOOL_TYPES)} is",
                     param=f"tools[{index}].type",
                 )
-        return Asked(model=asked.model, stream=asked.stream, user=asked.user)
+        return Asked(
+            model=asked.model,
+            stream=asked.stream,
+            user=asked.user,
+            max_tokens=asked.max_output_tokens,
+        )
 
     def engine_body(self, fields: dict[str, msgspec.Raw], asked: Asked, base_model: str) -> bytes:  # noqa: ARG002 - the stream has its usage anyway
         return with_model(fields, base_model)

@@ -27,11 +27,12 @@ from river_gateway.tenancy.messages import AccountChanged
 
 if TYPE_CHECKING:
     import datetime as dt
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from litestar import Request
     from litestar.connection import ASGIConnection
     from litestar.handlers import BaseRouteHandler
+    from litestar.types import Scope
     from nats.aio.msg import Msg
 
     from river_gateway.database import Database, Row
@@ -252,6 +253,17 @@ def limits_of(row: Row, prefix: str = "") -> Limits | None:
     return None if limits == Limits() else limits
 
 
+def credentials(scope: Scope) -> tuple[str | None, str | None]:
+    """The headers `authorization` and `x-api-key` of a request."""
+    authorization = api_key = None
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            authorization = value.decode("latin-1")
+        elif name == b"x-api-key":
+            api_key = value.decode("latin-1")
+    return authorization, api_key
+
+
 def requires(
     *scopes: str,
 ) -> Callable[[ASGIConnection[Any, Any, Any, Any], BaseRouteHandler], Awaitable[None]]:
@@ -263,9 +275,7 @@ def requires(
         connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler
     ) -> None:
         keys = cast("KeyCache", connection.app.state.services.keys)
-        principal = await keys.authenticate(
-            connection.headers.get("authorization"), connection.headers.get("x-api-key")
-        )
+        principal = await keys.authenticate(*credentials(connection.scope))
         context_of(connection.scope).tenant_id = principal.tenant_id
         check_scopes(principal, scopes)
         connection.scope["state"][_PRINCIPAL] = principal

@@ -46,6 +46,19 @@ _UNITS: dict[LimitKind, str] = {
     "slots": "concurrent requests",
 }
 
+_HEADERS: dict[LimitKind, tuple[bytes, bytes, bytes]] = {
+    "requests": (
+        b"x-ratelimit-limit-requests",
+        b"x-ratelimit-remaining-requests",
+        b"x-ratelimit-reset-requests",
+    ),
+    "tokens": (
+        b"x-ratelimit-limit-tokens",
+        b"x-ratelimit-remaining-tokens",
+        b"x-ratelimit-reset-tokens",
+    ),
+}
+
 
 class Owner:
     """What is kept of a key or a tenant with limits; `limits` is None as long as only others have spoken of it."""
@@ -114,7 +127,7 @@ class Owner:
         return share
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservation:
     """What a ticket has of one owner's limits. The shares are those of its admission, whatever they are by its end."""
 
@@ -374,19 +387,19 @@ def tokens_guessed(characters: int) -> int:
 
 def rate_headers(owners: list[Owner], now: float) -> Headers:
     """OpenAI's headers for the limits per minute that there are."""
+    tightest: dict[LimitKind, tuple[float, RateShare]] = {}
+    for owner in owners:
+        for share in owner.rates():
+            remaining = share.remaining(now)
+            if share.kind not in tightest or remaining < tightest[share.kind][0]:
+                tightest[share.kind] = remaining, share
     headers: Headers = []
-    for kind, shares in (
-        ("requests", [owner.requests for owner in owners if owner.requests is not None]),
-        ("tokens", [owner.tokens for owner in owners if owner.tokens is not None]),
-    ):
-        if not shares:
-            continue
-        share = min(shares, key=lambda share: share.remaining(now))
-        reset = duration(share.full_in_s(now))
+    for kind, (remaining, share) in tightest.items():
+        limit_name, remaining_name, reset_name = _HEADERS[kind]
         headers += [
-            (f"x-ratelimit-limit-{kind}".encode(), str(share.limit).encode()),
-            (f"x-ratelimit-remaining-{kind}".encode(), str(int(share.remaining(now))).encode()),
-            (f"x-ratelimit-reset-{kind}".encode(), reset.encode()),
+            (limit_name, b"%d" % share.limit),
+            (remaining_name, b"%d" % remaining),
+            (reset_name, duration(share.full_in_s(now)).encode()),
         ]
     return headers
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import click
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from river_client import wire
 from river_client.cli.output import dollars, json_option, moment, say, show
@@ -19,16 +19,18 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 TIME = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M"])
 
 
-class LimitType(click.ParamType[int | None]):
+class LimitType(click.ParamType[int | UnsetType | None]):
     """A positive number, or `none` for no limit."""
 
     name = "number|none"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
+    ) -> int | UnsetType | None:
         """What was typed, as the limit it means; None for none."""
-        if value is None or value == "none":
+        if value is UNSET:
+            return UNSET
+        if value == "none":
             return None
         try:
             limit = int(value)

@@ -1,0 +1,268 @@
+"""Keys: remembered for a while, forgotten on every gateway as soon as they change, and asked for once at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from support.gateway import Rig, eventually, running_rig
+
+from river_client import wire
+from river_gateway.database import Pool, Row, open_pool
+from river_gateway.errors import UnauthenticatedError, UnavailableError
+from river_gateway.limits import KEY_CACHE_ENTRIES_MAX
+from river_gateway.tenancy.accounts import create_key, create_tenant
+from river_gateway.tenancy.auth import KeyCache
+from river_gateway.tenancy.messages import AccountChanged
+from river_ops.children import free_port
+from river_ops.embedded.nats import EmbeddedNats
+
+START_PATIENCE_S = 60.0
+
+
+class Counting:
+    """A database that counts what it is asked, and answers only as long as it is `there`."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.asked = 0
+        self.there = True
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def fetchrow(self, query: str, *args: Any) -> Row | None:
+        self.asked += 1
+        await self.may_answer.wait()
+        if not self.there:
+            raise ConnectionError
+        return await self._pool.fetchrow(query, *args)
+
+    async def fetch(self, query: str, *args: Any) -> Sequence[Row]:
+        return await self._pool.fetch(query, *args)
+
+    async def fetchval(self, query: str, *args: Any) -> Any:
+        return await self._pool.fetchval(query, *args)
+
+    async def execute(self, query: str, *args: Any) -> str:
+        return await self._pool.execute(query, *args)
+
+
+@pytest_asyncio.fixture
+async def database(postgres_url: str) -> AsyncIterator[Counting]:
+    """An empty database."""
+    pool = await open_pool(postgres_url)
+    try:
+        yield Counting(pool)
+    finally:
+        await pool.close()
+
+
+async def _new_key(database: Counting) -> tuple[str, wire.ApiKey]:
+    """The `Authorization` header of a new key, and the key."""
+    tenant = await create_tenant(database, "tenant", wire.Limits(tokens_per_minute=9))
+    key = await create_key(
+        database, tenant=tenant.tenant_id, limits=wire.Limits(concurrent_requests=2)
+    )
+    return f"Bearer {key.secret}", key
+
+
+async def test_a_key_is_found_without_asking_twice(database: Counting) -> None:
+    """The first request asks Postgres; what is known then comes at once, with the limits of key and tenant."""
+    keys = KeyCache(database)
+    header, key = await _new_key(database)
+    database.asked = 0
+    assert keys.find_cached(header) is None
+    found = await keys.authenticate(header)
+    assert keys.find_cached(header) is found
+    assert keys.find_cached(None, key.secret) is found
+    assert await keys.authenticate(f"bearer  {key.secret} ") is found
+    assert database.asked == 1
+    assert (found.key_id, found.tenant_id) == (key.key_id, key.tenant)
+    assert found.limits == wire.Limits(concurrent_requests=2)
+    assert found.tenant_limits == wire.Limits(tokens_per_minute=9)
+
+
+async def test_many_at_once_ask_once(database: Counting) -> None:
+    """Requests with one unknown key wait for one answer, also when the first of them gives up."""
+    keys = KeyCache(database)
+    header, key = await _new_key(database)
+    database.asked = 0
+    database.may_answer.clear()
+    requests = [asyncio.create_task(keys.authenticate(header)) for _ in range(50)]
+    await asyncio.sleep(0.01)
+    assert database.asked == 1
+    requests[0].cancel()
+    requests[7].cancel()
+    await asyncio.sleep(0.01)
+    database.may_answer.set()
+    answers = await asyncio.gather(*requests, return_exceptions=True)
+    assert database.asked == 2
+    assert [index for index, answer in enumerate(answers) if isinstance(answer, BaseException)] == [
+        0,
+        7,
+    ]
+    assert all(answer.key_id == key.key_id for answer in answers[1:7])  # type: ignore[union-attr]
+
+
+async def test_no_is_remembered_too(database: Counting) -> None:
+    """An unknown key is asked for once, and as many of them as anybody likes to try take bounded memory."""
+    keys = KeyCache(database)
+    for _ in range(3):
+        with pytest.raises(UnauthenticatedError):
+            await keys.authenticate("Bearer rv-unknown")
+    assert database.asked == 1
+    for header in (None, "", "Bearer", "Bearer x-1", "Basic rv-x", "Bearer rv-" + 300 * "x"):
+        with pytest.raises(UnauthenticatedError):
+            keys.find_cached(header)
+    keys._entries.update(
+        {
+            str(number).encode(): keys._entries[next(iter(keys._entries))]
+            for number in range(KEY_CACHE_ENTRIES_MAX)
+        }
+    )
+    with pytest.raises(UnauthenticatedError):
+        await keys.authenticate("Bearer rv-another")
+    assert len(keys._entries) <= KEY_CACHE_ENTRIES_MAX + 1
+
+
+@pytest.mark.parametrize("of", ["key", "tenant"])
+async def test_what_has_changed_is_asked_for_again(database: Counting, of: str) -> None:
+    """A change of a key or its tenant drops it, and an answer that was under way while it came is not kept."""
+    keys = KeyCache(database)
+    header, key = await _new_key(database)
+    change = (
+        AccountChanged(key_id=key.key_id) if of == "key" else AccountChanged(tenant_id=key.tenant)
+    )
+    await keys.authenticate(header)
+    keys.forget(AccountChanged(key_id="key_other"))
+    assert keys.find_cached(header)
+    keys.forget(change)
+    assert keys.find_cached(header) is None
+    database.may_answer.clear()
+    request = asyncio.create_task(keys.authenticate(header))
+    await asyncio.sleep(0.01)
+    keys.forget(change)
+    database.may_answer.set()
+    await request
+    assert keys.find_cached(header) is None
+
+
+async def test_an_old_answer_stands_in_while_postgres_is_away(database: Counting) -> None:
+    """What was known lately goes on counting while Postgres is away, which is then asked now and then only."""
+    keys = KeyCache(database)
+    header, _ = await _new_key(database)
+    await keys.authenticate(header)
+    keys.distrust()
+    assert keys.find_cached(header) is None
+    database.there = False
+    database.asked = 0
+    for _ in range(20):
+        assert await keys.authenticate(header)
+    assert database.asked == 1
+    with pytest.raises(UnavailableError):
+        await keys.authenticate("Bearer rv-unknown")
+
+
+async def test_anthropic_s_header_is_a_key_too(rig: Rig) -> None:
+    """`x-api-key` does as well as `Authorization`, on every kind of route."""
+    async with httpx.AsyncClient(
+        base_url=rig.url, headers={"x-api-key": rig.tenant.secret}
+    ) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/river/v1/runs")).status_code == 200
+        body = {"model": "river/test-base", "messages": [{"role": "user", "content": "x"}]}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+        wrong = await client.get("/v1/models", headers={"x-api-key": "rv-wrong"})
+        assert wrong.status_code == 401
+
+
+# ---- Between gateways ------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _another_gateway(rig: Rig) -> AsyncGenerator[httpx.AsyncClient]:
+    """A gateway in a process of its own, asked with the tenant's key."""
+    port = free_port()
+    settings = rig.services.settings
+    environment = {
+        **os.environ,
+        "RIVER_NATS_URL": settings.nats_url,
+        "RIVER_POSTGRES_URL": settings.postgres_url,
+        "RIVER_ENGINE_TOKEN": settings.engine_token,
+        "RIVER_PORT": str(port),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "river_gateway.main", env=environment
+    )
+    headers = {"authorization": f"Bearer {rig.tenant.secret}"}
+    try:
+        async with (
+            asyncio.timeout(START_PATIENCE_S),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client,
+        ):
+            while True:
+                try:
+                    await client.get("/healthz")
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+            yield client
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def test_changes_reach_another_process_within_a_second(rig: Rig) -> None:
+    """On a gateway in another process new limits count, and a revoked key is refused, less than a second later."""
+    async with _another_gateway(rig) as client:
+        assert (await client.get("/v1/models")).status_code == 200
+        path = f"/river/v1/keys/{rig.tenant.key_id}"
+        sample = {"model": "nothing", "messages": []}
+        await rig.admin.http.patch(f"{path}/limits", json={"requests_per_minute": 1})
+        changed_at = time.monotonic()
+        statuses: list[int] = []
+        while 429 not in statuses:
+            statuses.append((await client.post("/v1/chat/completions", json=sample)).status_code)
+        assert time.monotonic() - changed_at < 1.0
+        assert (await client.get("/v1/models")).status_code == 200
+        await rig.admin.http.delete(path)
+        revoked_at = time.monotonic()
+        while (await client.get("/v1/models")).status_code != 401:
+            assert time.monotonic() - revoked_at < 1.0
+        assert time.monotonic() - revoked_at < 1.0
+
+
+@pytest.fixture
+def own_nats(tmp_path: Path) -> Iterator[EmbeddedNats]:
+    """A nats-server that a test may stop and start."""
+    server = EmbeddedNats(tmp_path / "nats", durable=False)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+async def test_nothing_is_trusted_after_nats_was_away(
+    postgres_url: str, own_nats: EmbeddedNats, tmp_path: Path
+) -> None:
+    """What changed while a gateway could not hear of it counts as soon as NATS is back; limits go on meanwhile."""
+    async with running_rig(postgres_url, own_nats.url(), tmp_path) as rig:
+        assert (await rig.tenant.http.get("/v1/models")).status_code == 200
+        own_nats.stop()
+        await eventually(lambda: rig.services.quotas.replicas.cut_off)
+        await rig.services.pool.execute("update api_key set revoked_at = now()")
+        assert (await rig.tenant.http.get("/v1/models")).status_code == 200
+        own_nats.start()
+        await eventually(lambda: rig.services.bus.connected)
+        await eventually(lambda: not rig.services.quotas.replicas.cut_off)
+        assert (await rig.tenant.http.get("/v1/models")).status_code == 401

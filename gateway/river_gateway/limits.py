@@ -59,7 +59,6 @@ KEY_MAX_CHARS = 256
 # ---- Limits of keys and tenants --------------------------------------------------------------------------------------
 
 LIMIT_MAX = 2**31 - 1
-CHARS_PER_TOKEN = 4
 ANSWER_TOKENS_GUESSED = 512
 """What a request that does not say how long its answer may be counts as at first."""
 QUOTA_OWNERS_MAX = 100_000

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from river_gateway.errors import RateLimitedError
 from river_gateway.ids import new_id
 from river_gateway.limits import (
-    CHARS_PER_TOKEN,
+    BYTES_PER_TOKEN,
     QUOTA_OWNERS_MAX,
     QUOTA_PARTS_MAX,
     QUOTA_ROUND_S,
@@ -379,7 +379,7 @@ def _refusal(
 
 def tokens_guessed(characters: int) -> int:
     """About how many tokens a text has, when nobody has counted yet; what it was is settled later."""
-    return math.ceil(characters / CHARS_PER_TOKEN)
+    return math.ceil(characters / BYTES_PER_TOKEN)
 
 
 # ---- Headers ---------------------------------------------------------------------------------------------------------

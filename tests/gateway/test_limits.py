@@ -308,7 +308,8 @@ async def _admit_soon(quotas: Quotas, who: Any) -> Any:
 
 # ---- Neighbours ------------------------------------------------------------------------------------------------------
 
-SERVICE_S = 0.03
+SERVICE_S = 0.1
+REFUSED_WAIT_S = 0.3
 
 
 class SmallEngine(StandInEngine):
@@ -325,10 +326,14 @@ class SmallEngine(StandInEngine):
 async def _p99_s(rig: Rig, requests: int = 100) -> float:
     await rig.register(rig.engines[0].record())
     times: list[float] = []
-    for _ in range(requests):
-        started = time.perf_counter()
-        await _chat(rig.stranger)
-        times.append(time.perf_counter() - started)
+
+    async def ask() -> None:
+        for _ in range(requests // 2):
+            started = time.perf_counter()
+            await _chat(rig.stranger)
+            times.append(time.perf_counter() - started)
+
+    await asyncio.gather(ask(), ask())
     return sorted(times)[math.ceil(0.99 * len(times)) - 1]
 
 
@@ -345,7 +350,7 @@ async def _flood(rig: Rig, clients: int) -> AsyncGenerator[None]:
             ) as answer:
                 await answer.read()
             if answer.status == 429:
-                await asyncio.sleep(SERVICE_S)
+                await asyncio.sleep(REFUSED_WAIT_S)
 
     async with aiohttp.ClientSession() as session:
         tasks = [asyncio.create_task(ask(session)) for _ in range(clients)]
@@ -358,6 +363,7 @@ async def _flood(rig: Rig, clients: int) -> AsyncGenerator[None]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.slow
 async def test_a_flooding_tenant_does_not_slow_another(
     postgres_url: str, nats_url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,5 +377,4 @@ async def test_a_flooding_tenant_does_not_slow_another(
         await _limit_tenant(rig, concurrent_requests=2)
         async with _flood(rig, clients=32):
             limited_s = await _p99_s(rig)
-    assert limited_s <= 2 * alone_s
-    assert unlimited_s > 2 * alone_s
+    assert limited_s <= 2 * alone_s < unlimited_s

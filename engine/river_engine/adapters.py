@@ -5,9 +5,11 @@ directory of its own with its own hold on the bytes. That is what keeps vLLM hon
 name and path, a second version under an old name kills it, and so does a request whose files are gone when its turn
 comes. Nothing is ever loaded in place or pinned.
 
-`AdapterStore.hold` is the one door: it fetches, checks and loads an adapter once however many ask for it, keeps its
-bytes while anybody uses it, lets at most `max_loras` different ones into vLLM's batches at a time, and forgets the
-least recently used when there are too many.
+Whoever wants an adapter holds it first (`AdapterStore.hold`): it is fetched and checked once however many ask, and its
+bytes stay while anybody holds it. When a request's turn has come, it is loaded (`AdapterStore.loaded`): vLLM has it
+from then on until the request is over. At most `resident_max` are loaded, those in use among them, so that vLLM never
+drops one by itself; the least recently used makes room. What is slow is done in threads, and what has begun is
+finished, whoever still wants it: neither a thread nor vLLM can be told to forget a half of it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ import itertools
 import logging
 import shutil
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +32,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from river_engine.adapter_files import Target, check_adapter, fetch_adapter
 from river_engine.errors import EngineBusy, EngineRefusal, InvalidAdapter
-from river_engine.limits import ADAPTER_WAITERS_MAX, PRELOAD_INTEREST_S, PRELOAD_RUNS_MAX
+from river_engine.limits import PRELOAD_INTEREST_S, PRELOAD_RUNS_MAX
 from river_engine.protocol import AdapterRef
 from river_engine.shared_experts import shared_directory, write_shared
 
@@ -46,83 +48,25 @@ class LoraEngine(Protocol):
     async def remove_lora(self, lora_id: int) -> bool: ...
 
 
-@dataclass(slots=True)
-class _Version:
+@dataclass(slots=True, eq=False)
+class Version:
+    """One adapter of this engine. `holders` need its bytes, `users` its weights in vLLM."""
+
     ref: AdapterRef
     request: LoRARequest
     directory: Path
     holders: int = 0
+    users: int = 0
+    fetched: bool = False
     resident: bool = False
     failure: EngineRefusal | None = None
-    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    work: asyncio.Task[None] | None = None
 
 
 class _ManifestEntry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     location: str
     directory: str
-
-
-class AdapterGate:
-    """Lets at most `distinct_max` different adapters in at a time, strictly in the order of asking.
-
-    vLLM's scheduler passes over requests whose adapter does not fit, for as long as those inside keep coming;
-    waiting in line here instead means that nobody starves.
-    """
-
-    def __init__(self, distinct_max: int) -> None:
-        self._distinct_max = distinct_max
-        self._inside: dict[str, int] = {}
-        self._line: deque[tuple[str, asyncio.Future[None]]] = deque()
-
-    @asynccontextmanager
-    async def enter(self, name: str) -> AsyncIterator[None]:
-        """Inside while the block runs.
-
-        Raises:
-            EngineBusy: too many are waiting.
-        """
-        if not self._line and self._fits(name):
-            self._inside[name] = self._inside.get(name, 0) + 1
-        else:
-            await self._wait(name)
-        try:
-            yield
-        finally:
-            self._leave(name)
-
-    def _fits(self, name: str) -> bool:
-        return name in self._inside or len(self._inside) < self._distinct_max
-
-    async def _wait(self, name: str) -> None:
-        if len(self._line) >= ADAPTER_WAITERS_MAX:
-            raise EngineBusy(f"{ADAPTER_WAITERS_MAX} requests wait for an adapter slot")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (name, turn)
-        self._line.append(entry)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # Let in at the very moment of giving up.
-                self._leave(name)
-            else:
-                self._line.remove(entry)
-                self._admit()
-            raise
-
-    def _leave(self, name: str) -> None:
-        self._inside[name] -= 1
-        if self._inside[name] == 0:
-            del self._inside[name]
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._line and self._fits(self._line[0][0]):
-            name, turn = self._line.popleft()
-            if turn.cancelled():  # Its owner is about to clean up, and is no longer in line.
-                continue
-            self._inside[name] = self._inside.get(name, 0) + 1
-            turn.set_result(None)
 
 
 class AdapterStore:
@@ -143,13 +87,15 @@ class AdapterStore:
         self._engine = engine
         self._directory = directory
         self._targets = targets
+        self._max_loras = max_loras
         self._resident_max = resident_max
         self._rank_max = rank_max
         self._shared_experts = shared_experts
-        self._gate = AdapterGate(max_loras)
         self._numbers = itertools.count(1)
         # Least recently used first.
-        self._versions: dict[str, _Version] = {}
+        self._versions: dict[str, Version] = {}
+        # vLLM loads one after another anyway.
+        self._loading = asyncio.Lock()
         # Until when (monotonic time) new versions of a run are wanted; the oldest entry first.
         self._wanted_until: OrderedDict[str, float] = OrderedDict()
 
@@ -158,15 +104,33 @@ class AdapterStore:
         return [name for name, version in self._versions.items() if version.resident]
 
     @asynccontextmanager
-    async def hold(self, ref: AdapterRef) -> AsyncIterator[LoRARequest]:
-        """What to give vLLM for requests to `ref`; valid, and its turn come, while the block runs.
+    async def hold(self, ref: AdapterRef) -> AsyncIterator[Version]:
+        """The version of `ref`, found fit, whose bytes are here while the block runs.
 
         Raises:
-            EngineRefusal: the adapter is missing or unfit, or too many wait.
+            EngineRefusal: the adapter is missing or unfit.
         """
         self._want(ref, PRELOAD_INTEREST_S)
-        async with self._held(ref) as version, self._gate.enter(ref.name):
+        async with self._held(ref) as version:
+            yield version
+
+    @asynccontextmanager
+    async def loaded(self, version: Version) -> AsyncIterator[LoRARequest]:
+        """What to give vLLM for requests to a held version; valid while the block runs.
+
+        At most `max_loras` versions at a time may be in such blocks: then vLLM has room for all of them.
+
+        Raises:
+            EngineRefusal: vLLM refuses the adapter, or is going down.
+        """
+        assert version.holders
+        version.users += 1
+        try:
+            await self._done(version, lambda: version.resident, self._load)
+            self._touch(version)
             yield version.request
+        finally:
+            version.users -= 1
 
     def is_wanted(self, ref: AdapterRef) -> bool:
         """Whether a version that has just been announced is worth loading before anybody asks.
@@ -188,13 +152,19 @@ class AdapterStore:
             self._wanted_until.popitem(last=False)
 
     async def preload(self, ref: AdapterRef) -> None:
-        """Loads `ref` before anybody asks.
+        """Loads `ref` before anybody asks, unless that would push one in use out of vLLM's batches.
 
         Raises:
-            EngineRefusal: as `hold`.
+            EngineRefusal: as `hold` and `loaded`.
         """
-        async with self._held(ref):
-            pass
+        if self._slots_used() >= self._max_loras:
+            return
+        async with self._held(ref) as version:
+            if not version.resident:
+                await self._working(version, self._load)
+            if version.failure is not None:
+                raise version.failure
+            self._touch(version)
 
     async def restore(self) -> None:
         """Loads again what an earlier process of this engine had loaded, and clears away the rest of its directory."""
@@ -209,57 +179,93 @@ class AdapterStore:
                 shutil.rmtree(child)
         for entry in entries[-self._resident_max :]:
             ref = AdapterRef(name=entry.name, location=entry.location)
-            version = self._new_version(ref, self._directory / entry.directory)
+            directory = self._directory / entry.directory
+            self._new_version(ref, directory if directory.exists() else None)
             try:
-                await self._load_or_drop(version)
+                await self.preload(ref)
             except EngineRefusal as error:
                 _log.warning(
                     "adapter not restored", extra={"adapter": ref.name, "reason": error.message}
                 )
-        self._write_manifest()
+        await asyncio.to_thread(self._write_manifest)
+
+    # ---- Bytes -------------------------------------------------------------------------------------------------------
+
+    def is_here(self, ref: AdapterRef) -> bool:
+        """Whether holding it takes no time."""
+        version = self._versions.get(ref.name)
+        return version is not None and version.fetched
 
     @asynccontextmanager
-    async def _held(self, ref: AdapterRef) -> AsyncIterator[_Version]:
+    async def _held(self, ref: AdapterRef) -> AsyncIterator[Version]:
         version = self._versions.get(ref.name) or self._new_version(ref)
         version.holders += 1
         try:
-            # Whoever comes first loads; if it is cancelled, the next in line does.
-            async with version.loading:
-                if version.failure is not None:
-                    raise version.failure
-                if not version.resident:
-                    await self._load_or_drop(version)
-            self._touch(version)
+            await self._done(version, lambda: version.fetched, self._fetch)
             yield version
         finally:
             version.holders -= 1
-            await self._evict()
+            await self._forget_unless_needed(version)
 
-    async def _load_or_drop(self, version: _Version) -> None:
+    async def _fetch(self, version: Version) -> None:
+        if not version.directory.exists():
+            await fetch_adapter(version.ref.location, version.directory)
+        await asyncio.to_thread(
+            check_adapter, version.directory, self._targets, rank_max=self._rank_max
+        )
+        if self._shared_experts:
+            await asyncio.to_thread(write_shared, version.directory, self._targets)
+        version.fetched = True
+
+    async def _done(
+        self,
+        version: Version,
+        is_done: Callable[[], bool],
+        work: Callable[[Version], Awaitable[None]],
+    ) -> None:
+        """Has `work` done on a held version, once however many ask.
+
+        Raises:
+            EngineRefusal: it failed.
+        """
+        while not is_done():
+            if version.failure is not None:
+                raise version.failure
+            await self._working(version, work)
+
+    async def _working(self, version: Version, work: Callable[[Version], Awaitable[None]]) -> None:
+        """Starts `work` unless some is being done, and waits for its end."""
+        if version.work is None:
+            version.work = asyncio.create_task(self._work(version, work))
+        await asyncio.shield(version.work)
+
+    async def _work(self, version: Version, work: Callable[[Version], Awaitable[None]]) -> None:
+        version.holders += 1
         try:
-            if not version.directory.exists():
-                await fetch_adapter(version.ref.location, version.directory)
-            await self._load(version)
+            await work(version)
         except EngineRefusal as error:
-            _log.warning(
-                "adapter refused",
-                extra={
-                    "adapter": version.ref.name,
-                    "location": version.ref.location,
-                    "reason": f"{error.message}; {error.__cause__!r}",
-                },
-            )
-            version.failure = type(error)(f"adapter {version.ref.name}: {error.message}")
-            await self._drop(version)
-            raise version.failure from error
-        except asyncio.CancelledError:
-            # A half-fetched directory must not look like a whole one to whoever is next.
-            shutil.rmtree(version.directory, ignore_errors=True)
-            raise
-        self._write_manifest()
-        _log.info("adapter loaded", extra={"adapter": version.ref.name})
+            self._fail(version, error)
+        finally:
+            version.work = None
+            version.holders -= 1
+            await self._forget_unless_needed(version)
 
-    def _new_version(self, ref: AdapterRef, directory: Path | None = None) -> _Version:
+    def _fail(self, version: Version, error: EngineRefusal) -> None:
+        """Remembers why a version cannot be used, for those who have it already; others get a new one."""
+        _log.warning(
+            "adapter refused",
+            extra={
+                "adapter": version.ref.name,
+                "location": version.ref.location,
+                "reason": f"{error.message}; {error.__cause__!r}",
+            },
+        )
+        version.failure = type(error)(f"adapter {version.ref.name}: {error.message}")
+        version.failure.__cause__ = error
+        if self._versions.get(version.ref.name) is version:
+            del self._versions[version.ref.name]
+
+    def _new_version(self, ref: AdapterRef, directory: Path | None = None) -> Version:
         number = next(self._numbers)
         directory = directory or self._directory / str(number)
         shared = self._shared_experts
@@ -269,14 +275,34 @@ class AdapterStore:
             lora_path=str(shared_directory(directory) if shared else directory),
             is_3d_lora_weight=not shared,
         )
-        version = _Version(ref, request, directory)
+        version = Version(ref, request, directory)
         self._versions[ref.name] = version
         return version
 
-    async def _load(self, version: _Version) -> None:
-        check_adapter(version.directory, self._targets, rank_max=self._rank_max)
-        if self._shared_experts:
-            await asyncio.to_thread(write_shared, version.directory, self._targets)
+    async def _forget_unless_needed(self, version: Version) -> None:
+        """Lets go of the bytes of a version that nobody holds and vLLM does not have."""
+        if version.holders or version.resident:
+            return
+        if self._versions.get(version.ref.name) is version:
+            del self._versions[version.ref.name]
+        await asyncio.to_thread(shutil.rmtree, version.directory, ignore_errors=True)
+
+    def _touch(self, version: Version) -> None:
+        if self._versions.get(version.ref.name) is version:
+            self._versions[version.ref.name] = self._versions.pop(version.ref.name)
+
+    # ---- Weights in vLLM ---------------------------------------------------------------------------------------------
+
+    async def _load(self, version: Version) -> None:
+        async with self._loading:
+            if not await self._make_room(version):
+                return
+            await self._add(version)
+            version.resident = True
+            _log.info("adapter loaded", extra={"adapter": version.ref.name})
+            await asyncio.to_thread(self._write_manifest)
+
+    async def _add(self, version: Version) -> None:
         try:
             await self._engine.add_lora(version.request)
         except EngineDeadError as error:
@@ -284,45 +310,35 @@ class AdapterStore:
         except Exception as error:  # vLLM hands the errors of its core over as these.
             reason = str(error).replace(str(version.directory), "its directory")
             raise InvalidAdapter(f"vLLM refuses it: {reason[:500]}") from error
-        version.resident = True
 
-    async def _evict(self) -> None:
-        """Forgets least recently used versions that nobody holds, down to the bound."""
-        idle = [
-            version
-            for version in self._versions.values()
-            if version.resident and not version.holders
-        ]
-        excess = len(self.resident()) - self._resident_max
-        if excess <= 0 or not idle:
-            return
-        for version in idle[:excess]:
-            await self._drop(version)
-        self._write_manifest()
+    async def _make_room(self, version: Version) -> bool:
+        """Takes the least recently used out of vLLM; whether `version` can go in, which it can if it is to be used."""
+        resident = [other for other in self._versions.values() if other.resident]
+        excess = max(0, len(resident) + 1 - self._resident_max)
+        idle = [other for other in resident if not other.users]
+        if excess > len(idle):
+            assert not version.users, "more versions in use than there are slots"
+            return False
+        for other in idle[:excess]:
+            other.resident = False
+            try:
+                await self._engine.remove_lora(other.request.lora_int_id)
+            except EngineDeadError as error:
+                raise EngineBusy("the engine is going down") from error
+            await self._forget_unless_needed(other)
+        return True
 
-    async def _drop(self, version: _Version) -> None:
-        """Forgets a version, so that whoever asks next gets a new one, then lets go of its weights and files."""
-        version.resident = False
-        if self._versions.get(version.ref.name) is version:
-            del self._versions[version.ref.name]
-        try:
-            await self._engine.remove_lora(version.request.lora_int_id)
-        except EngineDeadError as error:
-            _log.warning(
-                "adapter not removed", extra={"adapter": version.ref.name, "reason": str(error)}
-            )
-        shutil.rmtree(version.directory, ignore_errors=True)
+    def _slots_used(self) -> int:
+        return sum(version.users > 0 for version in self._versions.values())
 
-    def _touch(self, version: _Version) -> None:
-        if self._versions.pop(version.ref.name, None) is not None:
-            self._versions[version.ref.name] = version
+    # ---- What a successor finds --------------------------------------------------------------------------------------
 
     def _write_manifest(self) -> None:
         entries = [
             _ManifestEntry(
                 name=name, location=version.ref.location, directory=version.directory.name
             )
-            for name, version in self._versions.items()
+            for name, version in list(self._versions.items())
             if version.resident
         ]
         temporary = self._directory / f"{_MANIFEST}.new"

@@ -3,12 +3,18 @@
 The three counters are the numbers that the answers report, so a bill made from the answers can be checked against
 them: a prompt counts once however many samples are drawn from it, and its tokens are either `prompt` (computed) or
 `cached_prompt`. What was produced for a client that went away is counted as far as it was handed out.
+
+It is also where a request's turn learns what it produces, and where its end in vLLM is made sure of (`generating`).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter
@@ -16,8 +22,11 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.output_processor import RequestState
 
+from river_engine.admission import Turn
+from river_engine.limits import STREAM_CLOSE_TIMEOUT_S
 from river_engine.stream_usage import note_completion, note_prompt
 
+_log = logging.getLogger("river.engine")
 tokens_total = Counter("river_engine_tokens", "Tokens answered, as billed.", ["kind"])
 _prompt = tokens_total.labels(kind="prompt")
 _cached = tokens_total.labels(kind="cached_prompt")
@@ -29,6 +38,47 @@ many_prompts: ContextVar[bool] = ContextVar("many_prompts", default=False)
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]
 
 
+@dataclass(slots=True, eq=False)
+class _Work:
+    """What vLLM does for one turn: its streams, and when each has ended."""
+
+    turn: Turn
+    streams: dict[AsyncGenerator[RequestOutput, None], asyncio.Event] = field(
+        default_factory=dict[AsyncGenerator[RequestOutput, None], asyncio.Event]
+    )
+
+
+_work: ContextVar[_Work | None] = ContextVar("work", default=None)
+
+
+@asynccontextmanager
+async def generating(turn: Turn) -> AsyncIterator[None]:
+    """What is generated in the block is for `turn`; at the block's end none of it is left in vLLM.
+
+    A handler that was cancelled between two tokens leaves its stream to the garbage collector, and vLLM goes on with
+    it until then: longer than the files of its adapter would stay.
+    """
+    work = _Work(turn)
+    token = _work.set(work)
+    try:
+        yield
+    finally:
+        _work.reset(token)
+        for stream, ended in list(work.streams.items()):
+            await _end(stream, ended)
+
+
+async def _end(stream: AsyncGenerator[RequestOutput, None], ended: asyncio.Event) -> None:
+    try:
+        await stream.aclose()
+    except RuntimeError:  # Another task waits in it, which has been cancelled and closes it itself.
+        try:
+            async with asyncio.timeout(STREAM_CLOSE_TIMEOUT_S):
+                await ended.wait()
+        except TimeoutError:
+            _log.warning("a stream goes on after the end of its request")
+
+
 def counted(generate: Generate) -> Generate:
     """`AsyncLLM.generate`, counted."""
 
@@ -38,7 +88,11 @@ def counted(generate: Generate) -> Generate:
         cumulative = sampling_params.output_kind != RequestOutputKind.DELTA
         counted_by_index: dict[int, int] = {}
         first = True
+        work = _work.get()
         stream = generate(prompt, sampling_params, request_id, **options)
+        ended = asyncio.Event()
+        if work is not None:
+            work.streams[stream] = ended
         try:
             async for output in stream:
                 if many_prompts.get():
@@ -52,13 +106,19 @@ def counted(generate: Generate) -> Generate:
                     note_prompt(len(output.prompt_token_ids or ()), cached)
                 for part in output.outputs:
                     before = counted_by_index.get(part.index, 0) if cumulative else 0
-                    _completion.inc(len(part.token_ids) - before)
-                    note_completion(len(part.token_ids) - before)
+                    produced = len(part.token_ids) - before
+                    _completion.inc(produced)
+                    if work is not None:
+                        work.turn.produced += produced
+                    note_completion(produced)
                     counted_by_index[part.index] = len(part.token_ids)
                 yield output
         finally:
             # Not left to the garbage collector: closing is what aborts the request.
             await stream.aclose()
+            ended.set()
+            if work is not None:
+                work.streams.pop(stream, None)
 
     return generate_counted
 

@@ -6,7 +6,9 @@ EngineRefusal
 ├── AdapterNotFound   404  there are no such files
 ├── Unauthorized      401  no or wrong token
 ├── TooLarge          413  the body or a header is over its bound
-└── EngineBusy        503  too many waiting, or the engine is going down
+├── EngineFull        429  too many requests are waiting
+├── EngineDraining    503  the engine takes no new requests: it is about to stop
+└── EngineBusy        503  the engine is going down
 """
 
 from __future__ import annotations
@@ -17,16 +19,20 @@ from river_engine.protocol import EngineError
 class EngineRefusal(Exception):  # noqa: N818 - the request's error, not the engine's
     """Base of all refusals.
 
-    `status` is the HTTP status, `type_name` the `type` of the body, `param` the field at fault.
+    `status` is the HTTP status, `type_name` the `type` of the body, `param` the field at fault, `retry_after_s` when
+    asking again makes sense.
     """
 
     status = 500
     type_name = "server_error"
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def body(self) -> EngineError:
         return EngineError(type=self.type_name, message=self.message, param=self.param)
@@ -55,6 +61,16 @@ class Unauthorized(EngineRefusal):
 class TooLarge(EngineRefusal):
     status = 413
     type_name = "request_too_large"
+
+
+class EngineFull(EngineRefusal):
+    status = 429
+    type_name = "busy"
+
+
+class EngineDraining(EngineRefusal):
+    status = 503
+    type_name = "draining"
 
 
 class EngineBusy(EngineRefusal):

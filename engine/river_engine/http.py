@@ -2,9 +2,10 @@
 
 * A token for everything but the health checks and the metrics.
 * `POST /river/sample`, answered here.
-* vLLM's OpenAI routes: the adapter of `x-river-adapter` is held while the request runs, streaming included. The
-  body's `model` is always replaced, by that adapter or by the base model: nobody reaches an adapter by guessing its
-  name. Answers show the name of `x-river-model`.
+* vLLM's OpenAI routes: a request that makes vLLM compute waits for its turn first, as one of the tenant in
+  `x-river-tenant`. The adapter of `x-river-adapter` is held until its end, streaming included. The body's `model` is
+  always replaced, by that adapter or by the base model: nobody reaches an adapter by guessing its name. Answers show
+  the name of `x-river-model`.
 
 vLLM finds adapters by name in `lora_requests`, and lists them on `/v1/models`; here each request sees its own and
 nothing else, by a context variable.
@@ -15,15 +16,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vllm.lora.request import LoRARequest
 
 from river_engine.adapters import AdapterStore
+from river_engine.costs import generates, is_many, turn_of_body
 from river_engine.counting import many_prompts
 from river_engine.errors import (
     EngineBusy,
@@ -32,11 +35,19 @@ from river_engine.errors import (
     TooLarge,
     Unauthorized,
 )
-from river_engine.limits import BODY_MAX_BYTES, HEADER_MAX_BYTES
-from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, AdapterRef, EngineSample
+from river_engine.limits import BODY_MAX_BYTES, HEADER_MAX_BYTES, TENANT_MAX_CHARACTERS
+from river_engine.protocol import (
+    ADAPTER_HEADER,
+    MODEL_HEADER,
+    TENANT_HEADER,
+    AdapterRef,
+    EngineSample,
+)
 from river_engine.sampling import Sampler
 from river_engine.stream_usage import ANNOTATED_PATHS, annotated
+from river_engine.turns import Turnstile
 
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -83,17 +94,21 @@ class EngineDoor:
         self,
         inner: App,
         store: AdapterStore,
+        turnstile: Turnstile,
         sampler: Sampler,
         *,
         token: str,
         base_model: str,
+        context_length: int,
         alive: Callable[[], bool],
     ) -> None:
         self._inner = inner
         self._store = store
+        self._turnstile = turnstile
         self._sampler = sampler
         self._credentials = f"Bearer {token}".encode()
         self._base_model = base_model
+        self._context_length = context_length
         self._alive = alive
         self._sample_decoder = msgspec.msgpack.Decoder(EngineSample)
 
@@ -110,7 +125,7 @@ class EngineDoor:
             if path not in _OPEN_PATHS:
                 self._authorize(headers)
             if path in ("/healthz", "/readyz"):
-                status, body = (200, b"ok\n") if self._alive() else (503, b"engine dead\n")
+                status, body = self._health(ready=path == "/readyz")
                 await _answer(send, status, body, "text/plain")
             elif path == "/metrics":
                 await _answer(send, 200, generate_latest(), CONTENT_TYPE_LATEST)
@@ -121,7 +136,14 @@ class EngineDoor:
             else:
                 await self._inner(scope, receive, send)
         except EngineRefusal as error:
-            await _answer(send, error.status, msgspec.json.encode(error.body()), "application/json")
+            await _refuse(send, error, msgspec.json.encode(error.body()), "application/json")
+
+    def _health(self, *, ready: bool) -> tuple[int, bytes]:
+        if not self._alive():
+            return 503, b"engine dead\n"
+        if ready and self._turnstile.draining:
+            return 503, b"draining\n"
+        return 200, b"ok\n"
 
     def _authorize(self, headers: dict[bytes, bytes]) -> None:
         if not hmac.compare_digest(headers.get(b"authorization", b""), self._credentials):
@@ -138,10 +160,9 @@ class EngineDoor:
                 raise InvalidField(str(error)) from error
             result = await _unless_gone(self._sampler.sample(request), receive)
         except EngineRefusal as error:
-            await _answer(send, error.status, msgspec.msgpack.encode(error.body()), _MSGPACK)
+            await _refuse(send, error, msgspec.msgpack.encode(error.body()), _MSGPACK)
             return
-        if result is not None:
-            await _answer(send, 200, msgspec.msgpack.encode(result), _MSGPACK)
+        await _answer(send, 200, msgspec.msgpack.encode(result), _MSGPACK)
 
     async def _openai(
         self, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send
@@ -149,30 +170,61 @@ class EngineDoor:
         reference = _adapter_reference(headers)
         public = headers.get(MODEL_HEADER.encode())
         body = await _read_body(receive)
-        public_token = _public_model.set(public.decode() if public else None)
-        try:
-            if reference is None:
-                await self._pass_on(body, self._base_model, scope, receive, send)
-                return
-            async with self._store.hold(reference) as lora:
-                adapter_token = _adapter.set(lora)
-                try:
-                    await self._pass_on(body, lora.lora_name, scope, receive, send)
-                finally:
-                    _adapter.reset(adapter_token)
-        finally:
-            _public_model.reset(public_token)
+        fields = _object_fields(body)
+        async with AsyncExitStack() as stack:
+            stack.enter_context(_set(_public_model, public.decode() if public else None))
+            lora = await self._turn(headers, scope["path"], body, fields, reference, receive, stack)
+            stack.enter_context(_set(_adapter, lora))
+            model = self._base_model if lora is None else lora.lora_name
+            await self._pass_on(body, fields, model, scope, receive, send)
+
+    async def _turn(
+        self,
+        headers: dict[bytes, bytes],
+        path: str,
+        body: bytes,
+        fields: dict[str, msgspec.Raw],
+        reference: AdapterRef | None,
+        receive: Receive,
+        stack: AsyncExitStack,
+    ) -> LoRARequest | None:
+        """Waits until vLLM may have the request, as long as its client does; `stack` keeps what it has got."""
+        turn = turn_of_body(
+            fields,
+            len(body),
+            tenant=_tenant(headers),
+            version=None if reference is None else reference.name,
+            context_length=self._context_length,
+        )
+        if generates(path):
+            self._turnstile.check([turn])
+        version = None
+        if reference is not None:
+            holding = stack.enter_async_context(self._store.hold(reference))
+            # To watch the client costs more than all the rest of a request that need not wait.
+            version = await (
+                holding if self._store.is_here(reference) else _unless_gone(holding, receive)
+            )
+        if not generates(path):
+            return None if version is None else version.request
+        stack.enter_context(self._turnstile.joined([turn]))
+        if not turn.inside:
+            await _unless_gone(self._turnstile.called(turn), receive)
+        return await stack.enter_async_context(self._turnstile.inside(turn, version))
 
     async def _pass_on(
-        self, body: bytes, model: str, scope: Scope, receive: Receive, send: Send
+        self,
+        body: bytes,
+        fields: dict[str, msgspec.Raw],
+        model: str,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
-        """Calls vLLM with `model` in the body."""
-        # A body that is not an object names no model on any route of vLLM, whose own errors are the better ones.
-        with contextlib.suppress(msgspec.ValidationError, msgspec.DecodeError):
-            fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-            fields["model"] = model
-            body = msgspec.json.encode(fields)
-            many_prompts.set(_is_many(bytes(fields.get("prompt", b"null"))))
+        """Calls vLLM with `model` in the body; one that is not an object names no model on any of its routes."""
+        if fields:
+            body = msgspec.json.encode(fields | {"model": model})
+            many_prompts.set(is_many(bytes(fields.get("prompt", b"null"))))
         length = str(len(body)).encode()
         scope["headers"] = [
             (name, value) for name, value in scope["headers"] if name != b"content-length"
@@ -191,6 +243,31 @@ class EngineDoor:
         await self._inner(scope, receive_replaced, send)
 
 
+@contextlib.contextmanager
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _object_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a body; none if it is not an object, for which vLLM's own errors are the better ones."""
+    try:
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.ValidationError, msgspec.DecodeError):
+        return {}
+
+
+def _tenant(headers: dict[bytes, bytes]) -> str:
+    """Whose turn the request takes: all that come without a name are one tenant."""
+    value = headers.get(TENANT_HEADER.encode(), b"")
+    if len(value) > TENANT_MAX_CHARACTERS:
+        raise TooLarge(f"{TENANT_HEADER} is over {TENANT_MAX_CHARACTERS} bytes")
+    return value.decode("latin-1")
+
+
 def _adapter_reference(headers: dict[bytes, bytes]) -> AdapterRef | None:
     value = headers.get(ADAPTER_HEADER.encode())
     if value is None:
@@ -201,14 +278,6 @@ def _adapter_reference(headers: dict[bytes, bytes]) -> AdapterRef | None:
         return msgspec.json.decode(value, type=AdapterRef)
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
         raise InvalidField(str(error), param=ADAPTER_HEADER) from error
-
-
-def _is_many(prompt: bytes) -> bool:
-    """Whether the `prompt` of a completion is several: a list of more than one string or list of tokens."""
-    if not prompt.startswith(b"["):
-        return False
-    items = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-    return len(items) > 1 and bytes(items[0])[:1] in (b'"', b"[")
 
 
 async def _read_body(receive: Receive) -> bytes:
@@ -227,8 +296,12 @@ async def _read_body(receive: Receive) -> bytes:
             return b"".join(chunks)
 
 
-async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
-    """The result of `work`; None, and `work` cancelled, when the client goes away first."""
+async def _unless_gone(work: Awaitable[T], receive: Receive) -> T:
+    """The result of `work`, which is cancelled when the client goes away first.
+
+    Raises:
+        EngineBusy: it did.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -237,7 +310,9 @@ async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if working.done():
+            return working.result()
+        raise EngineBusy("the client went away")
     finally:
         leaving.cancel()
         if not working.done():
@@ -245,10 +320,24 @@ async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _answer(send: Send, status: int, body: bytes, content_type: str) -> None:
+async def _refuse(send: Send, error: EngineRefusal, body: bytes, content_type: str) -> None:
+    retry = (
+        [] if error.retry_after_s is None else [(b"retry-after", str(error.retry_after_s).encode())]
+    )
+    await _answer(send, error.status, body, content_type, retry)
+
+
+async def _answer(
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: str,
+    more_headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
     headers = [
         (b"content-type", content_type.encode()),
         (b"content-length", str(len(body)).encode()),
+        *more_headers,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

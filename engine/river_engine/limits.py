@@ -7,6 +7,7 @@ LORA_RANKS = frozenset({1, 8, 16, 32, 64, 128, 256, 320, 512})
 
 BODY_MAX_BYTES = 64 * 1024 * 1024
 HEADER_MAX_BYTES = 64 * 1024
+TENANT_MAX_CHARACTERS = 256
 
 PROMPTS_MAX = 1024
 PROMPT_CHARACTERS_PER_TOKEN_MAX = 64
@@ -19,7 +20,22 @@ STOPS_MAX = 16
 SEED_MAX = 2**63 - 1
 
 ADAPTER_CONFIG_MAX_BYTES = 1024 * 1024
-ADAPTER_WAITERS_MAX = 4096
+SLOT_SLICE_S = 0.25
+"""How long a version may keep an adapter slot and take new requests while another waits for one."""
+OWN_OVER_LEFT = 7
+"""A tenant may have this many times what is left of a shared bound: alone, seven eighths of it."""
+COMPLETION_GUESS_TOKENS = 256.0
+"""How long an answer is thought to be before its tenant has had any; then its average, in which each counts for:"""
+COMPLETION_GUESS_WEIGHT = 1 / 8
+BYTES_PER_TOKEN = 4
+"""Of the body of a request whose prompt is text."""
+CACHE_OVERCOMMIT = 2
+"""So many times the tokens of the KV cache may be inside vLLM: prompts share it, and guesses are guesses."""
+WAITING_BYTES_MAX = 512 * 1024 * 1024
+TENANTS_REMEMBERED_MAX = 10_000
+RETRY_AFTER_MAX_S = 30
+DRAIN_CHECK_INTERVAL_S = 0.05
+STREAM_CLOSE_TIMEOUT_S = 5.0
 PRELOAD_QUEUE_MAX = 16
 PRELOAD_INTEREST_S = 600.0
 """How long after the last request to a run its new versions are loaded before anybody asks."""

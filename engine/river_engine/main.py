@@ -42,7 +42,8 @@ def main() -> None:
     settings = msgspec.structs.replace(
         settings, engine_id=given_id or f"eng_{secrets.token_hex(8)}"
     )
-    code = Supervisor(server_environment(settings)).run()
+    stop_within_s = settings.drain_s + limits.STOP_KILL_AFTER_S
+    code = Supervisor(server_environment(settings), stop_within_s=stop_within_s).run()
     if not given_id:  # Nobody can come back under a random name.
         shutil.rmtree(settings.versions_dir, ignore_errors=True)
     sys.exit(code)
@@ -58,6 +59,9 @@ def server_environment(settings: EngineSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
     }
+    # Routes that load or drop adapters behind our back, or stop the engine: nobody may open them by an own environment.
+    for name in ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE"):
+        environment.pop(name, None)
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if settings.on_cpu:
         # Core and worker in one process: half the memory, half the start.
@@ -70,11 +74,16 @@ def server_environment(settings: EngineSettings) -> dict[str, str]:
 
 
 class Supervisor:
-    """Keeps one server process running."""
+    """Keeps one server process running; told to stop, it gives it `stop_within_s`.
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    The first signal lets the server end its requests, a second one has it drop them.
+    """
+
+    def __init__(self, environment: dict[str, str], *, stop_within_s: float) -> None:
         self._environment = environment
+        self._stop_within_s = stop_within_s
         self._stop = threading.Event()
+        self._signals = 0
 
     def run(self) -> int:
         """The exit code of the engine."""
@@ -105,6 +114,7 @@ class Supervisor:
         command = [sys.executable, "-c", "from river_engine.server import main; main()"]
         server = subprocess.Popen(command, env=self._environment)
         stop_at: float | None = None
+        passed_on = 0
         while True:
             try:
                 return server.wait(timeout=0.1)
@@ -113,12 +123,15 @@ class Supervisor:
                     continue
             now = time.monotonic()
             if stop_at is None:
-                stop_at = now + limits.STOP_KILL_AFTER_S
-                server.terminate()
-            elif now > stop_at:
+                stop_at = now + self._stop_within_s
+            if now > stop_at:
                 server.kill()
+            elif passed_on < self._signals:
+                passed_on += 1
+                server.terminate()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._signals += 1
         self._stop.set()
 
 

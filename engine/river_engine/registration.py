@@ -7,6 +7,7 @@ adapter is only a hint: an engine that missed it loads it when it is asked for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -39,13 +40,20 @@ _AWAY = (NatsError, OSError, TimeoutError)
 
 @asynccontextmanager
 async def registered(
-    nats_url: str, record: Callable[[], EngineRecord], store: AdapterStore
+    nats_url: str,
+    record: Callable[[], EngineRecord],
+    store: AdapterStore,
+    changed: asyncio.Event | None = None,
 ) -> AsyncIterator[None]:
-    """In the block, the engine is known as `record` describes it at each heartbeat, and preloads what is announced."""
+    """In the block, the engine is known as `record` describes it at each heartbeat, and preloads what is announced.
+
+    Setting `changed` has it describe itself at once.
+    """
+    changed = changed or asyncio.Event()
     announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
     async with asyncio.TaskGroup() as group:
         tasks = (
-            group.create_task(_keep_registered(nats_url, record, announced)),
+            group.create_task(_keep_registered(nats_url, record, announced, changed)),
             group.create_task(_preload(announced, store)),
         )
         try:
@@ -56,7 +64,10 @@ async def registered(
 
 
 async def _keep_registered(
-    nats_url: str, record: Callable[[], EngineRecord], announced: asyncio.Queue[AdapterRef]
+    nats_url: str,
+    record: Callable[[], EngineRecord],
+    announced: asyncio.Queue[AdapterRef],
+    changed: asyncio.Event,
 ) -> None:
     client = await _connect(nats_url)
     try:
@@ -65,9 +76,12 @@ async def _keep_registered(
             try:
                 bucket = await _engines_bucket(client)
                 while True:
+                    changed.clear()
                     current = record()
                     await bucket.put(current.engine_id, msgspec.msgpack.encode(current))
-                    await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
+                            await changed.wait()
             except _AWAY as error:
                 _log.warning("heartbeat failed", extra={"reason": repr(error)})
                 await asyncio.sleep(NATS_RETRY_INTERVAL_S)

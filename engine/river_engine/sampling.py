@@ -1,6 +1,6 @@
 """Token-in/token-out sampling: many prompts, many samples each, with the log-probabilities training needs.
 
-Every prompt is one `AsyncLLM.generate` of `num_samples` samples, all at once; vLLM's scheduler batches them. The
+Every prompt is one `AsyncLLM.generate` of `num_samples` samples, when its turn has come; vLLM batches them. The
 log-probabilities are those of the distribution the tokens were drawn from (after temperature and top-k/top-p): the
 engine runs with `logprobs_mode=processed_logprobs`.
 """
@@ -22,7 +22,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from river_engine import limits
-from river_engine.adapters import AdapterStore
+from river_engine.adapters import AdapterStore, Version
+from river_engine.admission import Turn
 from river_engine.counting import Generate, final
 from river_engine.errors import EngineBusy, InvalidField
 from river_engine.protocol import (
@@ -32,6 +33,7 @@ from river_engine.protocol import (
     EngineSequence,
 )
 from river_engine.routing import ROUTING_SALT, RoutingShape
+from river_engine.turns import Turnstile
 
 
 class Sampler:
@@ -41,6 +43,7 @@ class Sampler:
         self,
         generate: Generate,
         store: AdapterStore,
+        turnstile: Turnstile,
         tokenizer: Any,
         *,
         context_length: int,
@@ -49,6 +52,7 @@ class Sampler:
     ) -> None:
         self._generate = generate
         self._store = store
+        self._turnstile = turnstile
         self._tokenizer = tokenizer
         # vLLM changes the truncation of its own while it tokenises; another thread's call would then fail.
         self._encoder = copy.deepcopy(tokenizer)
@@ -65,7 +69,7 @@ class Sampler:
         """Draws the samples; cancelling this aborts them.
 
         Raises:
-            EngineRefusal: a field is wrong, the adapter is unfit, or the engine is going down.
+            EngineRefusal: a field is wrong, the adapter is unfit, too many wait, or the engine is going down.
         """
         _check_fields(request)
         if request.return_expert_routing and self._routing is None:
@@ -76,14 +80,19 @@ class Sampler:
             )
         prompts = await self._prompt_tokens(request)
         async with AsyncExitStack() as stack:
-            lora = None
+            turns = [_turn(request, tokens) for tokens in prompts]
+            self._turnstile.check(turns)
+            version = None
             if request.adapter is not None:
-                lora = await stack.enter_async_context(self._store.hold(request.adapter))
+                version = await stack.enter_async_context(self._store.hold(request.adapter))
+            stack.enter_context(self._turnstile.joined(turns))
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(self._sample_prompt(request, index, tokens, lora))
-                        for index, tokens in enumerate(prompts)
+                        group.create_task(
+                            self._sample_in_turn(request, index, tokens, turn, version)
+                        )
+                        for index, (tokens, turn) in enumerate(zip(prompts, turns, strict=True))
                     ]
             except BaseExceptionGroup as errors:
                 raise _first(errors) from errors
@@ -159,6 +168,17 @@ class Sampler:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
+    async def _sample_in_turn(
+        self,
+        request: EngineSample,
+        index: int,
+        tokens: list[int],
+        turn: Turn,
+        version: Version | None,
+    ) -> EngineSampleGroup:
+        async with self._turnstile.inside(turn, version) as lora:
+            return await self._sample_prompt(request, index, tokens, lora)
+
     async def _sample_prompt(
         self, request: EngineSample, index: int, tokens: list[int], lora: LoRARequest | None
     ) -> EngineSampleGroup:
@@ -205,6 +225,17 @@ class Sampler:
             top_logprobs=_top_logprobs(flat, request.logprobs) if request.logprobs else None,
             expert_routing=routing,
         )
+
+
+def _turn(request: EngineSample, prompt: list[int]) -> Turn:
+    return Turn(
+        tenant=request.tenant_id or "",
+        version=None if request.adapter is None else request.adapter.name,
+        prompt_tokens=len(prompt),
+        completion_tokens_max=request.max_tokens,
+        sequences=request.num_samples,
+        size_bytes=len(prompt) * limits.BYTES_PER_TOKEN,
+    )
 
 
 def _check_fields(request: EngineSample) -> None:

@@ -17,9 +17,11 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 
 import uvicorn
 import uvloop
+from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -32,6 +34,7 @@ from river_client.service import SettingsError
 from river_engine import limits
 from river_engine.adapter_files import model_targets
 from river_engine.adapters import AdapterStore
+from river_engine.admission import Bounds
 from river_engine.counting import counted, share_cached_count
 from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
@@ -44,6 +47,7 @@ from river_engine.routing import RoutingShape, routing_shape
 from river_engine.sampling import Sampler
 from river_engine.selftest import SelfTestError, self_test
 from river_engine.settings import EngineSettings, read_engine_settings
+from river_engine.turns import AdmissionMetrics, Turnstile
 
 _log = logging.getLogger("river.engine")
 
@@ -112,6 +116,8 @@ def vllm_arguments(settings: EngineSettings) -> Namespace:
     ]
     if settings.reasoning_parser:
         options.append(f"--reasoning-parser={settings.reasoning_parser}")
+    if settings.max_num_seqs:
+        options.append(f"--max-num-seqs={settings.max_num_seqs}")
     if settings.max_model_len:
         options.append(f"--max-model-len={settings.max_model_len}")
     if settings.on_cpu:
@@ -166,22 +172,59 @@ async def _serve(
     started: float,
 ) -> int:
     """The exit code."""
-    stop = asyncio.Event()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    stop = _on_signals()
     async with AsyncExitStack() as stack:
         routing = await routing_shape(engine)
-        door, store = await _build(settings, arguments, engine, routing)
+        door, store, turnstile = await _build(settings, arguments, engine, routing)
         await stack.enter_async_context(_listening(door, listener))
         # Last in and first out: nobody is sent here before it answers, nor when it is about to stop.
+        changed = asyncio.Event()
         if settings.nats_url:
-            record = _record_maker(settings, engine, store, routing)
-            await stack.enter_async_context(registered(settings.nats_url, record, store))
+            record = _record_maker(settings, engine, store, turnstile, routing)
+            await stack.enter_async_context(registered(settings.nats_url, record, store, changed))
         _log.info(
             "ready",
             extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)},
         )
-        return await _until_stopped(engine, stop)
+        code = await _until_stopped(engine, stop.drain)
+        if code == 0:
+            await _drain(turnstile, changed, stop.leave, settings.drain_s)
+        return code
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """What signals have asked for: to end what runs and leave, and to leave at once."""
+
+    drain: asyncio.Event
+    leave: asyncio.Event
+
+
+def _on_signals() -> _Stop:
+    """The first signal drains, a second one ends the draining."""
+    stop = _Stop(asyncio.Event(), asyncio.Event())
+
+    def on_signal() -> None:
+        (stop.leave if stop.drain.is_set() else stop.drain).set()
+
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
+    return stop
+
+
+async def _drain(
+    turnstile: Turnstile, changed: asyncio.Event, leave: asyncio.Event, within_s: float
+) -> None:
+    """Says at once that new requests had better go elsewhere, and lets those that are here end."""
+    turnstile.close()
+    changed.set()
+    emptying = asyncio.create_task(turnstile.emptied(within_s))
+    leaving = asyncio.create_task(leave.wait())
+    await asyncio.wait({emptying, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    emptying.cancel()
+    if not turnstile.admission.is_idle():
+        _log.warning("requests cut off", extra={"count": turnstile.admission.turns_inside()})
 
 
 async def _build(
@@ -189,7 +232,7 @@ async def _build(
     arguments: Namespace,
     engine: AsyncLLM,
     routing: RoutingShape | None,
-) -> tuple[EngineDoor, AdapterStore]:
+) -> tuple[EngineDoor, AdapterStore, Turnstile]:
     """The application, tested, with the adapters of an earlier life."""
     config = engine.model_config
     targets = model_targets(config.hf_text_config)
@@ -219,9 +262,12 @@ async def _build(
     inner = build_app(arguments, tasks, config)
     await init_app_state(engine, inner.state, arguments, tasks)
     show_own_adapter(inner.state.openai_serving_models, settings.base_model)
+    turnstile = Turnstile(_bounds(settings, engine), store)
+    AdmissionMetrics(turnstile.admission, settings.max_loras, REGISTRY)
     sampler = Sampler(
         engine.generate,
         store,
+        turnstile,
         engine.get_tokenizer(),
         context_length=config.max_model_len,
         vocab_size=config.get_vocab_size(),
@@ -230,12 +276,30 @@ async def _build(
     door = EngineDoor(
         inner,
         store,
+        turnstile,
         sampler,
         token=settings.engine_token,
         base_model=settings.base_model,
+        context_length=config.max_model_len,
         alive=lambda: not engine.errored,
     )
-    return door, store
+    return door, store, turnstile
+
+
+def _bounds(settings: EngineSettings, engine: AsyncLLM) -> Bounds:
+    """What vLLM can work on at once, and who may wait for it."""
+    config = engine.vllm_config
+    cache = config.cache_config
+    cache_tokens = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
+    return Bounds(
+        sequences=config.scheduler_config.max_num_seqs,
+        tokens=limits.CACHE_OVERCOMMIT * max(cache_tokens, config.model_config.max_model_len),
+        slots=settings.max_loras,
+        slice_s=limits.SLOT_SLICE_S,
+        waiting=settings.queue_max,
+        waiting_per_tenant=settings.queue_tenant_max,
+        waiting_bytes=limits.WAITING_BYTES_MAX,
+    )
 
 
 def _listener(settings: EngineSettings) -> socket.socket:
@@ -270,9 +334,11 @@ def _record_maker(
     settings: EngineSettings,
     engine: AsyncLLM,
     store: AdapterStore,
+    turnstile: Turnstile,
     routing: RoutingShape | None,
 ) -> Callable[[], EngineRecord]:
     config = engine.model_config
+    admission = turnstile.admission
 
     def record() -> EngineRecord:
         return EngineRecord(
@@ -285,7 +351,9 @@ def _record_maker(
             max_lora_rank=settings.max_lora_rank,
             heartbeat_at=time.time(),
             resident=store.resident(),
-            running=engine.get_num_unfinished_requests(),
+            running=admission.turns_inside() + sum(admission.waiting().values()),
+            outstanding_tokens=admission.outstanding_tokens(),
+            draining=turnstile.draining,
             expert_routing=routing is not None,
         )
 

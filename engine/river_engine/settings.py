@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     holds one copy of what the experts of an adapter share; adapters whose experts share nothing are refused then.
     `tool_parser` and `reasoning_parser` are vLLM's names: how the model writes tool calls (empty: by its `model_type`)
     and how it sets off its reasoning (empty: it does not).
+    `max_num_seqs` sequences are inside vLLM at once (0: vLLM's own choice); `queue_max` prompts may wait for that, of
+    one tenant `queue_tenant_max`. When told to stop, running and waiting requests have `drain_s` seconds to end.
     """
 
     base_model: str
@@ -44,6 +47,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_cpu_loras: int = 16
     max_lora_rank: int = 32
     max_model_len: int = 0
+    max_num_seqs: int = 0
+    queue_max: int = 16384
+    queue_tenant_max: int = 4096
+    drain_s: float = 15.0
     kv_cache_mb: int = 256
     cpu_threads: int = 1
     expert_routing: bool = False
@@ -87,10 +94,14 @@ def read_engine_settings() -> EngineSettings:
         raise SettingsError(
             f"RIVER_MAX_CPU_LORAS={settings.max_cpu_loras}: must be at least RIVER_MAX_LORAS={settings.max_loras}"
         )
-    for name in ("kv_cache_mb", "cpu_threads"):
+    for name in ("kv_cache_mb", "cpu_threads", "queue_max", "queue_tenant_max"):
         value: int = getattr(settings, name)
         if value < 1:
             raise SettingsError(f"{variable(name)}={value}: must be at least 1")
+    if not 0 <= settings.drain_s < math.inf:
+        raise SettingsError(f"RIVER_DRAIN_S={settings.drain_s}: must be 0 or more seconds")
+    if settings.max_num_seqs < 0:
+        raise SettingsError(f"RIVER_MAX_NUM_SEQS={settings.max_num_seqs}: must not be negative")
     if not settings.engine_token:
         raise SettingsError("RIVER_ENGINE_TOKEN is not set")
     return settings

@@ -18,8 +18,8 @@ class Fit(enum.Enum):
 class SharedBound:
     """A bound that tenants share, without setting any of it aside for anybody.
 
-    A tenant may always have its equal part, were there one tenant more. Beyond that it may have `OWN_OVER_LEFT` times
-    what is left: alone it leaves an eighth of the bound, beside another as greedy they leave a fifteenth.
+    A tenant that does not have more than its equal part, were there one tenant more, may always go on. Beyond that it
+    may have `OWN_OVER_LEFT` times what is left: alone it leaves an eighth of the bound, two as greedy a fifteenth.
     """
 
     def __init__(self, bound: int) -> None:
@@ -34,10 +34,10 @@ class SharedBound:
 
     def fit(self, tenant: str, amount: int, tenants: int) -> Fit:
         """Whether `tenant`, one of so many, can have `amount` more."""
-        own = self._own.get(tenant, 0) + amount
+        own = self._own.get(tenant, 0)
         left = self.bound - self.used - amount
-        is_due = own == amount or own <= self.bound // (tenants + 1)
-        if left >= 0 and (is_due or own <= OWN_OVER_LEFT * left):
+        is_due = own <= self.bound / (tenants + 1)
+        if left >= 0 and (is_due or own + amount <= OWN_OVER_LEFT * left):
             return Fit.FITS
         return Fit.WAITS if is_due else Fit.OVER
 
@@ -47,8 +47,7 @@ class SharedBound:
 
     def give_back(self, tenant: str, amount: int) -> None:
         self.used -= amount
-        self._own[tenant] -= amount
-        assert self.used >= 0
-        assert self._own[tenant] >= 0
-        if not self._own[tenant]:
-            del self._own[tenant]
+        left = self._own.pop(tenant, 0) - amount
+        assert self.used >= left >= 0
+        if left:
+            self._own[tenant] = left

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,7 +17,7 @@ from support.s3 import S3, use_s3
 from vllm.lora.request import LoRARequest
 
 from river_engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Target, write_random_adapter
-from river_engine.adapters import AdapterGate, AdapterStore
+from river_engine.adapters import AdapterStore
 from river_engine.errors import AdapterNotFound, EngineRefusal, InvalidAdapter
 from river_engine.protocol import AdapterRef
 from river_engine.stores import OPTIONS_VARIABLE
@@ -59,15 +60,22 @@ def store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
     return make_store(vllm, tmp_path)
 
 
-def make_store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
+def make_store(vllm: Vllm, tmp_path: Path, max_loras: int = 1) -> AdapterStore:
     return AdapterStore(
-        vllm, tmp_path / "versions", TARGETS, max_loras=1, resident_max=2, rank_max=8
+        vllm, tmp_path / "versions", TARGETS, max_loras=max_loras, resident_max=2, rank_max=8
     )
 
 
 def written(tmp_path: Path, name: str, seed: int = 0, rank: int = 4) -> AdapterRef:
     write_random_adapter(tmp_path / "source" / name, TARGETS, rank=rank, seed=seed, std=0.1)
     return AdapterRef(name=name, location=(tmp_path / "source" / name).as_uri())
+
+
+@asynccontextmanager
+async def in_use(store: AdapterStore, ref: AdapterRef) -> AsyncIterator[LoRARequest]:
+    """As a request uses it."""
+    async with store.hold(ref) as version, store.loaded(version) as lora:
+        yield lora
 
 
 def source(ref: AdapterRef) -> Path:
@@ -79,7 +87,7 @@ async def test_many_askers_cause_one_load(vllm: Vllm, store: AdapterStore, tmp_p
     ref = written(tmp_path, "run_a@1")
 
     async def ask() -> LoRARequest:
-        async with store.hold(ref) as lora:
+        async with in_use(store, ref) as lora:
             return lora
 
     requests = await asyncio.gather(*(ask() for _ in range(10)))
@@ -93,17 +101,70 @@ async def test_many_askers_cause_one_load(vllm: Vllm, store: AdapterStore, tmp_p
 async def test_bytes_outlive_their_source(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
     """The trainer may remove its directory while requests still use the version."""
     ref = written(tmp_path, "run_a@1")
-    async with store.hold(ref) as lora:
+    async with in_use(store, ref) as lora:
         shutil.rmtree(source(ref))
         assert load_file(Path(lora.lora_path) / WEIGHTS_FILE)
-        async with store.hold(ref):
+        async with in_use(store, ref):
             assert vllm.loads == 1
 
 
-async def test_least_recently_used_leaves(vllm: Vllm, store: AdapterStore, tmp_path: Path) -> None:
+async def test_bytes_stay_for_those_who_wait(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path
+) -> None:
+    """A version that others have pushed out of vLLM comes back from the files its waiting requests hold."""
+    first, *others = (written(tmp_path, f"run_a@{step}") for step in range(1, 5))
+    async with store.hold(first) as waiting:
+        await store.preload(first)
+        shutil.rmtree(source(first))
+        for ref in others:
+            await store.preload(ref)
+        assert store.resident() == ["run_a@3", "run_a@4"]
+        assert len(vllm.loaded) == 2
+        async with store.loaded(waiting) as lora:
+            assert vllm.loaded[lora.lora_int_id] == lora
+            assert store.resident() == ["run_a@4", "run_a@1"]
+    assert len(vllm.loaded) == 2
+
+
+async def test_what_is_used_is_not_pushed_out(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path
+) -> None:
+    """While every slot is in use nothing is loaded ahead: vLLM would take a running adapter out for it."""
+    first, second = (written(tmp_path, f"run_a@{step}") for step in (1, 2))
+    async with in_use(store, first):
+        await store.preload(second)
+        assert store.resident() == ["run_a@1"]
+    await store.preload(second)
+    assert store.resident() == ["run_a@1", "run_a@2"]
+
+
+async def test_what_vllm_refuses_is_refused(
+    vllm: Vllm, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To all who hold it, without the engine's own paths; it is not remembered for those who come later."""
+
+    async def refuse(request: LoRARequest) -> bool:
+        raise ValueError(f"cannot read {request.lora_path}")
+
+    ref = written(tmp_path, "run_a@1")
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "add_lora", refuse)
+        async with store.hold(ref) as version, store.hold(ref) as same:
+            for held in (version, same):
+                with pytest.raises(InvalidAdapter, match="vLLM refuses it: cannot read") as refusal:
+                    async with store.loaded(held):
+                        pass
+                assert str(tmp_path) not in refusal.value.message
+    assert not any(path.is_dir() for path in (tmp_path / "versions").iterdir())
+    async with in_use(store, ref) as lora:
+        assert lora.lora_int_id == 2
+
+
+async def test_least_recently_used_leaves(vllm: Vllm, tmp_path: Path) -> None:
     """Beyond the bound the version longest unused goes, with its weights and its directory; a held one stays."""
+    store = make_store(vllm, tmp_path, max_loras=2)
     first, second, third = (written(tmp_path, f"run_a@{step}") for step in (1, 2, 3))
-    async with store.hold(first) as held:
+    async with in_use(store, first) as held:
         for ref in (second, third):
             await store.preload(ref)
         assert store.resident() == ["run_a@1", "run_a@3"]
@@ -154,7 +215,7 @@ async def test_an_evicted_version_comes_back_under_a_new_number(
     refs = [written(tmp_path, f"run_a@{step}") for step in (1, 2, 3)]
     for ref in (*refs, refs[0]):
         await store.preload(ref)
-    async with store.hold(refs[0]) as lora:
+    async with in_use(store, refs[0]) as lora:
         assert lora.lora_int_id == 4
 
 
@@ -299,44 +360,6 @@ async def test_a_new_process_loads_what_the_old_one_had(vllm: Vllm, tmp_path: Pa
     assert not (tmp_path / "versions" / "77").exists()
 
 
-async def test_the_gate_is_first_come_first_served() -> None:
-    """With one slot: b waits for a, and a newcomer to a waits behind b, so b cannot starve."""
-    gate = AdapterGate(1)
-    order: list[str] = []
-    leave = asyncio.Event()
-
-    async def visit(name: str, label: str) -> None:
-        async with gate.enter(name):
-            order.append(label)
-            await leave.wait()
-
-    async with asyncio.TaskGroup() as group:
-        for name, label in (("a", "a1"), ("a", "a2"), ("b", "b1"), ("a", "a3")):
-            group.create_task(visit(name, label))
-            await asyncio.sleep(0)
-        assert order == ["a1", "a2"]
-        leave.set()
-    assert order == ["a1", "a2", "b1", "a3"]
-
-
-async def test_the_gate_forgets_those_who_give_up() -> None:
-    """A cancelled waiter blocks nobody behind it."""
-    gate = AdapterGate(1)
-
-    async def visit(name: str) -> None:
-        async with gate.enter(name):
-            pass
-
-    async with gate.enter("a"):
-        waiter = asyncio.create_task(visit("b"))
-        behind = asyncio.create_task(visit("a"))
-        await asyncio.sleep(0)
-        assert not behind.done()
-        waiter.cancel()
-        await behind
-    await visit("c")
-
-
 async def test_an_adapter_comes_from_an_object_store(
     vllm: Vllm, store: AdapterStore, tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +369,7 @@ async def test_an_adapter_comes_from_an_object_store(
     files = {name: local / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
     FileSets(url).write("checkpoints/ckpt_1", files, {})
     ref = AdapterRef(name="ckpt_1", location=f"{url}/checkpoints/ckpt_1")
-    async with store.hold(ref) as lora:
+    async with in_use(store, ref) as lora:
         loaded = Path(lora.lora_path) / WEIGHTS_FILE
         assert loaded.read_bytes() == files[WEIGHTS_FILE].read_bytes()
     for location in (f"{url}/checkpoints/ckpt_2", "s3://no-such-bucket/x"):

@@ -10,11 +10,22 @@ import pytest
 
 from river_engine import limits
 from river_engine.adapters import AdapterStore
+from river_engine.admission import Bounds
 from river_engine.errors import InvalidField
 from river_engine.protocol import EngineSample
 from river_engine.sampling import Sampler
+from river_engine.turns import Turnstile
 
 CONTEXT_LENGTH = 1000
+BOUNDS = Bounds(
+    sequences=1,
+    tokens=1000,
+    slots=1,
+    slice_s=1.0,
+    waiting=1,
+    waiting_per_tenant=1,
+    waiting_bytes=1000,
+)
 CHARACTERS_MAX = CONTEXT_LENGTH * limits.PROMPT_CHARACTERS_PER_TOKEN_MAX
 EVENT_LOOP, OTHER_THREAD = 70, 71
 
@@ -45,7 +56,14 @@ async def refusal(tmp_path: Path, prompts: list[str]) -> InvalidField:
         raise NotImplementedError
 
     store = AdapterStore(Vllm(), tmp_path, {}, max_loras=1, resident_max=1, rank_max=8)
-    sampler = Sampler(generate, store, Tokenizer(), context_length=CONTEXT_LENGTH, vocab_size=50)
+    sampler = Sampler(
+        generate,
+        store,
+        Turnstile(BOUNDS, store),
+        Tokenizer(),
+        context_length=CONTEXT_LENGTH,
+        vocab_size=50,
+    )
     with pytest.raises(InvalidField) as caught:
         await sampler.sample(EngineSample(request_id="r", prompts=prompts, max_tokens=1))
     return caught.value

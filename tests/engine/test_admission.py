@@ -1,0 +1,475 @@
+"""Whose turn it is, on a clock of its own: rules that always hold, and nobody starves however the others flood."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from river_engine.admission import Admission, Bounds, QueueFullError, Turn, Wait
+from river_engine.costs import generates, turn_of_body
+
+SLICE_S = 0.25
+STEP_S = 0.01
+
+
+def bounds(**changes: float) -> Bounds:
+    fields: dict[str, float] = {
+        "sequences": 16,
+        "tokens": 100_000,
+        "slots": 2,
+        "slice_s": SLICE_S,
+        "waiting": 1000,
+        "waiting_per_tenant": 500,
+        "waiting_bytes": 1_000_000,
+    }
+    return Bounds(**(fields | changes))  # type: ignore[arg-type]
+
+
+def turn(tenant: str, version: str | None = None, **fields: int) -> Turn:
+    plain = {"prompt_tokens": 10, "completion_tokens_max": 50} | fields
+    return Turn(tenant=tenant, version=version, **plain)  # type: ignore[arg-type]
+
+
+# ---- Rules that always hold ------------------------------------------------------------------------------------------
+
+TENANTS = ["ann", "bob", "cid"]
+VERSIONS = [None, "a@1", "a@2", "b@1", "c@1"]
+
+
+class AnyRequests(RuleBasedStateMachine):
+    """Requests come and go in any order, with any sizes."""
+
+    @initialize(slots=st.integers(1, 3), sequences=st.integers(1, 9), tokens=st.integers(1, 900))
+    def start(self, slots: int, sequences: int, tokens: int) -> None:
+        self.bounds = bounds(slots=slots, sequences=sequences, tokens=tokens, waiting=60)
+        self.admission = Admission(self.bounds)
+        self.now = 0.0
+        self.waiting: list[Turn] = []
+        self.inside: list[Turn] = []
+
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        version=st.sampled_from(VERSIONS),
+        count=st.integers(1, 4),
+        prompt_tokens=st.integers(1, 300),
+        sequences=st.integers(1, 12),
+    )
+    def ask(
+        self, tenant: str, version: str | None, count: int, prompt_tokens: int, sequences: int
+    ) -> None:
+        turns = [
+            turn(tenant, version, prompt_tokens=prompt_tokens, sequences=sequences)
+            for _ in range(count)
+        ]
+        try:
+            self.admission.arrive(turns, self.now)
+        except QueueFullError:
+            assert self.waiting
+            return
+        self.waiting += turns
+        self.advance()
+
+    @precondition(lambda self: self.waiting or self.inside)
+    @rule(data=st.data(), produced=st.integers(0, 50))
+    def end(self, data: st.DataObject, produced: int) -> None:
+        ending = data.draw(st.sampled_from(self.waiting + self.inside))
+        ending.produced = produced if ending.inside else 0
+        (self.inside if ending.inside else self.waiting).remove(ending)
+        self.admission.leave(ending)
+        self.advance()
+
+    @rule(seconds=st.floats(0.0, 1.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    def advance(self) -> None:
+        for admitted in self.admission.advance(self.now):
+            earlier = [
+                other
+                for other in self.waiting
+                if (other.tenant, other.version) == (admitted.tenant, admitted.version)
+            ]
+            assert earlier[0] is admitted, "first come, first served within a tenant and version"
+            self.waiting.remove(admitted)
+            self.inside.append(admitted)
+
+    @invariant()
+    def versions_inside_are_bounded(self) -> None:
+        inside = {turn.version for turn in self.inside} - {None}
+        assert len(inside) <= self.admission.slots_used() <= self.bounds.slots
+
+    @invariant()
+    def room_is_bounded(self) -> None:
+        half = max(1, self.bounds.sequences // 2)
+        assert sum(min(turn.sequences, half) for turn in self.inside) <= self.bounds.sequences
+        assert sum(turn.tokens for turn in self.inside) <= self.bounds.tokens
+
+    @invariant()
+    def nothing_is_left_undone(self) -> None:
+        """Whoever waits for a slot finds all taken, whoever waits for room finds little of it."""
+        waiting = self.admission.waiting()
+        assert sum(waiting.values()) == len(self.waiting)
+        assert self.admission.turns_inside() == len(self.inside)
+        if waiting[Wait.SLOT]:
+            assert self.admission.slots_used() == self.bounds.slots
+        if waiting[Wait.DRAIN]:
+            assert waiting[Wait.SLOT], "nobody has to drain for nothing"
+        if waiting[Wait.ROOM]:
+            half = max(1, self.bounds.sequences // 2)
+            sequences = sum(min(turn.sequences, half) for turn in self.inside)
+            tokens = sum(turn.tokens for turn in self.inside)
+            assert (
+                sequences >= self.bounds.sequences * 3 / 8 or tokens >= self.bounds.tokens * 3 / 8
+            )
+        assert not self.waiting or self.inside
+
+    @invariant()
+    def what_is_left_is_known(self) -> None:
+        left = sum(turn.outstanding_tokens for turn in self.waiting + self.inside)
+        assert self.admission.outstanding_tokens() == left
+
+    def teardown(self) -> None:
+        """Everybody gets in, if only those inside come to an end."""
+        while self.inside:
+            self.now += SLICE_S / 3
+            self.admission.leave(self.inside.pop(0))
+            self.advance()
+        assert not self.waiting
+        assert self.admission.is_idle()
+        assert self.admission.slots_used() == 0 or not self.admission.advance(self.now)
+        assert self.admission.slots_used() == 0
+
+
+AnyRequests.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyRequests = AnyRequests.TestCase
+
+
+# ---- A machine that takes a step for every token ---------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Asked:
+    turn: Turn
+    length: int
+    asked_at: int
+    done_at: int | None = None
+
+    @property
+    def steps(self) -> int:
+        assert self.done_at is not None
+        return self.done_at - self.asked_at
+
+
+@dataclass
+class Machine:
+    """All that is inside gets one token a step, and takes `STEP_S` for it; `whenever_done` hears of every answer."""
+
+    admission: Admission
+    now: int = 0
+    running: list[Asked] = field(default_factory=list[Asked])
+    waiting: dict[Turn, Asked] = field(default_factory=dict[Turn, Asked])
+    served: Counter[str] = field(default_factory=Counter[str])
+    whenever_done: list[Callable[[Asked], None]] = field(
+        default_factory=list[Callable[[Asked], None]]
+    )
+
+    def ask(
+        self, tenant: str, version: str | None = None, *, length: int = 20, **fields: int
+    ) -> Asked:
+        plain = {"completion_tokens_max": length} | fields
+        asked = Asked(turn(tenant, version, **plain), length, self.now)
+        self.admission.arrive([asked.turn], self.now * STEP_S)
+        self.waiting[asked.turn] = asked
+        self._let_in()
+        return asked
+
+    def flood(self, tenant: str, version: str | None, count: int, **fields: int) -> None:
+        """Keeps so many requests asked for: whenever one is done, another comes."""
+        asked = {self.ask(tenant, version, **fields) for _ in range(count)}
+
+        def again(done: Asked) -> None:
+            if done in asked:
+                asked.remove(done)
+                asked.add(self.ask(tenant, version, **fields))
+
+        self.whenever_done.append(again)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._step()
+
+    def answer(self, asked: Asked, within: int) -> int:
+        """Runs until `asked` is done; the steps it took since it was asked."""
+        while asked.done_at is None:
+            assert self.now - asked.asked_at < within, "starved"
+            self._step()
+        return asked.steps
+
+    def _step(self) -> None:
+        self.now += 1
+        done: list[Asked] = []
+        for asked in self.running:
+            asked.turn.produced += asked.turn.sequences
+            self.served[asked.turn.tenant] += asked.turn.sequences
+            if asked.turn.produced >= asked.length * asked.turn.sequences:
+                done.append(asked)
+        for asked in done:
+            asked.done_at = self.now
+            self.running.remove(asked)
+            self.admission.leave(asked.turn)
+            self._let_in()
+        for asked in done:
+            for hear in self.whenever_done:
+                hear(asked)
+
+    def _let_in(self) -> None:
+        for admitted in self.admission.advance(self.now * STEP_S):
+            self.running.append(self.waiting.pop(admitted))
+            self.served[admitted.tenant] += admitted.prompt_tokens
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine(Admission(bounds()))
+
+
+SLICE_STEPS = round(SLICE_S / STEP_S)
+
+
+# ---- Tenants ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [None, "ann@1"], ids=["base", "adapter"])
+@pytest.mark.parametrize("length", [20, 400], ids=["short", "long"])
+def test_a_flood_leaves_another_s_p99_within_twice(
+    machine: Machine, version: str | None, length: int
+) -> None:
+    """With 200 requests of Bob's there at all times, long or short, 99 of 100 of Ann's take at most twice as long."""
+    alone = machine.answer(machine.ask("ann", version), within=100)
+    machine.flood("bob", None, 200, length=length)
+    machine.run(1000)
+    steps = sorted(machine.answer(machine.ask("ann", version), within=1000) for _ in range(100))
+    assert alone == 20
+    assert steps[98] <= 2 * alone
+
+
+def test_tenants_are_served_alike(machine: Machine) -> None:
+    """In tokens read and produced, whatever their requests' sizes, and however long they said answers might be."""
+    machine.flood("ann", None, 100, length=10)
+    machine.flood("bob", None, 100, length=100, completion_tokens_max=100_000)
+    machine.flood("cid", None, 100, length=30, sequences=4)
+    machine.run(2000)
+    machine.served.clear()
+    machine.run(20_000)
+    smallest, largest = min(machine.served.values()), max(machine.served.values())
+    assert len(machine.served) == 3
+    assert largest < 1.25 * smallest, machine.served
+
+
+def test_a_tenant_that_was_away_has_saved_nothing(machine: Machine) -> None:
+    """Coming back after a long time, it shares from then on: it does not get what it did not use."""
+    machine.answer(machine.ask("bob"), within=100)
+    machine.flood("ann", None, 100)
+    machine.run(10_000)
+    machine.flood("bob", None, 100)
+    machine.served.clear()
+    machine.run(1000)
+    assert machine.served["ann"] > 0.4 * machine.served.total()
+
+
+def test_a_large_request_is_not_passed_for_ever(machine: Machine) -> None:
+    """Many samples at once get in although small requests would fit in between all the time."""
+    for name in ("ann", "bob", "cid"):
+        machine.flood(name, None, 50, length=7)
+    machine.run(50)
+    machine.answer(machine.ask("dan", length=20, sequences=16), within=100)
+
+
+def test_newcomers_do_not_keep_a_tenant_waiting(machine: Machine) -> None:
+    """Tenants that come once, one after another without end, do not starve one that has been served much."""
+    machine.flood("ann", None, 16)
+    machine.run(500)
+    for number in range(100):
+        machine.ask(f"new-{number}", length=20)
+    before = machine.served["ann"]
+    for number in range(100, 2000):
+        machine.ask(f"new-{number}", length=20)
+        machine.run(1)
+    assert machine.served["ann"] - before > 200
+
+
+# ---- Slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_keeps_its_slot_while_nobody_waits(machine: Machine) -> None:
+    """However long: it goes on being let in at once."""
+    machine.flood("ann", "ann@1", 4)
+    machine.flood("bob", "bob@1", 4)
+    machine.run(50 * SLICE_STEPS)
+    assert machine.admission.waiting() == dict.fromkeys(Wait, 0)
+    assert machine.admission.slots_used() == 2
+
+
+@pytest.mark.parametrize("flood", [4, 100])
+def test_a_third_version_gets_a_slot_of_two_busy_ones(machine: Machine, flood: int) -> None:
+    """Within a slice and the time the requests inside take; vLLM alone would never let it in."""
+    machine.flood("ann", "ann@1", flood)
+    machine.flood("bob", "bob@1", flood)
+    machine.run(3)
+    assert machine.answer(machine.ask("cid", "cid@1"), within=1000) <= SLICE_STEPS + 20 + 20 + 1
+
+
+def test_a_slot_is_kept_for_a_slice(machine: Machine) -> None:
+    """One who waits does not have others drain before: loading an adapter has its price."""
+    machine.flood("ann", "ann@1", 50, length=2)
+    machine.flood("bob", "bob@1", 50, length=2)
+    asked = machine.ask("cid", "cid@1", length=2)
+    machine.run(SLICE_STEPS - 1)
+    assert machine.admission.waiting()[Wait.SLOT] == 1
+    assert machine.admission.waiting()[Wait.DRAIN] == 0
+    machine.answer(asked, within=SLICE_STEPS + 5)
+
+
+def test_a_long_request_does_not_keep_all_others_waiting(machine: Machine) -> None:
+    """While the version whose turn it is to drain takes long, the next one drains too."""
+    machine.ask("ann", "ann@1", length=5000)
+    machine.run(1)
+    machine.flood("bob", "bob@1", 4)
+    asked = machine.ask("cid", "cid@1")
+    assert machine.answer(asked, within=1000) <= 2 * SLICE_STEPS + 20 + 20 + 2
+
+
+def test_slots_go_round_over_tenants(machine: Machine) -> None:
+    """A tenant with twenty busy versions does not have twenty times the turns of one that has one."""
+    for number in range(20):
+        machine.flood("ann", f"ann@{number}", 2)
+    machine.flood("bob", "bob@1", 2)
+    machine.run(500)
+    alone = 20 + SLICE_STEPS + 20
+    for _ in range(20):
+        assert machine.answer(machine.ask("cid", "cid@1"), within=1000) <= 3 * alone
+
+
+def test_every_version_of_a_tenant_gets_its_turn(machine: Machine) -> None:
+    """One after another, the one that has waited longest first."""
+    for number in range(10):
+        machine.flood("ann", f"ann@{number}", 2)
+    last = machine.ask("ann", "ann@last")
+    assert machine.answer(last, within=10_000) <= 6 * (SLICE_STEPS + 20) + 20
+
+
+def test_the_base_model_and_adapters_do_not_starve_each_other(machine: Machine) -> None:
+    """In both directions, with all room taken."""
+    machine.flood("ann", None, 100)
+    machine.flood("bob", "bob@1", 100)
+    machine.flood("bob", "bob@2", 100)
+    machine.flood("bob", "bob@3", 100)
+    machine.run(500)
+    for _ in range(20):
+        assert machine.answer(machine.ask("cid", None), within=1000) <= 40
+        assert machine.answer(machine.ask("cid", "cid@1"), within=1000) <= 20 + SLICE_STEPS + 40
+
+
+def test_a_waiter_that_leaves_has_nobody_drain(machine: Machine) -> None:
+    """The versions inside take requests again."""
+    machine.flood("ann", "ann@1", 4, length=100)
+    machine.flood("bob", "bob@1", 4, length=100)
+    machine.run(SLICE_STEPS)
+    gone = machine.ask("cid", "cid@1")
+    behind = machine.ask("ann", "ann@1")
+    assert machine.admission.waiting() == {Wait.ROOM: 0, Wait.SLOT: 1, Wait.DRAIN: 1}
+    machine.admission.leave(gone.turn)
+    machine.run(1)
+    machine.admission.advance(machine.now * STEP_S)
+    assert behind.turn.inside
+
+
+# ---- The queue's bounds ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses(machine: Machine) -> None:
+    """A tenant beyond its own bound, told how long its first request has waited; others still get in."""
+    for _ in range(514):
+        machine.ask("bob")
+    machine.now = 300
+    with pytest.raises(QueueFullError, match="500 requests waiting") as refusal:
+        machine.ask("bob")
+    assert refusal.value.retry_after_s == 3.0
+    assert machine.ask("ann").turn.inside
+
+
+def test_floods_leave_others_room_to_wait() -> None:
+    """However many tenants flood, there is room in the queue for one more tenant's request."""
+    machine = Machine(Admission(bounds(waiting=100, waiting_per_tenant=100)))
+    refused = 0
+    for tenant in ("ann", "bob", "cid") * 200:
+        try:
+            machine.ask(tenant)
+        except QueueFullError:
+            refused += 1
+    assert refused > 400
+    machine.ask("dan")
+
+
+def test_a_request_waits_whole_or_not_at_all(machine: Machine) -> None:
+    """When some of its prompts would not fit into the queue, none is queued."""
+    admission = machine.admission
+    with pytest.raises(QueueFullError):
+        admission.arrive([turn("ann") for _ in range(501)], 0.0)
+    with pytest.raises(QueueFullError, match="bytes"):
+        admission.arrive([turn("ann", size_bytes=1_000_001)], 0.0)
+    assert admission.is_idle()
+
+
+# ---- What a body costs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "prompt_tokens", "completion_tokens", "sequences"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 5, "n": 3},
+            116,
+            5,
+            3,
+        ),
+        ({"messages": [], "max_completion_tokens": 7, "max_tokens": 9}, 13, 9, 1),
+        ({"prompt": "x" * 400}, 103, 1000, 1),
+        ({"prompt": [1, 2, 3], "max_tokens": 10**9}, 3, 1000, 1),
+        ({"prompt": [[1, 2, 3], [4]], "n": 2, "max_tokens": 1}, 4, 1, 4),
+        ({"prompt": ["ab", "cd"], "n": "two", "max_tokens": None}, 13, 1000, 2),
+        ({"input": "hello", "max_output_tokens": 12, "n": 10**9}, 15, 12, 256),
+        ({}, 0, 1000, 1),
+    ],
+)
+def test_a_body_s_cost_is_estimated(
+    body: dict[str, object], prompt_tokens: int, completion_tokens: int, sequences: int
+) -> None:
+    """By what it says and how long it is, whatever nonsense is in it."""
+    encoded = msgspec.json.encode(body)
+    fields = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
+    found = turn_of_body(fields, len(encoded), tenant="ann", version=None, context_length=1000)
+    assert found.completion_tokens_max == completion_tokens
+    assert found.sequences == sequences
+    assert abs(found.prompt_tokens - prompt_tokens) <= 3
+
+
+def test_what_computes_nothing_need_not_wait() -> None:
+    """Tokenising and rendering; a route nobody knows is taken to compute."""
+    assert not generates("/tokenize")
+    assert not generates("/v1/chat/completions/render")
+    assert generates("/v1/chat/completions")
+    assert generates("/v1/new")

@@ -45,7 +45,8 @@ NATS_CONNECT_TIMEOUT_S = 2.0
 NATS_RETRY_INTERVAL_S = 1.0
 
 ENGINE_CHECK_INTERVAL_S = 0.5
-STOP_GRACE_S = 4
+STOP_GRACE_S = 1
+"""For the last bytes of answers, after the requests themselves have had their time to end."""
 STOP_KILL_AFTER_S = 8.0
 RESTART_DELAY_FIRST_S = 0.5
 RESTART_DELAY_MAX_S = 15.0

@@ -312,7 +312,7 @@ def _listener(settings: EngineSettings) -> socket.socket:
 
 @asynccontextmanager
 async def _listening(door: EngineDoor, listener: socket.socket) -> AsyncIterator[None]:
-    """Answers HTTP while the block runs; leaves running requests a few seconds at its end."""
+    """Answers HTTP while the block runs, and leaves the last bytes of answers a moment at its end."""
     server = uvicorn.Server(
         uvicorn.Config(
             door,

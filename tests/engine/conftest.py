@@ -80,6 +80,10 @@ class RunningEngine:
         """How often vLLM took a running sequence's cache for another."""
         return int(sum(value for _, value in self._metrics("vllm:num_preemptions_total{")))
 
+    def gauge(self, name: str) -> int:
+        """One of our own, over all its labels."""
+        return int(sum(value for _, value in self._metrics(f"river_engine_{name}")))
+
     def _metrics(self, prefix: str) -> list[tuple[str, float]]:
         lines = self.client.get("/metrics").text.splitlines()
         return [(line, float(line.rpartition(" ")[2])) for line in lines if line.startswith(prefix)]

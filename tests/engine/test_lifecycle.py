@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,7 @@ from river_engine.adapters import AdapterStore
 from river_engine.protocol import ENGINES_BUCKET, AdapterRef, EngineRecord, publish_subject
 from river_engine.registration import registered
 
-from .conftest import BASE_MODEL, RunningEngine
+from .conftest import BASE_MODEL, RunningEngine, running_engine
 from .test_adapter_store import TARGETS, Vllm
 
 WITHIN_S = 15.0
@@ -143,3 +145,89 @@ def test_a_killed_engine_comes_back_with_its_adapters(
     after = engine.sample(**fields)
     assert after.groups[0].samples[0].tokens == before.groups[0].samples[0].tokens
     assert children_of(engine.process.pid) != [server]
+
+
+@dataclass
+class Stream:
+    """A completion read in a thread: its text so far, and whether it came to its end."""
+
+    pieces: list[str] = field(default_factory=list[str])
+    whole: bool = False
+
+    def read(self, engine: RunningEngine, body: dict[str, object]) -> None:
+        try:
+            with engine.client.stream("POST", "/v1/completions", json=body) as response:
+                for line in response.iter_lines():
+                    self.whole = line == "data: [DONE]" or self.whole
+                    if line.startswith("data: {"):
+                        self.pieces.append(line)
+        except httpx.TransportError:
+            assert not self.whole
+
+
+LONG: dict[str, object] = {
+    "prompt": [5, 6, 7],
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+async def test_an_engine_that_is_told_to_stop_ends_what_it_has_begun(
+    tiny_moe: Path, nats_url: str, tmp_path: Path
+) -> None:
+    """It says so at once, refuses what is new, and leaves when its streams are through."""
+    client = await nats.connect(nats_url)
+    try:
+        with running_engine(tiny_moe, nats_url, tmp_path, RIVER_ENGINE_ID="eng-drain") as engine:
+            streams = [Stream() for _ in range(8)]
+            with ThreadPoolExecutor(len(streams)) as pool:
+                for stream in streams:
+                    pool.submit(stream.read, engine, LONG)
+                await eventually(lambda: all(stream.pieces for stream in streams))
+                engine.process.terminate()
+                bucket = await client.jetstream().key_value(ENGINES_BUCKET)
+
+                async def says_so() -> bool:
+                    record = await engine_record(bucket, "eng-drain")
+                    assert record is not None
+                    assert record.draining or (record.running, record.outstanding_tokens) > (0, 0)
+                    return record.draining
+
+                asked_at = time.monotonic()
+                await eventually(says_so)
+                assert time.monotonic() - asked_at < 1.0, "not only at the next heartbeat"
+                assert engine.client.get("/readyz").status_code == 503
+                assert engine.client.get("/healthz").status_code == 200
+                refusal = engine.client.post("/v1/completions", json={"prompt": "a"})
+                assert (refusal.status_code, refusal.json()["type"]) == (503, "draining")
+                assert refusal.headers["retry-after"]
+                assert engine.refusal(prompts=["a"])[1].type == "draining"
+                assert not any(stream.whole for stream in streams)
+            assert [len(stream.pieces) for stream in streams] == [900] * len(streams)
+            assert all(stream.whole for stream in streams)
+            assert engine.process.wait(timeout=WITHIN_S) == 0
+        assert await engine_record(bucket, "eng-drain") is None
+    finally:
+        await client.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["bound", "second signal"])
+def test_draining_comes_to_an_end(tiny_moe: Path, tmp_path: Path, *, again: bool) -> None:
+    """After its bound, or when told a second time, what still runs is cut off."""
+    drain_s = "60" if again else "0.3"
+    with running_engine(tiny_moe, "", tmp_path, RIVER_DRAIN_S=drain_s) as engine:
+        stream = Stream()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(stream.read, engine, LONG | {"n": 16})
+            deadline = time.monotonic() + WITHIN_S
+            while not stream.pieces:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            engine.process.terminate()
+            if again:
+                time.sleep(0.3)
+                engine.process.terminate()
+            assert engine.process.wait(timeout=WITHIN_S) == 0
+        assert not stream.whole

@@ -287,13 +287,13 @@ def test_clients_that_stop_waiting_leave_the_queue(small: RunningEngine) -> None
     with ThreadPoolExecutor(SEQUENCES) as pool:
         for _ in range(SEQUENCES):
             pool.submit(small.client.post, "/v1/completions", headers=headers, json=body)
-        wait_until(lambda: small.gauge("waiting{") > 0)
-        before = asked(small)
+        wait_until(lambda: asked(small) == SEQUENCES)
+        assert small.gauge("waiting{") > 0
         with pytest.raises(httpx.ReadTimeout):
             small.client.post("/v1/completions", headers=headers, json=body, timeout=0.3)
         with pytest.raises(httpx.ReadTimeout):
             small.client.post("/river/sample", content=msgspec.msgpack.encode(sample), timeout=0.3)
-        wait_until(lambda: asked(small) <= before, within_s=2.0)
+        wait_until(lambda: asked(small) <= SEQUENCES, within_s=3.0)
     wait_until(lambda: asked(small) == 0)
     assert small.gauge("outstanding_tokens") == 0
     assert small.gauge("slots_used") == 0

@@ -169,12 +169,9 @@ async def test_names_of_models(rig: Rig) -> None:
         assert raw.parse().model == name
         assert raw.headers["x-river-policy-version"] == f"{run.run_id}@0"
     sent = [request for engine in rig.engines for request in engine.requests]
-    assert [f'"{run.run_id}@0"' in headers["x-river-adapter"] for headers, _ in sent] == [
-        True,
-        False,
-        False,
-    ]
-    assert all(saved.checkpoint_id in headers["x-river-adapter"] for headers, _ in sent[1:])
+    adapters = [headers["x-river-adapter"] for headers, _ in sent]
+    assert sum(f'"{run.run_id}@0"' in adapter for adapter in adapters) == 1
+    assert sum(saved.checkpoint_id in adapter for adapter in adapters) == 2
     assert all(body["model"] == BASE for _, body in sent)
     assert all(event.run_id == run.run_id for event in await rig.usage(3))
     listed = {model.id async for model in rig.tenant.openai.models.list()}

@@ -23,7 +23,7 @@ _ROWS_STEPS = 8
 """oneDNN makes a program for every number of rows. Rounded up by at most an eighth, there are few of them."""
 
 _linear = (
-    torch.ops.mkldnn._linear_pointwise  # noqa: SLF001  # as torch's own compiler calls it
+    torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001  # as torch's own compiler calls it
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else None
 )
@@ -42,11 +42,46 @@ def frozen_product(
     In float32 on CPUs it is oneDNN's, in full precision: the library behind `torch.mm` does without the wide vectors of
     processors that are not its maker's.
     """
-    if _linear is None or not x_TI.is_cpu or not x_TI.dtype is weight_OI.dtype is torch.float32:
+    if not _is_onednn(x_TI, weight_OI):
         return joined([part @ weight_OI.T for part in x_TI.split_with_sizes(list(sizes))])
     if _form(weight_OI) in _verified:
         return joined([_product(rows, weight_OI) for rows in x_TI.split(ROWS_MAX)])
     return joined([_product(part, weight_OI) for part in x_TI.split_with_sizes(list(sizes))])
+
+
+def is_shareable(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether rows of several parts may go through one product with `weight`, and keep their bits."""
+    return _is_onednn(x_TI, weight_OI) and _form(weight_OI) in _verified
+
+
+def frozen_products(
+    x_RI: torch.Tensor,
+    index_P: torch.Tensor | None,
+    weights_OI: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+) -> torch.Tensor:
+    """`x[index]`, or all of `x`, through one of `weights` after another, [P, O]: so many rows as `sizes` says.
+
+    The weights have one shape, with which products are shareable.
+    """
+    assert _linear is not None
+    outputs: list[torch.Tensor] = []
+    count = x_RI.shape[0] if index_P is None else index_P.shape[0]
+    start = 0
+    for weight_OI, size in zip(weights_OI, sizes, strict=True):
+        end = start + size
+        while start < end:
+            rows = min(end - start, ROWS_MAX)
+            rounded = _rounded(rows)
+            # What comes behind is taken along, where it makes a number of rows that there is a program for.
+            last = min(start + rounded, count)
+            part = (
+                x_RI[start:last] if index_P is None else x_RI.index_select(0, index_P[start:last])
+            )
+            product = _linear(_with_rows(part, rounded), weight_OI, None, "none", [], "")
+            outputs.append(product if rows == rounded else product[:rows])
+            start += rows
+    return joined(outputs)
 
 
 def verify_rows(weights: Iterable[torch.Tensor]) -> bool:
@@ -73,6 +108,10 @@ def _verify(weight_OI: torch.Tensor) -> bool:
             return False
     _verified.add(_form(weight_OI))
     return True
+
+
+def _is_onednn(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    return _linear is not None and x_TI.is_cpu and x_TI.dtype is weight_OI.dtype is torch.float32
 
 
 def _form(weight_OI: torch.Tensor) -> _Form:

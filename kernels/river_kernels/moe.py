@@ -1,9 +1,9 @@
 """Mixture-of-experts with a LoRA adapter on every expert, many adapters in one pass.
 
-The pairs (token, chosen expert) are sorted by expert and segment with a stable sort, so that every group (expert,
-segment) is one slice, and all rows of an expert another:
+The pairs (token, chosen expert) are sorted by segment and expert with a stable sort, so that a segment's are one block,
+and in it an expert's one slice:
 
-    x [T, H] --gather--> [P, H] --experts.py--> y [P, H] --weigh, gather back, sum over k--> [T, H]
+    x [T, H] --gather--> [P, H] --experts.py--> y [P, H] --gather back, weigh, sum over k--> [T, H]
 
 Backward needs neither y nor the gathered gradient of the router weights: <dy, y> = <dh, h> with the unweighted dh.
 """
@@ -13,117 +13,80 @@ Backward needs neither y nor the gathered gradient of the router weights: <dy, y
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from river_kernels.device import uses_triton
-from river_kernels.experts import (
-    ByGroup,
-    Group,
-    Grouped,
-    check_experts,
-    run_experts,
-    run_experts_backward,
-    sum_over_chosen,
-)
+from river_kernels.experts import Experts, Kept, run_experts, run_experts_backward
 from river_kernels.quantized import FrozenWeight
-from river_kernels.segments import Pairs, Segments, sizes_of
+from river_kernels.rows import ByBlock, Rows, Source, inverted, make_rows, sum_over_chosen
+from river_kernels.segments import Pairs, Segment, Segments, sizes_of
 from river_kernels.shared_factors import (
-    BySegment,
     expand_tokens,
     expand_tokens_backward,
-    sharing_b,
-    sharing_segments,
     shrink_tokens,
     shrink_tokens_backward,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What of the rows belongs to one segment.
+class Route:
+    """Where the pairs (token, k) lie: a block of `rows` for each of `segments`, of which none is empty.
 
-    `rows` [p] in their order, with the `token` of each, counted from the segment's first; `inverse` [p] sorts them by
-    (token, k).
+    `permutation` [P] sorts the flattened pairs by block and expert, `inverse` undoes it; `token` of each row. With
+    `by_expert` in their names they are those of rows that lie by expert. `chosen` is the number of experts of a token.
     """
 
-    rows: torch.Tensor
-    token: torch.Tensor
-    inverse: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Route(Grouped):
-    """`permutation` [P] sorts the flattened (token, k) pairs by group, `inverse` undoes it; `token` of each row.
-
-    `chosen` is the number of experts of a token. `groups_of` has the indices of each segment's groups.
-    """
-
+    rows: Rows
+    segments: Segments
+    chosen: int
     permutation: torch.Tensor
     inverse: torch.Tensor
+    inverse_by_expert: torch.Tensor
     token: torch.Tensor
-    chosen: int
-    groups_of: list[list[int]]
+    token_by_expert: torch.Tensor
 
+    def source(self, tokens_TH: torch.Tensor) -> Source:
+        """Tokens, as often as they have chosen an expert."""
+        return Source(tokens_TH, self.token, self.token_by_expert)
 
-class Shares:
-    """What of the rows belongs to the segments whose experts share a factor."""
-
-    def __init__(self, route: Route, segments: Segments, pairs: Sequence[Pairs]) -> None:
-        self._route = route
-        self._shares: dict[int, Share] = {}
-        sharing = {index for of_site in pairs for index in sharing_segments(segments, of_site)}
-        if not sharing:
-            return
-        sizes = [size * route.chosen for size in sizes_of(segments)]
-        of_token = torch.repeat_interleave(
-            torch.arange(len(segments)), torch.tensor(sizes_of(segments))
-        )
-        # Rows segment by segment, in each as they lie.
-        order = torch.argsort(of_token[route.token], stable=True)
-        inverse = _inverted(order)[route.inverse]
-        for index, (rows, inverse_rows) in enumerate(
-            zip(order.split(sizes), inverse.split(sizes), strict=True)
-        ):
-            if index in sharing:
-                segment = segments[index]
-                self._shares[index] = Share(
-                    rows,
-                    route.token[rows] - segment.start,
-                    inverse_rows - segment.start * route.chosen,
-                )
-
-    def to_rows(self, by_segment: Mapping[int, torch.Tensor]) -> ByGroup:
-        """What tokens have, copied to each one's rows."""
-        route = self._route
-        by_group: ByGroup = [None] * len(route.groups)
-        for index, values_TR in by_segment.items():
-            groups = route.groups_of[index]
-            sizes = [route.sizes[group] for group in groups]
-            rows = values_TR.index_select(0, self._shares[index].token).split_with_sizes(sizes)
-            for group, part in zip(groups, rows, strict=True):
-                by_group[group] = part
-        return by_group
+    def to_rows(self, values: Sequence[torch.Tensor | None]) -> ByBlock:
+        """What the tokens of each segment have, copied to each one's rows."""
+        return [
+            None
+            if of_tokens is None
+            else of_tokens.index_select(0, self._own(self.token, segment) - segment.start)
+            for segment, of_tokens in zip(self.segments, values, strict=True)
+        ]
 
     def to_tokens(
-        self,
-        by_group: Sequence[torch.Tensor | None],
-        indices: Sequence[int],
-        weight_P: torch.Tensor | None = None,
-    ) -> BySegment:
-        """What rows have, weighted and summed by token, of the segments at `indices`."""
-        summed: BySegment = {}
-        for index in indices:
-            share = self._shares[index]
-            parts = [by_group[group] for group in self._route.groups_of[index]]
-            values_PR = torch.cat([part for part in parts if part is not None])
-            if weight_P is not None:
-                values_PR *= weight_P.index_select(0, share.rows)[:, None]
-            summed[index] = sum_over_chosen(values_PR, share.inverse, self._route.chosen)
+        self, values: Sequence[torch.Tensor | None], weights_TK: torch.Tensor | None = None
+    ) -> ByBlock:
+        """What the rows of each block have, weighted and summed by token."""
+        summed: ByBlock = []
+        for segment, of_rows in zip(self.segments, values, strict=True):
+            if of_rows is None:
+                summed.append(None)
+                continue
+            inverse = self._own(self.inverse, segment) - segment.start * self.chosen
+            weights = None
+            if weights_TK is not None:
+                weights = weights_TK[segment.start : segment.end].reshape(-1)
+            summed.append(sum_over_chosen(of_rows, inverse, self.chosen, weights))
         return summed
+
+    def sum_of(
+        self, by_expert_PH: torch.Tensor, weights_TK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All rows, which lie by expert, weighted and summed by token, [T, H]."""
+        weights = None if weights_TK is None else weights_TK.reshape(-1)
+        return sum_over_chosen(by_expert_PH, self.inverse_by_expert, self.chosen, weights)
+
+    def _own(self, values_P: torch.Tensor, segment: Segment) -> torch.Tensor:
+        return values_P[segment.start * self.chosen : segment.end * self.chosen]
 
 
 def moe_lora(
@@ -143,7 +106,8 @@ def moe_lora(
     H. None where a slot has no adapter here. Gradients flow to x and to the router weights through autograd, to A and B
     through their pairs.
     """
-    check_experts(x_TH, gate_up, down, segments, gate_up_pairs, down_pairs)
+    experts = Experts(gate_up, down, gate_up_pairs, down_pairs)
+    experts.check(x_TH, segments)
     if uses_triton(x_TH):
         from river_kernels.gpu import moe  # noqa: PLC0415  # CPUs need no Triton
 
@@ -151,43 +115,34 @@ def moe_lora(
             x_TH, experts_TK, weights_TK, gate_up, down, segments, gate_up_pairs, down_pairs
         )
     route = _make_route(experts_TK, segments, experts=gate_up.shape[0])
-    return _MoeLora.apply(
-        x_TH, weights_TK, gate_up, down, route, segments, gate_up_pairs, down_pairs
-    )
+    return _MoeLora.apply(x_TH, weights_TK, experts, route)
 
 
 def _make_route(experts_TK: torch.Tensor, segments: Segments, *, experts: int) -> Route:
-    tokens, chosen = experts_TK.shape
-    count = len(segments)
+    segments = tuple(segment for segment in segments if segment.end > segment.start)
+    chosen = experts_TK.shape[1]
+    expert_P = experts_TK.reshape(-1)
+    key = expert_P.clone()
     sizes = [size * chosen for size in sizes_of(segments)]
-    key = experts_TK.reshape(-1)
-    if count > 1:
-        of_segment = torch.repeat_interleave(
-            torch.arange(count), torch.tensor(sizes), output_size=tokens * chosen
-        )
-        key = key * count + of_segment
-    # Stable, and tokens lie segment by segment: the order within a group is that of the tokens.
+    for index, of_segment in enumerate(key.split_with_sizes(sizes)):
+        of_segment.add_(index * experts)
+    # Stable: the order within a group is that of the tokens.
     permutation = torch.argsort(key, stable=True)
-    inverse = _inverted(permutation)
-    found = torch.bincount(key, minlength=experts * count).tolist()
-    groups: list[Group] = []
-    group_sizes: list[int] = []
-    groups_of: list[list[int]] = [[] for _ in segments]
-    for index, size in enumerate(found):
-        if size:
-            expert, segment = divmod(index, count)
-            groups_of[segment].append(len(groups))
-            groups.append(Group(segments[segment].slot, expert))
-            group_sizes.append(size)
-    return Route(
-        tuple(groups), group_sizes, permutation, inverse, permutation // chosen, chosen, groups_of
+    counts = torch.bincount(key, minlength=experts * len(segments)).view(-1, experts)
+    rows = make_rows(
+        [segment.slot for segment in segments], counts, expert_P.index_select(0, permutation)
     )
-
-
-def _inverted(permutation: torch.Tensor) -> torch.Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel())
-    return inverse
+    inverse, token = inverted(permutation), permutation // chosen
+    return Route(
+        rows,
+        segments,
+        chosen,
+        permutation,
+        inverse,
+        inverse if rows.back is None else rows.back.index_select(0, inverse),
+        token,
+        token if rows.by_expert is None else token.index_select(0, rows.by_expert),
+    )
 
 
 class _MoeLora(torch.autograd.Function):
@@ -196,55 +151,40 @@ class _MoeLora(torch.autograd.Function):
         ctx: Any,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
-        gate_up: FrozenWeight,
-        down: FrozenWeight,
+        experts: Experts,
         route: Route,
-        segments: Segments,
-        gate_up_pairs: Pairs,
-        down_pairs: Pairs,
     ) -> torch.Tensor:
-        x_PH = x_TH.index_select(0, route.token)
-        weight_P = weights_TK.reshape(-1)[route.permutation]
-        shares = Shares(route, segments, (gate_up_pairs, down_pairs))
-        v1 = shrink_tokens(x_TH, segments, gate_up_pairs)
-        y_PH, v2, kept = run_experts(
-            x_PH, gate_up, down, route, gate_up_pairs, down_pairs, shares.to_rows(v1)
-        )
-        u = shares.to_tokens(v2, sharing_b(segments, down_pairs), weight_P)
-        y_PH.mul_(weight_P[:, None])
-        out_TH = sum_over_chosen(y_PH, route.inverse, route.chosen)
-        expand_tokens(out_TH, u, segments, down_pairs)
-        ctx.route, ctx.shares, ctx.segments = route, shares, segments
-        ctx.weights, ctx.pairs = (gate_up, down), (gate_up_pairs, down_pairs)
-        ctx.with_v1, ctx.with_u = tuple(v1), tuple(u)
-        ctx.save_for_backward(x_TH, weight_P, *u.values(), *kept)
+        segments = route.segments
+        v1 = shrink_tokens(x_TH, segments, experts.gate_up_pairs)
+        y_PH, v2, kept = run_experts(route.source(x_TH), experts, route.rows, route.to_rows(v1))
+        out_TH = route.sum_of(y_PH, weights_TK)
+        u = route.to_tokens(v2, weights_TK)
+        expand_tokens(out_TH, u, segments, experts.down_pairs)
+        ctx.experts, ctx.route = experts, route
+        ctx.save_for_backward(x_TH, weights_TK, *u, *kept.flat())
         return out_TH
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (dout_TH,) = grads
         route: Route = ctx.route
-        gate_up, down = ctx.weights
-        gate_up_pairs, down_pairs = ctx.pairs
-        segments, shares, with_u = ctx.segments, ctx.shares, ctx.with_u
-        x_TH, weight_P, *saved = ctx.saved_tensors
-        u = dict(zip(with_u, saved[: len(with_u)], strict=True))
-        du = expand_tokens_backward(dout_TH, u, segments, down_pairs)
+        experts: Experts = ctx.experts
+        segments = route.segments
+        x_TH, weights_TK, *saved = ctx.saved_tensors
+        u, kept = saved[: len(segments)], Kept.from_flat(saved[len(segments) :], route.rows)
+        du = expand_tokens_backward(dout_TH, u, segments, experts.down_pairs)
         dx_PH, dweight_P, dv1 = run_experts_backward(
-            dout_TH.index_select(0, route.token),
-            weight_P,
-            saved[len(with_u) :],
-            gate_up,
-            down,
-            route,
-            gate_up_pairs,
-            down_pairs,
-            shares.to_rows(du),
+            route.source(dout_TH),
+            weights_TK.reshape(-1)[route.permutation],
+            route.source(x_TH),
+            kept,
+            experts,
+            route.rows,
+            route.to_rows(du),
         )
-        dx_TH = sum_over_chosen(dx_PH, route.inverse, route.chosen)
-        dv1_tokens = shares.to_tokens(dv1, ctx.with_v1)
-        shrink_tokens_backward(dx_TH, dv1_tokens, x_TH, segments, gate_up_pairs)
+        dx_TH = route.sum_of(dx_PH)
+        shrink_tokens_backward(dx_TH, route.to_tokens(dv1), x_TH, segments, experts.gate_up_pairs)
         dweights_TK = (
             dweight_P[route.inverse].view(-1, route.chosen) if ctx.needs_input_grad[1] else None
         )
-        return dx_TH, dweights_TK, None, None, None, None, None, None
+        return dx_TH, dweights_TK, None, None

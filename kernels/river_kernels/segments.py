@@ -84,7 +84,7 @@ def pair_at(pairs: Sequence[Pair | None], slot: int) -> Pair | None:
 
 
 def add_product(
-    grad: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float
+    grad: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0
 ) -> None:
     """Adds `scale * left @ right` to a gradient, if anybody wants it; in the gradient's precision."""
     if grad is not None:

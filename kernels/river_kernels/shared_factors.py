@@ -3,95 +3,96 @@
 They touch the model's width, so they are applied to tokens, of which there are fewer than rows by the number of chosen
 experts:
 
-    v1 = x A1^T for every token, then copied to its rows;   out += scale * (sum over k of w v2) B2^T
+    v1 = scale * x A1^T for every token, then copied to its rows;   out += (sum over k of w v2) B2^T
 
-Each segment is computed by itself. What belongs to one is found by its index; segments that share nothing have nothing.
+Each segment is computed by itself; of segments that share nothing there is nothing.
 """
 
 # Tensors carry their shape in capitals.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 
 import torch
 
-from river_kernels.segments import LoraPair, Pairs, Segments, add_product, pair_at
-
-BySegment = dict[int, torch.Tensor]
-"""Tensors [t, r] by the index of their segment."""
+from river_kernels.rows import ByBlock
+from river_kernels.segments import LoraPair, Pairs, Segment, Segments, add_product, pair_at
 
 
-def shrink_tokens(x_TH: torch.Tensor, segments: Segments, gate_up_pairs: Pairs) -> BySegment:
-    """`x A1^T` of the tokens of every segment whose pair shares A."""
-    return {
-        index: x_TH[rows] @ pair.a[0].T
-        for index, rows, pair in _sharing(segments, gate_up_pairs, _shares_a)
-    }
+def shrink_tokens(x_TH: torch.Tensor, segments: Segments, gate_up_pairs: Pairs) -> ByBlock:
+    """`scale * x A1^T` of the tokens of every segment whose pair shares A."""
+    found: ByBlock = []
+    for segment in segments:
+        pair = pair_sharing_a(segment, gate_up_pairs)
+        if pair is None:
+            found.append(None)
+        else:
+            found.append((_of(x_TH, segment) @ pair.a[0].T).mul_(pair.scale))
+    return found
 
 
 def shrink_tokens_backward(
     dx_TH: torch.Tensor,
-    dv1: Mapping[int, torch.Tensor],
+    dv1: Sequence[torch.Tensor | None],
     x_TH: torch.Tensor,
     segments: Segments,
     gate_up_pairs: Pairs,
 ) -> None:
     """Adds to the gradient of x, in place, and to those of A; `dv1` is not yet scaled."""
-    for index, rows, pair in _sharing(segments, gate_up_pairs, _shares_a):
-        dx_TH[rows].addmm_(dv1[index], pair.a[0], alpha=pair.scale)
+    for segment, dv1_TR in zip(segments, dv1, strict=True):
+        pair = pair_sharing_a(segment, gate_up_pairs)
+        if pair is None or dv1_TR is None:
+            continue
+        scaled_TR = dv1_TR * pair.scale
+        _of(dx_TH, segment).addmm_(scaled_TR, pair.a[0])
         if pair.a_grad is not None:
-            add_product(pair.a_grad[0], dv1[index].T, x_TH[rows], pair.scale)
+            add_product(pair.a_grad[0], scaled_TR.T, _of(x_TH, segment))
 
 
 def expand_tokens(
-    out_TH: torch.Tensor, u: Mapping[int, torch.Tensor], segments: Segments, down_pairs: Pairs
+    out_TH: torch.Tensor,
+    u: Sequence[torch.Tensor | None],
+    segments: Segments,
+    down_pairs: Pairs,
 ) -> None:
-    """Adds `scale * u B2^T` to the tokens of every segment whose pair shares B, in place."""
-    for index, rows, pair in _sharing(segments, down_pairs, _shares_b):
-        out_TH[rows].addmm_(u[index], pair.b[0].T, alpha=pair.scale)
+    """Adds `u B2^T` to the tokens of every segment whose pair shares B, in place."""
+    for segment, u_TR in zip(segments, u, strict=True):
+        pair = pair_sharing_b(segment, down_pairs)
+        if pair is not None and u_TR is not None:
+            _of(out_TH, segment).addmm_(u_TR, pair.b[0].T)
 
 
 def expand_tokens_backward(
-    dout_TH: torch.Tensor, u: Mapping[int, torch.Tensor], segments: Segments, down_pairs: Pairs
-) -> BySegment:
-    """The gradients of `u`, not yet scaled; adds those of B."""
-    du: BySegment = {}
-    for index, rows, pair in _sharing(segments, down_pairs, _shares_b):
-        dout = dout_TH[rows]
-        du[index] = dout @ pair.b[0]
+    dout_TH: torch.Tensor,
+    u: Sequence[torch.Tensor | None],
+    segments: Segments,
+    down_pairs: Pairs,
+) -> ByBlock:
+    """The gradients of `h A2^T`, not yet weighted by the router; adds those of B."""
+    found: ByBlock = []
+    for segment, u_TR in zip(segments, u, strict=True):
+        pair = pair_sharing_b(segment, down_pairs)
+        if pair is None or u_TR is None:
+            found.append(None)
+            continue
+        dout = _of(dout_TH, segment)
+        found.append((dout @ pair.b[0]).mul_(pair.scale))
         if pair.b_grad is not None:
-            add_product(pair.b_grad[0], dout.T, u[index], pair.scale)
-    return du
+            add_product(pair.b_grad[0], dout.T, u_TR)
+    return found
 
 
-def sharing_segments(segments: Segments, pairs: Pairs) -> list[int]:
-    """The indices of the segments whose pair shares a factor."""
-    return [
-        index
-        for index, _, _ in _sharing(segments, pairs, lambda pair: pair.shares_a or pair.shares_b)
-    ]
+def pair_sharing_a(segment: Segment, pairs: Pairs) -> LoraPair | None:
+    pair = pair_at(pairs, segment.slot)
+    return pair if pair is not None and pair.shares_a else None
 
 
-def sharing_b(segments: Segments, pairs: Pairs) -> list[int]:
-    """The indices of the segments whose pair shares B."""
-    return [index for index, _, _ in _sharing(segments, pairs, _shares_b)]
+def pair_sharing_b(segment: Segment, pairs: Pairs) -> LoraPair | None:
+    pair = pair_at(pairs, segment.slot)
+    return pair if pair is not None and pair.shares_b else None
 
 
-def _shares_a(pair: LoraPair) -> bool:
-    return pair.shares_a
-
-
-def _shares_b(pair: LoraPair) -> bool:
-    return pair.shares_b
-
-
-def _sharing(
-    segments: Segments, pairs: Pairs, is_shared: Callable[[LoraPair], bool]
-) -> Iterator[tuple[int, slice, LoraPair]]:
-    """Index, tokens and pair of the segments whose pair shares a factor."""
-    for index, segment in enumerate(segments):
-        pair = pair_at(pairs, segment.slot)
-        if pair is not None and is_shared(pair) and segment.end > segment.start:
-            yield index, slice(segment.start, segment.end), pair
+def _of(tokens_TH: torch.Tensor, segment: Segment) -> torch.Tensor:
+    return tokens_TH[segment.start : segment.end]

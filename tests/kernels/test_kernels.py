@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -49,11 +49,12 @@ def make_pairs(
     outputs: int,
     experts: int | None = None,
     shared: str = "",
+    ranks: Sequence[int] = RANKS,
 ) -> list[LoraPair | None]:
     """One pair of each rank; the slots that `shared` names by factor, as "a02", store it once for all experts."""
     lead = () if experts is None else (experts,)
     pairs: list[LoraPair | None] = []
-    for slot, rank in enumerate(RANKS):
+    for slot, rank in enumerate(ranks):
         is_shared = {factor: shared[:1] == factor and str(slot) in shared for factor in "ab"}
         of_a, of_b = ((1,) if is_shared[factor] else lead for factor in "ab")
         a = torch.randn(*of_a, rank, inputs, generator=generator)
@@ -218,20 +219,32 @@ def test_linear_equals_a_loop_over_tokens() -> None:
 
 
 @pytest.mark.parametrize("slots", ["", "012", "02"], ids=["per expert", "shared", "both"])
-def test_moe_equals_a_loop_over_tokens(slots: str) -> None:
-    """Values and gradients of a mixed batch are those of the formula, in either layout, with an expert nobody chose."""
+@pytest.mark.parametrize("ranks", [RANKS, (16, 8, 4)], ids=str)
+@pytest.mark.parametrize("experts", [6, 60], ids=["few experts", "many experts"])
+def test_moe_equals_a_loop_over_tokens(slots: str, ranks: tuple[int, ...], experts: int) -> None:
+    """Values and gradients of a mixed batch are those of the formula, in either layout, with experts nobody chose."""
     generator = torch.Generator().manual_seed(2)
-    hidden, inner, experts, top = 16, 12, 6, 2
+    hidden, inner, top = 16, 12, 2
     x = torch.randn(TOKENS, hidden, generator=generator).requires_grad_()
     chosen = torch.rand(TOKENS, experts - 1, generator=generator).topk(top).indices
     weights = torch.rand(TOKENS, top, generator=generator).requires_grad_()
     gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
     down = torch.randn(experts, hidden, inner, generator=generator)
     first = make_pairs(
-        generator, inputs=hidden, outputs=2 * inner, experts=experts, shared=f"a{slots}"
+        generator,
+        inputs=hidden,
+        outputs=2 * inner,
+        experts=experts,
+        shared=f"a{slots}",
+        ranks=ranks,
     )
     second = make_pairs(
-        generator, inputs=inner, outputs=hidden, experts=experts, shared=f"b{slots}"
+        generator,
+        inputs=inner,
+        outputs=hidden,
+        experts=experts,
+        shared=f"b{slots}",
+        ranks=ranks,
     )
     second[1] = None
     upstream = torch.randn(TOKENS, hidden, generator=generator)
@@ -390,42 +403,54 @@ def test_packed_attention_equals_each_sequence_alone() -> None:
         assert relative_error(tensor.grad, copy.grad) < TOLERANCE
 
 
+@pytest.mark.parametrize("verified", [False, True], ids=["by parts", "together"])
+@pytest.mark.parametrize("ranks", [RANKS, (16, 16, 16), (16, 4, 32)], ids=str)
 @pytest.mark.parametrize("slots", ["", "012"], ids=["per expert", "shared"])
-def test_an_adapter_gets_the_same_alone_and_in_company(slots: str) -> None:
+def test_an_adapter_gets_the_same_alone_and_in_company(
+    no_verified_weights: set[object], slots: str, ranks: tuple[int, ...], *, verified: bool
+) -> None:
     """What one adapter computes does not change with the others in the batch, not even in the last bit."""
     generator = torch.Generator().manual_seed(5)
-    hidden, inner, experts = 16, 12, 4
+    hidden, inner, experts = 64, 32, 4
     x = torch.randn(TOKENS, hidden, generator=generator)
     chosen = torch.rand(TOKENS, experts, generator=generator).topk(2).indices
     weights = torch.rand(TOKENS, 2, generator=generator)
-    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
-    down = torch.randn(experts, hidden, inner, generator=generator)
-    first = make_pairs(
-        generator, inputs=hidden, outputs=2 * inner, experts=experts, shared=f"a{slots}"
-    )
-    second = make_pairs(
-        generator, inputs=inner, outputs=hidden, experts=experts, shared=f"b{slots}"
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator) / 8
+    down = torch.randn(experts, hidden, inner, generator=generator) / 8
+    assert not verified or frozen.verify_rows([gate_up[0], down[0]])
+    first, second = (
+        make_pairs(
+            generator,
+            inputs=inputs,
+            outputs=outputs,
+            experts=experts,
+            shared=factor + slots,
+            ranks=ranks,
+        )
+        for inputs, outputs, factor in ((hidden, 2 * inner, "a"), (inner, hidden, "b"))
     )
 
     def gradients(rows: slice, segments: Segments) -> list[torch.Tensor]:
-        for pair in (*first, *second):
-            assert pair is not None
-            assert pair.a_grad is not None
-            pair.a_grad.zero_()
+        for grad in grads_of([*first, *second]):
+            grad.zero_()
         inputs = x[rows].clone().requires_grad_()
-        out = moe_lora(inputs, chosen[rows], weights[rows], gate_up, down, segments, first, second)
+        routed = weights[rows].clone().requires_grad_()
+        out = moe_lora(inputs, chosen[rows], routed, gate_up, down, segments, first, second)
+        out.square().sum().backward()
         here = slice(segments[-2].start, segments[-2].end) if len(segments) > 1 else slice(None)
-        out[here].square().sum().backward()
-        pair = first[1]
-        assert pair is not None
-        assert pair.a_grad is not None
         assert inputs.grad is not None
-        return [out[here], inputs.grad[here], pair.a_grad.clone()]
+        assert routed.grad is not None
+        own = [grad.clone() for grad in grads_of([first[1], second[1]])]
+        return [out[here].detach(), inputs.grad[here], routed.grad[here], *own]
 
     mixed = gradients(slice(0, TOKENS), SEGMENTS)
     alone = gradients(slice(12, 31), (Segment(1, 0, 19),))
-    for together, by_itself in zip(mixed, alone, strict=True):
+    for together, by_itself, again in zip(
+        mixed, alone, gradients(slice(0, TOKENS), SEGMENTS), strict=True
+    ):
+        assert together.any()
         assert torch.equal(together, by_itself)
+        assert torch.equal(together, again)
 
 
 @pytest.mark.parametrize(

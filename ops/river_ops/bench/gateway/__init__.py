@@ -1,95 +1,37 @@
 """`river bench gateway`: what the gateway adds to a request, and what it costs, beside other gateways.
 
-Four questions, each to all contenders in turns: how much latency at a steady rate; how many requests one core carries;
-what a streamed event costs; how much of a real engine's throughput is left. The gateway has one core, everything else
-the other: load, stand-in engine, Postgres, NATS and recorder. Keys, limits, credit and metering are on; the peers have
-none of these.
+Five questions: how much latency at a steady rate; how many requests one core carries, beside the peers; what a streamed
+event costs; whether memory grows; how much of a real engine's throughput is left. The gateway has one core, everything
+else the other: load, stand-in engine, Postgres, NATS and recorder. Keys, limits, credit and metering are on; the peers
+have none of these.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from msgspec import Struct
+from river_ops.bench.gateway.measurements import CONNECTIONS, RATE, STREAMS, Bench, Door, Sizes
+from river_ops.bench.gateway.peers import API_KEY, PEERS, peers_environment, running_peer
+from river_ops.bench.gateway.platform import (
+    CUSTOMER_HAS,
+    Platform,
+    recorded_requests,
+    running_platform,
+)
+from river_ops.bench.gateway.processes import pin
+from river_ops.bench.gateway.report import GatewayReport, missed_goals, table
+from river_ops.bench.measure import machine
 
-from river_ops.bench.gateway.answers import MODEL
-from river_ops.bench.gateway.messages import LoadResult, LoadSettings
-from river_ops.bench.gateway.peers import API_KEY, PEERS, Peer, peers_environment, running_peer
-from river_ops.bench.gateway.platform import Platform, running_platform
-from river_ops.bench.gateway.processes import pin, processor_s, resident_mb
-from river_ops.bench.measure import Machine, machine, median, significant
-from river_ops.bench.programs import ProgramError, run_program
-from river_ops.models import TINY_MOE_NAME
+__all__ = ["GatewayReport", "run", "table"]
 
-LOAD_MODULE = "river_ops.bench.gateway.load"
-RATE = 200.0
-CONNECTIONS = 64
-STREAMS = 64
-ENGINE_CONNECTIONS, ENGINE_TOKENS = 16, 16
-MEMORY_REQUESTS, MEMORY_WARM_REQUESTS = 100_000, 10_000
 LITELLM_CONNECTIONS = 8
-LOAD_TIMEOUT_S = 300.0
-
-GOALS = {
-    "throughput_ratio": ("at least", 0.97),
-    "added_p50_ms": ("at most", 1.0),
-    "added_p99_ms": ("at most", 3.0),
-    "added_stream_p50_ms": ("at most", 1.0),
-    "added_stream_p99_ms": ("at most", 3.0),
-    "vllm_router_ratio": ("at least", 0.6),
-    "litellm_ratio": ("at least", 40.0),
-    "cpu_us_per_event": ("at most", 60.0),
-}
-
-
-class Sizes(Struct, frozen=True, kw_only=True):
-    """How long everything takes: seconds of one measurement, and rounds of them."""
-
-    seconds: float
-    rounds: int
-    memory_requests: int
-    real_engine: bool
-
-
-FULL = Sizes(seconds=6.0, rounds=5, memory_requests=MEMORY_REQUESTS, real_engine=True)
-QUICK = Sizes(seconds=1.5, rounds=1, memory_requests=20_000, real_engine=False)
-
-
-class Contender(Struct, frozen=True, kw_only=True):
-    """One gateway in front of the stand-in, on one core; medians over rounds."""
-
-    requests_per_s: float
-    cpu_us_per_request: float
-    cpu_us_per_event: float
-
-
-class GatewayReport(Struct, frozen=True, kw_only=True):
-    """`peers` are null where they are not installed; `throughput_ratio` where no real engine was run.
-
-    `memory_growth_mb` is what the gateway's memory grew by between its first requests and the last.
-    """
-
-    name: str = "gateway"
-    throughput_ratio: float | None
-    added_p50_ms: float
-    added_p99_ms: float
-    added_stream_p50_ms: float
-    added_stream_p99_ms: float
-    requests_per_s: float
-    cpu_us_per_request: float
-    cpu_us_per_event: float
-    memory_mb: float
-    memory_growth_mb: float
-    vllm_router_ratio: float | None
-    litellm_ratio: float | None
-    peers: dict[str, Contender | None]
-    missed: list[str]
-    settings: dict[str, int | float | str]
-    machine: Machine
+"""More of them only make it slower."""
+FULL = Sizes(seconds=6.0, rounds=5, memory_requests=100_000, real_engine=True)
+QUICK = Sizes(seconds=1.5, rounds=1, memory_requests=10_000, real_engine=False)
 
 
 def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
@@ -110,27 +52,23 @@ def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
                 other_cores=other_cores,
             )
         )
-        say("latency at a steady rate…")
-        added = added_latency(platform, sizes, stream=False)
-        added_stream = added_latency(platform, sizes, stream=True)
-        say("requests on one core…")
-        saturation = Saturation(platform, sizes)
-        ours = saturation.of_ours()
-        peers: dict[str, Contender | None] = {}
-        for name in PEERS:
-            peers[name] = None
-            if programs is not None:
-                say(f"{name}…")
-                with running_peer(name, programs, platform.stub_url, data) as peer:
-                    pin(peer.process, gateway_cores)
-                    peers[name] = saturation.of_peer(name, peer)
+        bench = Bench(platform, sizes)
         say("memory…")
-        memory_mb, growth_mb = memory_growth(platform, sizes)
+        memory_mb, growth_mb = bench.memory_growth()
+        say("latency at a steady rate…")
+        added = bench.added_latency(stream=False)
+        added_stream = bench.added_latency(stream=True)
+        say("requests on one core, and streams…")
+        with running_peers(programs, platform, data, gateway_cores) as doors:
+            found = bench.saturation({"river": bench.ours, **doors})
         ratio = None
         if sizes.real_engine:
             say("a real engine…")
-            ratio = throughput_ratio(platform, sizes, set(cores))
-    router, litellm = peers["vllm_router"], peers["litellm"]
+            ratio = bench.throughput_ratio(set(cores))
+        say("usage that was recorded…")
+        recorded = recorded_requests(platform, bench.billable)
+    river = found["river"]
+    ours = river.medians()
     report = GatewayReport(
         throughput_ratio=ratio,
         added_p50_ms=added[0],
@@ -142,17 +80,21 @@ def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
         cpu_us_per_event=ours.cpu_us_per_event,
         memory_mb=memory_mb,
         memory_growth_mb=growth_mb,
-        vllm_router_ratio=router and significant(ours.requests_per_s / router.requests_per_s, 3),
-        litellm_ratio=litellm and significant(ours.requests_per_s / litellm.requests_per_s, 3),
-        peers=peers,
+        vllm_router_ratio=river.times(found["vllm_router"]) if "vllm_router" in found else None,
+        litellm_ratio=river.times(found["litellm"]) if "litellm" in found else None,
+        peers={name: found[name].medians() if name in found else None for name in PEERS},
+        billable=bench.billable,
+        recorded=recorded,
         missed=[],
         settings={
             "rate": RATE,
             "connections": CONNECTIONS,
+            "litellm_connections": LITELLM_CONNECTIONS,
             "streams": STREAMS,
             "seconds": sizes.seconds,
             "rounds": sizes.rounds,
             "memory_requests": sizes.memory_requests,
+            "customer": CUSTOMER_HAS,
         },
         machine=here,
     )
@@ -160,163 +102,17 @@ def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
     return report
 
 
-# ---- Measurements ----------------------------------------------------------------------------------------------------
-
-
-def send(port: int, key: str, model: str, connections: int, **settings: object) -> LoadResult:
-    """One load, in a process of its own.
-
-    Raises:
-        ProgramError: something was not answered as it should.
-    """
-    asked = LoadSettings(
-        port=port,
-        api_key=key,
-        model=model,
-        connections=connections,
-        **settings,  # pyright: ignore[reportArgumentType] - the struct's own fields
-    )
-    result = run_program(LOAD_MODULE, asked, LoadResult, timeout_s=LOAD_TIMEOUT_S)
-    if result.errors:
-        raise ProgramError(f"{result.errors} of {result.requests} failed: {result.first_error}")
-    return result
-
-
-def added_latency(platform: Platform, sizes: Sizes, *, stream: bool) -> tuple[float, float]:
-    """What the gateway adds at a steady rate, in milliseconds: at the median and at 99 %; medians over rounds."""
-    p50_ms: list[float] = []
-    p99_ms: list[float] = []
-    for _ in range(sizes.rounds):
-        straight, through = (
-            send(
-                port,
-                platform.api_key,
-                MODEL,
-                CONNECTIONS,
-                rate=RATE,
-                seconds=sizes.seconds,
-                stream=stream,
-            )
-            for port in (platform.stub_port, platform.gateway_port)
-        )
-        p50_ms.append(through.p50_ms - straight.p50_ms)
-        p99_ms.append(through.p99_ms - straight.p99_ms)
-    return significant(median(p50_ms), 3), significant(median(p99_ms), 3)
-
-
-class Saturation:
-    """Requests as fast as one core answers them."""
-
-    def __init__(self, platform: Platform, sizes: Sizes) -> None:
-        self._platform = platform
-        self._sizes = sizes
-
-    def of_ours(self) -> Contender:
-        """Ours."""
-        platform = self._platform
-        return self._measure(
-            platform.gateway_port, platform.gateway_process, platform.api_key, CONNECTIONS
-        )
-
-    def of_peer(self, name: str, peer: Peer) -> Contender:
-        """Another's, with no more connections than do it good."""
-        connections = LITELLM_CONNECTIONS if name == "litellm" else CONNECTIONS
-        return self._measure(peer.port, peer.process, API_KEY, connections)
-
-    def _measure(self, port: int, process: int, key: str, connections: int) -> Contender:
-        seconds = self._sizes.seconds
-        send(port, key, MODEL, connections, seconds=min(seconds, 1.0))
-        rates: list[float] = []
-        costs_us: list[float] = []
-        for _ in range(self._sizes.rounds):
-            before_s = processor_s(process)
-            result = send(port, key, MODEL, connections, seconds=seconds)
-            rates.append(result.requests_per_s)
-            costs_us.append(1e6 * (processor_s(process) - before_s) / result.requests)
-        return Contender(
-            requests_per_s=significant(median(rates)),
-            cpu_us_per_request=significant(median(costs_us), 3),
-            cpu_us_per_event=self._cost_of_events(port, process, key),
-        )
-
-    def _cost_of_events(self, port: int, process: int, key: str) -> float:
-        """Microseconds of processor time for an event, with many slow streams at once."""
-        costs_us: list[float] = []
-        for _ in range(self._sizes.rounds):
-            before_s = processor_s(process)
-            result = send(
-                port, key, MODEL, STREAMS, seconds=self._sizes.seconds, stream=True, paced=True
-            )
-            costs_us.append(1e6 * (processor_s(process) - before_s) / result.events)
-        return significant(median(costs_us), 3)
-
-
-def memory_growth(platform: Platform, sizes: Sizes) -> tuple[float, float]:
-    """The gateway's memory after many requests, and how much of it came after the first tenth of them; megabytes."""
-
-    def request(count: int) -> float:
-        send(platform.gateway_port, platform.api_key, MODEL, CONNECTIONS, requests=count)
-        return resident_mb(platform.gateway_process)
-
-    first_mb = request(sizes.memory_requests // 10)
-    last_mb = request(sizes.memory_requests - sizes.memory_requests // 10)
-    return significant(last_mb, 3), round(last_mb - first_mb, 1)
-
-
-def throughput_ratio(platform: Platform, sizes: Sizes, cores: set[int]) -> float:
-    """Requests per second through the gateway over those straight to a real engine that has all it can do."""
-    pin(platform.gateway_process, cores)
-    ways = {
-        "straight": (platform.engine_port, platform.engine_token),
-        "through": (platform.gateway_port, platform.api_key),
-    }
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(sizes.rounds + 1):
-        for way in ways if number % 2 else reversed(ways):
-            port, key = ways[way]
-            result = send(
-                port,
-                key,
-                TINY_MOE_NAME,
-                ENGINE_CONNECTIONS,
-                seconds=sizes.seconds,
-                max_tokens=ENGINE_TOKENS,
-            )
-            if number:  # The first round warms up.
-                rates[way].append(result.requests_per_s)
-    return significant(median(rates["through"]) / median(rates["straight"]), 3)
-
-
-# ---- Results ---------------------------------------------------------------------------------------------------------
-
-
-def missed_goals(report: GatewayReport) -> list[str]:
-    """The goals that were measured and not reached."""
-    missed: list[str] = []
-    for name, (relation, goal) in GOALS.items():
-        value: float | None = getattr(report, name)
-        if value is None:
-            continue
-        if value < goal if relation == "at least" else value > goal:
-            missed.append(f"{name} {value:g}, {relation} {goal:g} wanted")
-    return missed
-
-
-def table(report: GatewayReport) -> list[str]:
-    """The report for people."""
-    lines = [f"{'':<16}{'requests/s':>12}{'us/request':>12}{'ratio':>8}"]
-    contenders = {"river": (report.requests_per_s, report.cpu_us_per_request)}
-    for name, peer in report.peers.items():
-        if peer is not None:
-            contenders[name] = (peer.requests_per_s, peer.cpu_us_per_request)
-    for name, (rate, cost_us) in contenders.items():
-        lines.append(f"{name:<16}{rate:>12.0f}{cost_us:>12.0f}{report.requests_per_s / rate:>8.2f}")
-    lines += [f"{name} is not installed" for name, peer in report.peers.items() if peer is None]
-    lines += [
-        f"added at {RATE:.0f} requests/s: {report.added_p50_ms:.2f} ms (99 %: {report.added_p99_ms:.2f})",
-        f"  streams: {report.added_stream_p50_ms:.2f} ms (99 %: {report.added_stream_p99_ms:.2f})",
-        f"memory: {report.memory_mb:.0f} MB, grown by {report.memory_growth_mb:.1f}",
-    ]
-    if report.throughput_ratio is not None:
-        lines.append(f"of a real engine's throughput: {100 * report.throughput_ratio:.1f} %")
-    return [*lines, *(f"missed: {goal}" for goal in report.missed)]
+@contextmanager
+def running_peers(
+    programs: Path | None, platform: Platform, data: Path, cores: set[int]
+) -> Iterator[dict[str, Door]]:
+    """All peers in front of the stand-in, on the gateway's core; none where they are not installed."""
+    doors: dict[str, Door] = {}
+    with ExitStack() as stack:
+        if programs is not None:
+            for name in PEERS:
+                peer = stack.enter_context(running_peer(name, programs, platform.stub_url, data))
+                pin(peer.process, cores)
+                connections = LITELLM_CONNECTIONS if name == "litellm" else CONNECTIONS
+                doors[name] = Door(peer.port, API_KEY, peer.process, connections)
+        yield doors

@@ -39,26 +39,33 @@ STREAM_HEAD = (
 STREAM_END = b"0\r\n\r\n"
 
 
-def stream_events(tokens: int) -> list[bytes]:
+def stream_events(tokens: int, *, continuous_usage: bool) -> list[bytes]:
     """A stream's events as chunks of HTTP: one for each token, the sum of the usage, and the end."""
-    events = [_event([_delta(index)], _usage(index + 1)) for index in range(tokens)]
+    events = [
+        _event(
+            [_choice(index, "stop" if index == tokens - 1 else None)],
+            _usage(index + 1) if continuous_usage else None,
+        )
+        for index in range(tokens)
+    ]
     return [*events, _event([], _usage(tokens)), _chunked(b"data: [DONE]\n\n")]
 
 
-def _delta(index: int) -> dict[str, object]:
+def _choice(index: int, finish_reason: str | None) -> dict[str, object]:
     delta = {"content": f" word{index}"}
-    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
-def _event(choices: list[dict[str, object]], usage: dict[str, int]) -> bytes:
-    chunk = {
+def _event(choices: list[dict[str, object]], usage: dict[str, int] | None) -> bytes:
+    chunk: dict[str, object] = {
         "id": "chatcmpl-stub",
         "object": "chat.completion.chunk",
         "created": 1,
         "model": MODEL,
         "choices": choices,
-        "usage": usage,
     }
+    if usage is not None:
+        chunk["usage"] = usage
     return _chunked(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
 
 

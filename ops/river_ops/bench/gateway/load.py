@@ -16,7 +16,7 @@ import httptools
 import msgspec
 import uvloop
 
-from river_ops.bench.gateway.messages import PACED, LoadResult, LoadSettings
+from river_ops.bench.gateway.messages import PACED_USER, LoadResult, LoadSettings
 from river_ops.bench.measure import percentile
 from river_ops.bench.programs import answer_with, program_settings
 
@@ -208,8 +208,7 @@ def request_bytes(settings: LoadSettings) -> bytes:
     if settings.stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
     if settings.paced:
-        fields["user"] = "paced"
-        assert PACED in msgspec.json.encode(fields)
+        fields["user"] = PACED_USER
     body = msgspec.json.encode(fields)
     return (
         b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"

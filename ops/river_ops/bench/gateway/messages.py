@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-PACED = b'"user":"paced"'
-"""In a body: its stream is to come token by token."""
+PACED_USER = "paced"
+"""Streams of this user come token by token."""
 
 
 class StubSettings(Struct, frozen=True, kw_only=True):

@@ -26,6 +26,17 @@ INSTALL_TIMEOUT_S = 900.0
 START_TIMEOUT_S = 120.0
 API_KEY = "sk-river-bench-" + "0" * 16
 PEERS = ("vllm_router", "litellm")
+# The lock is complete; left to itself pip would ask for the hash of `pydantic[email]` beside that of pydantic.
+_INSTALL = ("install", "--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes")
+_ENVIRONMENT = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_MODE": "PRODUCTION",
+    "OMP_NUM_THREADS": "1",
+    # Set to anything it would halve LiteLLM's speed: what it imports anew on each request is compiled each time.
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTHONPATH": "",
+}
 _LOCK = Path(__file__).parents[3] / "requirements" / "bench-peers.txt"
 
 
@@ -53,7 +64,7 @@ def peers_environment(say: Callable[[str], None], *, install: bool) -> Path | No
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run(
-            [folder / "bin" / "pip", "install", "--quiet", "--require-hashes", "-r", _LOCK],
+            [folder / "bin" / "pip", *_INSTALL, "-r", _LOCK],
             check=True,
             timeout=INSTALL_TIMEOUT_S,
         )
@@ -74,8 +85,7 @@ def running_peer(name: str, programs: Path, stub_url: str, data: Path) -> Iterat
     """
     port = free_port()
     argv = _ARGUMENTS[name](programs, stub_url, data, port)
-    environment = {"OMP_NUM_THREADS": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    child = Child(name, dying_with_parent(argv), data / f"{name}.log", environment)
+    child = Child(name, dying_with_parent(argv), data / f"{name}.log", _ENVIRONMENT)
     child.start()
     try:
         child.wait_until(lambda: _answers(port), timeout_s=START_TIMEOUT_S)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ import asyncpg
 import httpx
 import msgspec
 
-from river_gateway.tenancy.auth import create_key, create_tenant
+from river_client.wire import Limits
+from river_gateway.limits import UPSTREAM_CONCURRENT_MAX
+from river_gateway.tenancy.accounts import create_key, create_tenant
 from river_ops.bench.gateway.messages import Listening, StubSettings
-from river_ops.bench.gateway.processes import pin
+from river_ops.bench.gateway.processes import on_cores, pin
 from river_ops.bench.programs import start_program
 from river_ops.children import Child, free_port, part_argv
 from river_ops.embedded.nats import EmbeddedNats
@@ -27,6 +30,16 @@ from river_ops.settings import TINY_BASE
 
 STUB_MODULE = "river_ops.bench.gateway.stub"
 START_TIMEOUT_S = 180.0
+RECORD_TIMEOUT_S, RECORD_POLL_S = 120.0, 1.0
+AMPLE = Limits(
+    requests_per_minute=10**8,
+    tokens_per_minute=2**31 - 1,
+    concurrent_requests=UPSTREAM_CONCURRENT_MAX,
+)
+CUSTOMER_HAS = "limits of key and tenant"
+_COUNT_REQUESTS = """
+select coalesce(sum(events), 0)::bigint from usage_hour where kind = 'completion'
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class Platform:
     stub_url: str
     engine_port: int
     engine_token: str
+    postgres_url: str
     api_key: str
 
     @property
@@ -50,7 +64,7 @@ class Platform:
 def running_platform(
     data: Path, *, real_engine: bool, gateway_cores: set[int], other_cores: set[int]
 ) -> Iterator[Platform]:
-    """Everything running while the block runs; the gateway on cores of its own.
+    """Everything running while the block runs; the gateway on cores of its own, a real engine on any.
 
     Raises:
         ChildError: a part does not come up.
@@ -80,7 +94,8 @@ def running_platform(
                 base = TINY_BASE
                 environment |= {"RIVER_BASE_MODEL": base.name, "RIVER_MODEL_PATH": base.path}
             child = Child(part, part_argv(part), data / "logs" / f"{part}.log", environment)
-            child.start()
+            with on_cores(own_cores if part == "engine" else other_cores):
+                child.start()
             children.append(child)
         gateway = children[-1]
         key = asyncio.run(_customer(postgres.url()))
@@ -90,7 +105,15 @@ def running_platform(
         )
         assert gateway.process is not None
         pin(gateway.process.pid, gateway_cores)
-        yield Platform(ports["gateway"], gateway.process.pid, stub_url, ports["engine"], token, key)
+        yield Platform(
+            gateway_port=ports["gateway"],
+            gateway_process=gateway.process.pid,
+            stub_url=stub_url,
+            engine_port=ports["engine"],
+            engine_token=token,
+            postgres_url=postgres.url(),
+            api_key=key,
+        )
     finally:
         for child in reversed(children):
             child.ask_to_stop()
@@ -112,15 +135,33 @@ def _start_stub(nats_url: str) -> tuple[subprocess.Popen[bytes], str]:
 
 
 async def _customer(postgres_url: str) -> str:
-    """The key of a tenant like those that pay."""
+    """The key of a tenant like those that pay; see `CUSTOMER_HAS`."""
     connection = await asyncpg.connect(postgres_url)
     try:
-        tenant = await create_tenant(connection, "bench")
-        key = await create_key(connection, tenant=tenant.tenant_id)
+        tenant = await create_tenant(connection, "bench", limits=AMPLE)
+        key = await create_key(connection, tenant=tenant.tenant_id, limits=AMPLE)
     finally:
         await connection.close()
     assert key.secret is not None
     return key.secret
+
+
+def recorded_requests(platform: Platform, billable: int) -> int:
+    """How many requests are billed by the time that all `billable` are, or that `RECORD_TIMEOUT_S` is over."""
+    return asyncio.run(_recorded_requests(platform.postgres_url, billable))
+
+
+async def _recorded_requests(postgres_url: str, billable: int) -> int:
+    deadline = time.monotonic() + RECORD_TIMEOUT_S
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        while True:
+            recorded = await connection.fetchval(_COUNT_REQUESTS)
+            if recorded >= billable or time.monotonic() > deadline:
+                return recorded
+            await asyncio.sleep(RECORD_POLL_S)
+    finally:
+        await connection.close()
 
 
 def _models(port: int, key: str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,6 +13,17 @@ def pin(process: int, cores: AbstractSet[int]) -> None:
     """Keeps all threads of a process, and what they start, to `cores`."""
     for thread in Path(f"/proc/{process}/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
+
+
+@contextmanager
+def on_cores(cores: AbstractSet[int]) -> Iterator[None]:
+    """What this thread starts in the block runs on `cores`."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def processor_s(process: int) -> float:

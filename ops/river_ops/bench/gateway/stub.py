@@ -1,15 +1,16 @@
 """A program that stands in for an engine and costs next to nothing: it looks only for the end of a request.
 
-It registers itself as engines do, and answers every POST alike; a body with `"stream":true` gets a stream, at once, or
-with `PACED` in it token by token.
+It registers itself as engines do, and answers every POST alike; a body that asks for a stream gets one, at once, or
+token by token for the user `PACED_USER`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
-from typing import cast
+from typing import ClassVar, cast
 
 import msgspec
 import nats
@@ -26,7 +27,7 @@ from river_ops.bench.gateway.answers import (
     stream_events,
     whole_answer,
 )
-from river_ops.bench.gateway.messages import PACED, Listening, StubSettings
+from river_ops.bench.gateway.messages import PACED_USER, Listening, StubSettings
 from river_ops.bench.programs import answer_with, program_settings
 
 CONTEXT_LENGTH = 8192
@@ -75,12 +76,24 @@ async def keep_registered(nats_url: str, url: str) -> None:
         await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
+def field_pattern(name: str, value: str) -> re.Pattern[bytes]:
+    """Finds a field in JSON, with or without the space that some clients write."""
+    return re.compile(f'"{name}": ?{value}'.encode())
+
+
+STREAMED = field_pattern("stream", "true")
+PACED = field_pattern("user", f'"{PACED_USER}"')
+CONTINUOUS_USAGE = field_pattern("continuous_usage_stats", "true")
+
+
 class StubConnection(asyncio.Protocol):
     """One client's connection."""
 
     _whole = whole_answer()
-    _events = stream_events(STREAM_TOKENS)
-    _stream = STREAM_HEAD + b"".join(_events) + STREAM_END
+    _streams: ClassVar[dict[bool, list[bytes]]] = {
+        continuous: stream_events(STREAM_TOKENS, continuous_usage=continuous)
+        for continuous in (False, True)
+    }
 
     def __init__(self) -> None:
         self._received = b""
@@ -100,22 +113,29 @@ class StubConnection(asyncio.Protocol):
 
     def _answer(self, request: bytes) -> None:
         assert self._transport is not None
-        if b'"stream":true' not in request:
+        if not STREAMED.search(request):
             self._transport.write(self._whole if request.startswith(b"POST") else EMPTY_ANSWER)
-        elif PACED in request:
+            return
+        events = self._streams[CONTINUOUS_USAGE.search(request) is not None]
+        if PACED.search(request):
             self._transport.write(STREAM_HEAD)
-            self._pace(0, asyncio.get_running_loop())
+            loop = asyncio.get_running_loop()
+            self._pace(events, 0, loop.time(), loop)
         else:
-            self._transport.write(self._stream)
+            self._transport.write(STREAM_HEAD + b"".join(events) + STREAM_END)
 
-    def _pace(self, index: int, loop: asyncio.AbstractEventLoop) -> None:
+    def _pace(
+        self, events: list[bytes], index: int, began: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Writes a token, and the rest when its time has come; late ones do not delay those after them."""
         if self._transport is None:
             return
         if index == STREAM_TOKENS:
-            self._transport.write(b"".join(self._events[index:]) + STREAM_END)
+            self._transport.write(b"".join(events[index:]) + STREAM_END)
             return
-        self._transport.write(self._events[index])
-        loop.call_later(PACE_S, self._pace, index + 1, loop)
+        self._transport.write(events[index])
+        following = index + 1
+        loop.call_at(began + following * PACE_S, self._pace, events, following, began, loop)
 
 
 EMPTY_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"

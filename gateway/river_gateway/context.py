@@ -74,13 +74,11 @@ class Envelope:
             # A template, not the path: labels must stay few.
             route = scope.get("path_template", "unmatched")
             self._telemetry.answered(route, scope["method"], context.status, elapsed_s)
-            logger.info(
-                "answered",
-                extra=context.log_ids()
-                | {
+            if logger.isEnabledFor(logging.INFO):
+                outcome = {
                     "method": scope["method"],
                     "route": route,
                     "status": context.status,
                     "duration_ms": round(elapsed_s * 1000, 1),
-                },
-            )
+                }
+                logger.info("answered", extra=context.log_ids() | outcome)

@@ -5,6 +5,8 @@ from __future__ import annotations
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 BODY_MAX_BYTES = 64 * 1024 * 1024
+CLIENT_WATCHED_AFTER_S = 0.05
+"""How long a request works before anybody looks whether its client is still there."""
 UPSTREAM_CONCURRENT_MAX = 4096
 UPSTREAM_CONNECT_TIMEOUT_S = 5.0
 UPSTREAM_SILENCE_TIMEOUT_S = 600.0
@@ -90,6 +92,8 @@ NATS_PING_INTERVAL_S = 5
 NATS_ACK_TIMEOUT_S = 3.0
 WATCH_SILENCE_S = 8.0
 WATCH_RETRY_S = 0.5
+USAGE_ROUND_S = 0.002
+"""At least so long from one group of usage events to the next, so that a busy gateway makes groups of many."""
 USAGE_BACKLOG_MAX = 100_000
 USAGE_RETRY_S = 0.5
 

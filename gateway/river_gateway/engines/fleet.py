@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ class Fleet:
     def __init__(self, engines: Engines, clock: Callable[[], float] = time.monotonic) -> None:
         self._engines = engines
         self._clock = clock
-        self._tokens: Counter[str] = Counter()
+        self._tokens: dict[str, int] = {}
         self._breakers: dict[str, Breaker] = {}
         self._resident: dict[str, tuple[EngineRecord, frozenset[str]]] = {}
         self._placements: OrderedDict[str, _Placement] = OrderedDict()
@@ -57,7 +57,7 @@ class Fleet:
         return [
             EngineState(
                 record,
-                max(record.outstanding_tokens, self._tokens[record.engine_id]),
+                max(record.outstanding_tokens, self._tokens.get(record.engine_id, 0)),
                 record.engine_id == placed or question.adapter in self._residents(record),
                 self.is_failing(record.engine_id),
             )
@@ -72,23 +72,33 @@ class Fleet:
     @contextmanager
     def occupied(self, engine_id: str, tokens: int) -> Generator[None]:
         """Counts a request on an engine while the block runs."""
-        breaker = self._breakers.get(engine_id)
-        if breaker is not None:
-            breaker.begin(self._clock())
-        self._tokens[engine_id] += tokens
+        self.enter(engine_id, tokens)
         try:
             yield
         finally:
-            self._tokens[engine_id] -= tokens
-            if not self._tokens[engine_id]:
-                del self._tokens[engine_id]
-            breaker = self._breakers.get(engine_id)
-            if breaker is not None:
-                breaker.give_up()
+            self.leave(engine_id, tokens)
+
+    def enter(self, engine_id: str, tokens: int) -> None:
+        """A request goes to an engine; `leave` must follow."""
+        if self._breakers and (breaker := self._breakers.get(engine_id)) is not None:
+            breaker.begin(self._clock())
+        self._tokens[engine_id] = self._tokens.get(engine_id, 0) + tokens
+
+    def leave(self, engine_id: str, tokens: int) -> None:
+        """A request is over."""
+        left = self._tokens[engine_id] - tokens
+        assert left >= 0
+        if left:
+            self._tokens[engine_id] = left
+        else:
+            del self._tokens[engine_id]
+        if self._breakers and (breaker := self._breakers.get(engine_id)) is not None:
+            breaker.give_up()
 
     def succeeded(self, engine_id: str) -> None:
         """The engine answered, be it with a refusal."""
-        self._breakers.pop(engine_id, None)
+        if self._breakers:
+            self._breakers.pop(engine_id, None)
 
     def failed(self, engine_id: str, adapter: str | None) -> None:
         """The engine did not answer, or said that it cannot."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -56,11 +55,29 @@ class Opened:
 
     answer: EngineAnswer
     engine: EngineRecord
-    _held: ExitStack
+    _visit: _Visit
 
     def close(self) -> None:
         """Ends the request: the connection of an answer not read to its end is cut, which cancels the engine's work."""
-        self._held.close()
+        self.answer.close()
+        self._visit.end()
+
+
+@dataclass(slots=True)
+class _Visit:
+    """A request that counts as outstanding until its end."""
+
+    upstream: Upstream
+    engine_id: str
+    tokens: int
+    _ended: bool = False
+
+    def end(self) -> None:
+        """Ending it again does nothing."""
+        if not self._ended:
+            self._ended = True
+            self.upstream.outstanding -= 1
+            self.upstream.fleet.leave(self.engine_id, self.tokens)
 
 
 @dataclass(slots=True)
@@ -78,7 +95,7 @@ class Upstream:
     def __init__(self, engines: Engines, telemetry: Telemetry, *, token: str) -> None:
         self.fleet = Fleet(engines)
         self._telemetry = telemetry
-        self._outstanding = 0
+        self.outstanding = 0
         self._client = EngineClient()
         self._authorization = (b"authorization", f"Bearer {token}".encode())
 
@@ -111,7 +128,7 @@ class Upstream:
             UnloadableError: the engine cannot load the target's adapter.
             UnavailableError: no engine answers.
         """
-        if self._outstanding >= UPSTREAM_CONCURRENT_MAX:
+        if self.outstanding >= UPSTREAM_CONCURRENT_MAX:
             raise RateLimitedError("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
         headers = [
             self._authorization,
@@ -155,38 +172,44 @@ class Upstream:
     ) -> Opened | None:
         """One engine's successful answer, or None when another should be asked."""
         engine_id = engine.engine_id
-        with ExitStack() as held:
-            held.enter_context(self.fleet.occupied(engine_id, tokens))
-            self._outstanding += 1
-            held.callback(self._release)
-            try:
-                answer = await self._client.post(engine.url, path, headers, body)
-                held.callback(answer.close)
-                status = answer.status
-                if status == HTTPStatus.OK:
-                    self.fleet.succeeded(engine_id)
-                    return Opened(answer, engine, held.pop_all())
-                if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                    logger.warning("engine %s takes no requests", engine_id)
-                    self.fleet.failed(engine_id, question.adapter)
-                    return None
-                if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    self.fleet.failed(engine_id, question.adapter)
-                else:
-                    self.fleet.succeeded(engine_id)
-                if status == HTTPStatus.TOO_MANY_REQUESTS:
-                    tries.retry_after_s.append(_retry_after_s(answer))
-                    return None
-                await _raise_refusal(answer)
-            except EngineLostError as error:
-                logger.warning("engine %s is lost: %s", engine_id, error)
-                self.fleet.failed(engine_id, question.adapter)
-                tries.losses += not isinstance(error, EngineUnreachableError)
-            return None
+        self.fleet.enter(engine_id, tokens)
+        self.outstanding += 1
+        visit = _Visit(self, engine_id, tokens)
+        answer: EngineAnswer | None = None
+        opened: Opened | None = None
+        try:
+            answer = await self._client.post(engine.url, path, headers, body)
+            if answer.status == HTTPStatus.OK:
+                self.fleet.succeeded(engine_id)
+                opened = Opened(answer, engine, visit)
+            else:
+                await self._learn(answer, engine_id, question, tries)
+        except EngineLostError as error:
+            logger.warning("engine %s is lost: %s", engine_id, error)
+            self.fleet.failed(engine_id, question.adapter)
+            tries.losses += not isinstance(error, EngineUnreachableError)
+        finally:
+            if opened is None:
+                if answer is not None:
+                    answer.close()
+                visit.end()
+        return opened
 
-    def _release(self) -> None:
-        self._outstanding -= 1
-        assert self._outstanding >= 0
+    async def _learn(
+        self, answer: EngineAnswer, engine_id: str, question: Question, tries: _Tries
+    ) -> None:
+        """What an answer that is no success means: returns if another engine should be asked, else raises."""
+        status = answer.status
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            self.fleet.failed(engine_id, question.adapter)
+        else:
+            self.fleet.succeeded(engine_id)
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            logger.warning("engine %s takes no requests", engine_id)
+        elif status == HTTPStatus.TOO_MANY_REQUESTS:
+            tries.retry_after_s.append(_retry_after_s(answer))
+        else:
+            await _raise_refusal(answer)
 
 
 def _retry_after_s(answer: EngineAnswer) -> float:

@@ -1,7 +1,7 @@
 """Getting usage to the recorder: published and acknowledged before the client sees the end.
 
-Events travel in groups. While one group is on its way to NATS and its acknowledgement back, the next gathers: a single
-request waits for one round trip, and a thousand at once share the work of a few.
+Events travel in groups. While one group is on its way to NATS and its acknowledgement back, and a moment longer, the
+next gathers: a single request waits for one round trip, and a thousand at once share the work of a few.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from river_billing import streams
 from river_billing.limits import GROUP_EVENTS_MAX
 from river_gateway.bus import REFUSALS, BusError
 from river_gateway.errors import UnavailableError
-from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S
+from river_gateway.limits import USAGE_BACKLOG_MAX, USAGE_RETRY_S, USAGE_ROUND_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,9 +101,14 @@ class Meter:
         return len(self._backlog)
 
     async def _publish_rounds(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_at = 0.0
         while True:
             await self._round_wake.wait()
+            if (wait_s := next_at - loop.time()) > 0:
+                await asyncio.sleep(wait_s)
             self._round_wake.clear()
+            next_at = loop.time() + USAGE_ROUND_S
             current, self._round = self._round, _Round()
             left = list(current.events)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 
@@ -31,9 +32,12 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Sends this process's records from INFO up to stderr; vLLM's own loggers keep their handlers."""
+    """Sends this process's records from `RIVER_LOG_LEVEL` up to stderr; vLLM's own loggers keep their handlers."""
     handler = logging.StreamHandler(sys.stderr)
     if not sys.stderr.isatty():
         handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("river").setLevel(logging.INFO)
+    # Whoever started us has checked the name.
+    logging.getLogger("river").setLevel(
+        os.environ.get("RIVER_LOG_LEVEL", "").upper() or logging.INFO
+    )

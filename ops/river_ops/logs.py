@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import Literal
 
 import msgspec
 import structlog
@@ -20,6 +21,17 @@ _PLAIN_ATTRIBUTES = frozenset(logging.LogRecord("", logging.INFO, "", 0, "", (),
     "message",
     "taskName",
 }
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """`RIVER_LOG_LEVEL`: from `warning` on, the gateway does not write a line for every request."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def level(self) -> int:
+        """As `logging` counts."""
+        return logging.getLevelNamesMapping()[self.log_level.upper()]
 
 
 def configure_logging(level: int = logging.INFO) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from river_client.service import SettingsError
-from river_ops.logs import configure_logging
+from river_client.service import SettingsError, read_settings
+from river_ops.logs import LogSettings, configure_logging
 
 ENTRY_POINTS = {
     "engine": "river_engine.main",
@@ -18,10 +18,10 @@ ENTRY_POINTS = {
 
 def serve(part: str) -> None:
     """Runs a part until it is told to stop; a wrong setting ends the process with one line that names it."""
-    configure_logging()
-    # Each part's dependencies load only in its own process.
-    module = importlib.import_module(ENTRY_POINTS[part])
     try:
+        configure_logging(read_settings(LogSettings).level)
+        # Each part's dependencies load only in its own process.
+        module = importlib.import_module(ENTRY_POINTS[part])
         module.main()
     except SettingsError as error:
         sys.exit(f"river serve {part}: {error}")

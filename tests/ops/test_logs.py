@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from river_ops.logs import JsonFormatter
+from river_client.service import read_settings
+from river_ops.logs import JsonFormatter, LogSettings
 
 
 def _line(record: logging.LogRecord) -> dict[str, object]:
@@ -50,3 +54,23 @@ def test_a_line_carries_the_exception() -> None:
     assert isinstance(exception, str)
     assert exception.startswith("Traceback")
     assert exception.splitlines()[-1].startswith("ValueError: ")
+
+
+def test_the_level_is_a_setting() -> None:
+    """`RIVER_LOG_LEVEL` says what is written, and everybody is told about requests by default."""
+    assert read_settings(LogSettings, {}).level == logging.INFO
+    assert read_settings(LogSettings, {"RIVER_LOG_LEVEL": "warning"}).level == logging.WARNING
+
+
+def test_a_wrong_level_is_named() -> None:
+    """A part with a wrong level ends with one line that names the variable."""
+    done = subprocess.run(
+        [sys.executable, "-m", "river_ops.serve", "gateway"],
+        env={**os.environ, "RIVER_LOG_LEVEL": "loud"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("river serve gateway: RIVER_LOG_LEVEL='loud'")
+    assert done.stderr.count("\n") == 1

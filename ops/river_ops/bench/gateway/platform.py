@@ -89,6 +89,8 @@ def running_platform(
                 "RIVER_ENGINE_TOKEN": token,
                 "RIVER_PORT": str(ports.get(part) or free_port()),
                 "RIVER_DATA_DIR": str(data / part),
+                # As for the peers: no line for every request.
+                "RIVER_LOG_LEVEL": "warning",
             }
             if part == "engine":
                 base = TINY_BASE

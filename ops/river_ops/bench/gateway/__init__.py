@@ -30,7 +30,7 @@ __all__ = ["GatewayReport", "run", "table"]
 
 LITELLM_CONNECTIONS = 8
 """More of them only make it slower."""
-FULL = Sizes(seconds=6.0, rounds=5, memory_requests=100_000, real_engine=True)
+FULL = Sizes(seconds=5.0, rounds=3, memory_requests=100_000, real_engine=True)
 QUICK = Sizes(seconds=1.5, rounds=1, memory_requests=10_000, real_engine=False)
 
 

@@ -62,6 +62,7 @@ async def serve(settings: Settings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # Nothing here asks for a client's address.
             timeout_graceful_shutdown=STOP_GRACE_S,
         )
         logger.info("gateway on http://%s:%d", settings.host, settings.port)

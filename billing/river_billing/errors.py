@@ -2,7 +2,10 @@
 
 BillingError
 ├── RejectedEventError    a message that can never be recorded, whoever tries
-└── PriceError            a price that may not be set
+├── PriceError            a price that may not be set
+├── AmountError           an amount that may not be booked or set
+├── ReferenceTakenError   something else was booked under that reference
+└── UnknownAccountError   there is no such tenant or key
 """
 
 from __future__ import annotations
@@ -18,3 +21,15 @@ class RejectedEventError(BillingError):
 
 class PriceError(BillingError):
     """The price is negative, too high, unknown, or would change the past."""
+
+
+class AmountError(BillingError):
+    """The amount of money is zero, negative or higher than can be meant."""
+
+
+class ReferenceTakenError(BillingError):
+    """The reference names a transaction that is not the same."""
+
+
+class UnknownAccountError(BillingError):
+    """There is no tenant or key of that name."""

@@ -37,7 +37,8 @@ class UsageEvent(Event, frozen=True, tag="usage"):
 
     `event_id` is the identity of what caused it: the request's own UUIDv7, or `training_event_id`.
     `occurred_at` is Unix time in seconds and, like the id, the same on every replay.
-    `context_length` selects the price tier.
+    `context_length` selects the price tier. `reserved_nano_usd` is how much of the lease
+    `lease_id` the sender has used up for it.
     """
 
     event_id: str
@@ -51,6 +52,8 @@ class UsageEvent(Event, frozen=True, tag="usage"):
     session_id: str | None = None
     policy_version: str | None = None
     user: str | None = None
+    lease_id: str | None = None
+    reserved_nano_usd: int = 0
 
 
 class RunAdvanced(Event, frozen=True, tag="run_advanced"):
@@ -93,6 +96,11 @@ def catalog_subject(run_id: str) -> str:
     return f"catalog.{run_id}"
 
 
-def training_event_id(operation_id: str) -> str:
+def operation_id(run_id: str, seq: int) -> str:
+    """The identity of operation `seq` of a run."""
+    return f"{run_id}-{seq}"
+
+
+def training_event_id(operation: str) -> str:
     """The identity of a training operation's usage, the same on every replay."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"river:{operation_id}"))
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"river:{operation}"))

@@ -1,5 +1,7 @@
 """Every bound of billing, named."""
 
+from decimal import Decimal
+
 # ---- The stream --------------------------------------------------------------------------------
 
 STREAM_SIZE_MAX_BYTES = 1024 * 1024 * 1024  # some three million events: hours of a busy outage
@@ -32,3 +34,24 @@ CONTEXT_LENGTH_MAX = 2**31 - 1
 OCCURRED_AT_MIN_S = 1_577_836_800.0  # 2020-01-01
 OCCURRED_AT_MAX_S = 4_102_444_800.0  # 2100-01-01
 PARTITION_MONTHS_AHEAD = 2
+
+# ---- Credit ------------------------------------------------------------------------------------
+
+# A gateway's slice of what a key may use: this share of it, at most so much. Where the share is less
+# than the least slice, there is none: then every request's worst case is asked for by itself.
+LEASE_SHARE = Decimal("0.05")
+LEASE_SLICE_MAX_NANO_USD = 10**9
+LEASE_SLICE_MIN_NANO_USD = 10**6
+LEASE_USABLE_S = 60.0  # since the last renewal; what is admitted until then has time to end
+LEASE_LIFE_S = 300.0
+OPERATION_HOLD_LIFE_S = 7 * 24 * 3600.0  # as long as results of operations are kept
+LEASES_KEPT_S = 24 * 3600.0
+# How far the clocks of NATS, Postgres and the recorder may differ.
+CLOCK_DIFFERENCE_MAX_S = 5.0
+PROGRESS_INTERVAL_S = 1.0
+
+AMOUNT_MAX_NANO_USD = 10**18  # a billion dollars
+REFERENCE_MAX_CHARS = 256
+NOTE_MAX_CHARS = 1024
+TRANSACTIONS_MAX = 1000
+WARNINGS_MAX = 1000

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from datetime import UTC, datetime
 import msgspec
 import nats
 import nats.errors
+import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from prometheus_client import generate_latest
 
 from river_billing import limits, metrics
+from river_billing.budgets import report_warning
 from river_billing.catalog import advance_run, record_checkpoint
 from river_billing.database import OUTAGES, REFUSALS, Connection, connected
 from river_billing.errors import RejectedEventError
@@ -39,7 +42,10 @@ from river_billing.events import (
     CheckpointSaved,
     RunAdvanced,
     UsageEvent,
+    operation_id,
+    training_event_id,
 )
+from river_billing.leases import end_holds, note_progress
 from river_billing.prices import seed_prices
 from river_billing.streams import decode, ensure_streams
 from river_billing.usage import check, ensure_partitions, moment, months_ahead, record_usage
@@ -104,7 +110,7 @@ class Recorder:
                         subscription = await _prepare(connection, js)
                         self._ready = True
                         backoff_s = limits.BACKOFF_MIN_S
-                        await _consume(connection, subscription, stop)
+                        await _consume(connection, js, subscription, stop)
                 except (*OUTAGES, nats.errors.Error) as error:
                     self._ready = False
                     metrics.OUTAGES.inc()
@@ -157,10 +163,18 @@ async def _prepare(
 
 
 async def _consume(
-    connection: Connection, subscription: JetStreamContext.PullSubscription, stop: asyncio.Event
+    connection: Connection,
+    js: JetStreamContext,
+    subscription: JetStreamContext.PullSubscription,
+    stop: asyncio.Event,
 ) -> None:
     """Batches, one after another, until `stop` is set or a server is lost."""
+    noted_at = -limits.PROGRESS_INTERVAL_S
     while not stop.is_set():
+        if time.monotonic() - noted_at >= limits.PROGRESS_INTERVAL_S:
+            noted_at = time.monotonic()
+            if (until := await recorded_until(js)) is not None:
+                await note_progress(connection, until)
         try:
             messages = await subscription.fetch(
                 limits.BATCH_EVENTS_MAX, timeout=limits.FETCH_TIMEOUT_S
@@ -170,6 +184,18 @@ async def _consume(
         deliveries = [delivery for message in messages if (delivery := await _accept(message))]
         with metrics.BATCH_SECONDS.time():
             await record_deliveries(connection, deliveries)
+
+
+async def recorded_until(js: JetStreamContext) -> datetime | None:
+    """When the oldest message that waits came, or now if none does; None if it has just gone."""
+    asked_at = datetime.now(UTC)
+    state = (await js.stream_info(EVENTS_STREAM)).state
+    if state.messages == 0:
+        return asked_at
+    try:
+        return (await js.get_msg(EVENTS_STREAM, state.first_seq)).time
+    except nats.js.errors.NotFoundError:
+        return None
 
 
 async def _accept(message: Msg) -> Delivery | None:
@@ -279,9 +305,21 @@ async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> l
                 known = await record_checkpoint(connection, event)
             if not known:
                 unknown.append(event)
+        await end_holds(connection, _operations_done(catalog))
+    for warning in recorded.warnings:
+        report_warning(warning)
     for model, kind in recorded.unpriced:
         logger.error("no price for %s of %s; recorded at zero", kind, model)
     metrics.EVENTS.inc(len(events) - len(unknown))
     metrics.LINES.inc(recorded.lines)
     metrics.UNPRICED.inc(len(recorded.unpriced))
     return unknown
+
+
+def _operations_done(events: Sequence[AnyEvent]) -> list[str]:
+    """The ids of the usage that operations just done may have caused."""
+    return sorted(
+        training_event_id(operation_id(event.run_id, event.seq))
+        for event in events
+        if isinstance(event, RunAdvanced)
+    )

@@ -22,6 +22,7 @@ from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
+from river_gateway.tenancy.credit_api import CREDIT_HANDLERS
 from river_gateway.training.training_api import TRAINING_HANDLERS
 
 _TEXT = "text/plain; version=0.0.4"
@@ -58,7 +59,13 @@ def create_litestar(services: Services) -> Litestar:
     """The routes, without the envelope."""
     river_router = Router(
         API_PREFIX,
-        route_handlers=[*TRAINING_HANDLERS, *CATALOG_HANDLERS, *IMPORT_HANDLERS, *ADMIN_HANDLERS],
+        route_handlers=[
+            *TRAINING_HANDLERS,
+            *CATALOG_HANDLERS,
+            *IMPORT_HANDLERS,
+            *ADMIN_HANDLERS,
+            *CREDIT_HANDLERS,
+        ],
         tags=["River"],
     )
     return Litestar(

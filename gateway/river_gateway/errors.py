@@ -3,6 +3,7 @@
     GatewayError
     ├── MalformedBodyError        400  the body is not JSON or msgpack at all
     ├── UnauthenticatedError      401
+    ├── OutOfCreditError          402  before any work is done; also where a monthly budget is used up
     ├── PermissionDeniedError     403
     ├── NotFoundError             404  unknown, or another tenant's: never told apart
     │   └── UnknownModelError     404
@@ -81,6 +82,12 @@ class UnauthenticatedError(GatewayError):
     status = HTTPStatus.UNAUTHORIZED
     type = "authentication"
     code = "invalid_api_key"
+
+
+class OutOfCreditError(GatewayError):
+    status = HTTPStatus.PAYMENT_REQUIRED
+    type = "out_of_credit"
+    code = "insufficient_quota"
 
 
 class PermissionDeniedError(GatewayError):
@@ -195,6 +202,7 @@ class StorageFullError(GatewayError):
 
 _OPENAI_TYPES: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.PAYMENT_REQUIRED: "insufficient_quota",
     HTTPStatus.FORBIDDEN: "permission_error",
     HTTPStatus.TOO_MANY_REQUESTS: "requests",
 }

@@ -81,6 +81,18 @@ QUOTA_ASK_GAP_S = 1.0
 QUOTA_PARTS_MAX = 4096
 """Parts in one announcement: well below what NATS takes as a message."""
 
+# ---- Credit ----------------------------------------------------------------------------------------------------------
+
+LEASE_RENEWAL_INTERVAL_S = 10.0
+LEASE_RETRY_S = 1.0
+LEASE_IDLE_S = 60.0
+RENEWALS_CONCURRENT_MAX = 4
+"""Fewer than `POSTGRES_CONNECTIONS_MAX`, which requests need too."""
+REFUSAL_FRESH_S = 0.25
+"""How long a refusal is believed: what a client that has just paid may have to wait."""
+PRICES_FRESH_S = 30.0
+PRICES_STALE_MAX_S = 900.0
+
 # ---- Postgres and NATS -----------------------------------------------------------------------------------------------
 
 POSTGRES_CONNECTIONS_MAX = 10

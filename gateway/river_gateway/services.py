@@ -18,6 +18,7 @@ from river_gateway.inference.meter import Meter
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.telemetry import Telemetry
 from river_gateway.tenancy.auth import KeyCache
+from river_gateway.tenancy.credit import Credit
 from river_gateway.tenancy.exchange import Exchange
 from river_gateway.tenancy.messages import ACCOUNTS_SUBJECT
 from river_gateway.tenancy.quotas import Quotas
@@ -47,6 +48,7 @@ class Services:
     bus: Bus
     keys: KeyCache
     quotas: Quotas
+    credit: Credit
     runs: RunCache
     results: Results
     engines: Engines
@@ -98,6 +100,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         bus=bus,
         keys=KeyCache(pool),
         quotas=Quotas(),
+        credit=Credit(pool),
         runs=RunCache(pool),
         results=Results(bus),
         engines=engines,
@@ -119,6 +122,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.run(), name="usage"),
                 tasks.create_task(exchange.run(), name="limits"),
+                tasks.create_task(services.credit.run(), name="credit"),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
                 tasks.create_task(_sweep(services), name="sweeper"),
             ]
@@ -130,6 +134,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         if not await services.meter.flush():
             logger.error("%d usage events were not delivered", services.meter.waiting)
     finally:
+        await services.credit.close()
         await services.upstream.close()
         await pool.close()
         await bus.close()

@@ -13,6 +13,7 @@ from typing import Any, Self, Unpack
 import msgspec
 
 from river_client import exceptions, limits, wire
+from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
@@ -58,6 +59,8 @@ class AsyncClient:
         self.checkpoints = AsyncCheckpoints(self._transport)
         self.aliases = AsyncAliases(self._transport)
         self.admin = AsyncAdmin(self._transport)
+        self.credit = AsyncCredit(self._transport)
+        self.budgets = AsyncBudgets(self._transport)
 
     async def __aenter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from river_client import limits, wire
 from river_client.async_client import AsyncClient, AsyncSession
+from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
 from river_client.chat import ChatMessages
@@ -282,6 +283,30 @@ class Admin(_Blocking):
     revoke_key = blocking(AsyncAdmin.revoke_key)
 
 
+class Credit(_Blocking):
+    """`client.credit`: what a tenant has and owes."""
+
+    def __init__(self, portal: Portal, twin: AsyncCredit) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    show = blocking(AsyncCredit.show)
+    entries = blocking(AsyncCredit.entries)
+    add = blocking(AsyncCredit.add)
+    set_billing = blocking(AsyncCredit.set_billing)
+
+
+class Budgets(_Blocking):
+    """`client.budgets`: of tenants and keys, for a calendar month."""
+
+    def __init__(self, portal: Portal, twin: AsyncBudgets) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    show = blocking(AsyncBudgets.show)
+    set = blocking(AsyncBudgets.set)
+
+
 class Client(_Blocking):
     """A River server, as seen with one API key.
 
@@ -307,6 +332,8 @@ class Client(_Blocking):
         self.checkpoints = Checkpoints(self._portal, self._twin.checkpoints)
         self.aliases = Aliases(self._portal, self._twin.aliases)
         self.admin = Admin(self._portal, self._twin.admin)
+        self.credit = Credit(self._portal, self._twin.credit)
+        self.budgets = Budgets(self._portal, self._twin.budgets)
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from support.billing import (
 )
 
 from river_billing.events import EVENTS_STREAM, AnyEvent, CheckpointSaved, RunAdvanced
-from river_billing.recorder import Recorder, Settings
+from river_billing.recorder import Recorder, Settings, recorded_until
 from river_billing.streams import encode, ensure_streams, publish, publish_group
 from river_ops.embedded.nats import EmbeddedNats
 
@@ -130,6 +131,24 @@ async def test_a_killed_recorder_loses_and_doubles_nothing(
         finally:
             process.kill()
             process.wait()
+
+
+async def test_progress_waits_for_the_oldest_message(
+    postgres_url: str, nats_url: str, js: JetStreamContext
+) -> None:
+    """A recorder says that all is recorded up to now, but with a message that waits no further than that came."""
+    async with database(postgres_url) as connection:
+        progress = "select now() - recorded_until < interval '60 s' from recorder_progress"
+        await connection.execute("update recorder_progress set recorded_until = '2020-01-01'")
+        async with recording(postgres_url, nats_url):
+            await until(lambda: connection.fetchval(progress))
+    before = datetime.now(UTC)
+    await publish(js, random_events(1, seed=7)[0])
+    published_at = datetime.now(UTC)
+    await publish(js, random_events(1, seed=8)[0])
+    waiting_since = await recorded_until(js)
+    assert waiting_since is not None
+    assert before <= waiting_since <= published_at
 
 
 async def test_jetstream_drops_a_repeated_message(js: JetStreamContext) -> None:

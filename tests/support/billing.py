@@ -28,6 +28,7 @@ def make_event(
     context_length: int = 1024,
     occurred_at: float = OCCURRED_AT,
     tenant_id: str = "ten_a",
+    key_id: str = "key_1",
     **quantities: int,
 ) -> UsageEvent:
     """The event of a request called `number`: the same arguments give the same event."""
@@ -35,7 +36,7 @@ def make_event(
         event_id=str(uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant_id}/{number}")),
         occurred_at=occurred_at,
         tenant_id=tenant_id,
-        key_id="key_1",
+        key_id=key_id,
         base_model=base_model,
         context_length=context_length,
         quantities={UsageKind(kind): count for kind, count in quantities.items()},
@@ -99,6 +100,32 @@ async def totals(connection: Any) -> tuple[int, int, int]:
     )
     assert wrong == 0
     return tuple(events)
+
+
+async def add_tenant(
+    connection: Any,
+    tenant_id: str = "ten_a",
+    *,
+    billing: str = "postpaid",
+    budget_nano_usd: int | None = None,
+    key_id: str | None = None,
+    key_budget_nano_usd: int | None = None,
+) -> None:
+    """A tenant, and a key of it if one is named."""
+    await connection.execute(
+        "insert into tenant (tenant_id, name, billing, monthly_budget_nano_usd) values ($1, $1, $2, $3)",
+        tenant_id,
+        billing,
+        budget_nano_usd,
+    )
+    if key_id is not None:
+        await connection.execute(
+            "insert into api_key (key_id, tenant_id, name, secret_hash, prefix, scopes, monthly_budget_nano_usd) "
+            "values ($1, $2, 'k', $1::text::bytea, 'rv-1', '{infer}', $3)",
+            key_id,
+            tenant_id,
+            key_budget_nano_usd,
+        )
 
 
 async def add_run(connection: Any, run_id: str = "run_1") -> None:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
+from river_billing import events
 from river_billing.events import CheckpointSaved
 from river_engine.protocol import AdapterRef, subject_token
 
@@ -55,8 +56,9 @@ def queue_subject(base_model: str) -> str:
     return f"train-state.{subject_token(base_model)}"
 
 
-def operation_id(run_id: str, seq: int) -> str:
-    return f"{run_id}-{seq}"
+operation_id = (
+    events.operation_id
+)  # billing has to know it too: what an operation used is found by it
 
 
 def result_subject(operation: str) -> str:

@@ -24,6 +24,7 @@ from river_gateway.inference.asked import read_fields
 from river_gateway.inference.metering import UsageTally, usage_event
 from river_gateway.inference.models import ask_current, resolve_model
 from river_gateway.inference.relay import relay
+from river_gateway.inference.worst_case import worst_case
 from river_gateway.limits import (
     BODY_MAX_BYTES,
     BYTES_PER_TOKEN,
@@ -31,6 +32,7 @@ from river_gateway.limits import (
     STREAM_KEEP_ALIVE_S,
 )
 from river_gateway.tenancy.auth import check_scopes, credentials
+from river_gateway.tenancy.credit import UNBOUNDED
 
 if TYPE_CHECKING:
     import msgspec
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from river_gateway.inference.models import Target
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
+    from river_gateway.tenancy.credit import Hold
     from river_gateway.tenancy.quotas import Ticket
 
 _JSON = "application/json"
@@ -87,10 +90,46 @@ class Completions:
         asked = self._dialect.read(body, fields)
         with services.quotas.admit(principal, asked.tokens_guessed(len(body))) as ticket:
             target = await resolve_model(services, asked.model, principal.tenant_id)
-            exchange = _Exchange(
-                services, self._dialect, context.request_id, principal, ticket, asked, target
+            with await self._hold(principal, target, fields, len(body)) as hold:
+                exchange = _Exchange(
+                    services,
+                    self._dialect,
+                    context.request_id,
+                    principal,
+                    ticket,
+                    hold,
+                    asked,
+                    target,
+                )
+                await self._exchange(exchange, body, fields, receive, send)
+
+    async def _hold(
+        self,
+        principal: Principal,
+        target: Target,
+        fields: dict[str, msgspec.Raw],
+        body_bytes: int,
+    ) -> Hold:
+        """What the request may cost, held before any work is done for it.
+
+        Raises:
+            OutOfCreditError: there is less.
+            UnavailableError: that cannot be known at the moment.
+        """
+        if not principal.bounded:
+            return UNBOUNDED
+        engine = self._services.engines.last_of(target.base_model)
+        if engine is None:
+            raise UnavailableError(
+                f"no engine of {target.base_model!r} has registered yet; try again"
             )
-            await self._exchange(exchange, body, fields, receive, send)
+        worst = worst_case(
+            self._dialect.path, fields, body_bytes=body_bytes, context_length=engine.context_length
+        )
+        credit, tier = self._services.credit, (target.base_model, engine.context_length)
+        return credit.try_hold(principal, *tier, worst) or await credit.hold(
+            principal, *tier, worst
+        )
 
     async def _exchange(
         self,
@@ -162,6 +201,7 @@ class _Exchange:
     request_id: str
     principal: Principal
     ticket: Ticket
+    hold: Hold
     asked: Asked
     target: Target
     _settled: bool = field(default=False)
@@ -227,6 +267,7 @@ class _Exchange:
             context_length=opened.engine.context_length,
             quantities=quantities,
             user=self.asked.user,
+            hold=self.hold,
         )
 
     def _headers(self) -> list[tuple[bytes, bytes]]:

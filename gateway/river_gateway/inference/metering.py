@@ -13,10 +13,12 @@ import msgspec
 
 from river_billing.events import UsageEvent, UsageKind
 from river_gateway.ids import uuid7_time_s
+from river_gateway.tenancy.credit import UNBOUNDED
 
 if TYPE_CHECKING:
     from river_gateway.inference.models import Target
     from river_gateway.tenancy.auth import Principal
+    from river_gateway.tenancy.credit import Hold
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -95,9 +97,11 @@ def usage_event(
     context_length: int,
     quantities: dict[UsageKind, int],
     user: str | None = None,
+    hold: Hold = UNBOUNDED,
 ) -> UsageEvent | None:
-    """The event of one inference request, or None when it used nothing."""
+    """The event of one inference request, or None when it used nothing; settles what was held for it."""
     used = {kind: quantity for kind, quantity in quantities.items() if quantity > 0}
+    hold.settle(used)
     if not used:
         return None
     return UsageEvent(
@@ -111,4 +115,6 @@ def usage_event(
         run_id=target.run_id,
         policy_version=target.policy_version,
         user=user,
+        lease_id=hold.lease_id,
+        reserved_nano_usd=hold.reserved_nano_usd,
     )

@@ -93,6 +93,18 @@ async def list_tenants(database: Database) -> list[Tenant]:
     return [_tenant(row) for row in await database.fetch(_LIST_TENANTS, PAGE_ROWS_MAX)]
 
 
+async def find_tenant(database: Database, tenant: str) -> str:
+    """The id of a tenant, given by id or name.
+
+    Raises:
+        NotFoundError: there is no such tenant.
+    """
+    tenant_id = await database.fetchval(_FIND_TENANT, tenant)
+    if tenant_id is None:
+        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
+    return cast("str", tenant_id)
+
+
 async def create_key(
     database: Database,
     *,
@@ -116,9 +128,7 @@ async def create_key(
                 f"{scope!r} is not a scope; there are {', '.join(SCOPES)}", param=f"scopes[{index}]"
             )
     expires = parse_time(expires_at, "expires_at") if expires_at is not None else None
-    tenant_id = await database.fetchval(_FIND_TENANT, tenant)
-    if tenant_id is None:
-        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
+    tenant_id = await find_tenant(database, tenant)
     secret = KEY_PREFIXES[0] + secrets.token_urlsafe(_SECRET_BYTES)
     row = await database.fetchrow(
         _INSERT_KEY,
@@ -137,9 +147,7 @@ async def create_key(
 
 async def list_keys(database: Database, tenant: str | None) -> list[ApiKey]:
     """The keys of one tenant, given by id or name, or of all, oldest first, without their secrets."""
-    tenant_id = await database.fetchval(_FIND_TENANT, tenant) if tenant is not None else None
-    if tenant is not None and tenant_id is None:
-        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
+    tenant_id = await find_tenant(database, tenant) if tenant is not None else None
     return [_api_key(row) for row in await database.fetch(_LIST_KEYS, tenant_id, PAGE_ROWS_MAX)]
 
 

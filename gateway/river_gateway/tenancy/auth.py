@@ -51,7 +51,9 @@ select
   api_key.requests_per_minute, api_key.tokens_per_minute, api_key.concurrent_requests,
   tenant.requests_per_minute as tenant_requests_per_minute,
   tenant.tokens_per_minute as tenant_tokens_per_minute,
-  tenant.concurrent_requests as tenant_concurrent_requests
+  tenant.concurrent_requests as tenant_concurrent_requests,
+  billing = 'prepaid' or tenant.monthly_budget_nano_usd is not null
+    or api_key.monthly_budget_nano_usd is not null as bounded
 from api_key join tenant using (tenant_id)
 where secret_hash = $1
 """
@@ -59,7 +61,10 @@ where secret_hash = $1
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A valid key; `expires_at` in Unix seconds. `limits` are the key's, None when it has none, and its tenant's."""
+    """A valid key; `expires_at` in Unix seconds. `limits` are the key's, None when it has none, and its tenant's.
+
+    It is `bounded` if credit or a budget bounds what it may use.
+    """
 
     tenant_id: str
     key_id: str
@@ -67,6 +72,7 @@ class Principal:
     expires_at: float | None
     limits: Limits | None = None
     tenant_limits: Limits | None = None
+    bounded: bool = False
 
 
 @dataclass(slots=True)
@@ -240,6 +246,7 @@ def _principal(row: Row) -> Principal | None:
         expires_at=expires_at.timestamp() if expires_at else None,
         limits=limits_of(row),
         tenant_limits=limits_of(row, "tenant_"),
+        bounded=row["bounded"],
     )
 
 

@@ -220,7 +220,9 @@ async def submit_operation(
     run = await _own_run(request, run_id)
     task = await operations.make_task(services, run, principal.tenant_id, data)
     tokens = protocol.task_tokens(task)
+    services.bus.require()
     with services.quotas.admit(principal, tokens) as ticket:
+        await services.credit.hold_operation(principal, run, data.seq, tokens)
         operation = await operations.publish_task(services, run, principal, data.seq, task)
         ticket.settle(tokens)
     wait_s = preferred_wait_s(request, at_most_s=LONG_POLL_MAX_S)
@@ -279,7 +281,13 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
         data, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
     )
     request_id = context_of(request.scope).request_id
-    with services.quotas.admit(principal, _tokens_at_most(data)) as ticket:
+    worst = _worst_case(data, known.context_length)
+    with (
+        services.quotas.admit(principal, _tokens_at_most(data)) as ticket,
+        await services.credit.hold(
+            principal, target.base_model, known.context_length, worst
+        ) as hold,
+    ):
         target, (result, context_length) = await unless_client_leaves(
             request.receive,
             ask_current(
@@ -294,8 +302,7 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
         )
         usage = _usage(result)
         ticket.settle(usage.prompt_tokens + usage.completion_tokens)
-    await services.meter.record(
-        usage_event(
+        event = usage_event(
             request_id=request_id,
             principal=principal,
             target=target,
@@ -305,8 +312,9 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
                 UsageKind.CACHED_PROMPT: usage.cached_prompt_tokens,
                 UsageKind.COMPLETION: usage.completion_tokens,
             },
+            hold=hold,
         )
-    )
+    await services.meter.record(event)
     return reply(
         request,
         wire.SampleResponse(
@@ -325,6 +333,16 @@ def _tokens_at_most(asked: wire.SampleRequest) -> int:
     else:
         prompts = [tokens_guessed(len(prompt)) for prompt in asked.prompts or ()]
     return sum(prompts) + len(prompts) * asked.num_samples * asked.max_tokens
+
+
+def _worst_case(asked: wire.SampleRequest, context_length: int) -> dict[UsageKind, int]:
+    """The most tokens that it may be billed: a text has no more of them than bytes."""
+    sizes = [len(ids) for ids in asked.prompt_token_ids or ()]
+    sizes += [min(len(text.encode()), context_length) for text in asked.prompts or ()]
+    return {
+        UsageKind.PROMPT: sum(sizes),
+        UsageKind.COMPLETION: len(sizes) * asked.num_samples * asked.max_tokens,
+    }
 
 
 async def _ask_engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 MODEL = "river/bench-stub"
+CONTEXT_LENGTH = 8192
 PROMPT_TOKENS, COMPLETION_TOKENS = 90, 64
 STREAM_TOKENS = 64
 _TEXT = "A river carries what it is given. " * 16

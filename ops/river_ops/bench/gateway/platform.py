@@ -10,15 +10,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import asyncpg
 import httpx
 import msgspec
 
+from river_billing.budgets import set_budget
+from river_billing.events import UsageKind
+from river_billing.ledger import add_credit, set_billing
+from river_billing.prices import set_price
 from river_client.wire import Limits
 from river_gateway.limits import UPSTREAM_CONCURRENT_MAX
 from river_gateway.tenancy.accounts import create_key, create_tenant
+from river_ops.bench.gateway.answers import CONTEXT_LENGTH, MODEL
 from river_ops.bench.gateway.messages import Listening, StubSettings
 from river_ops.bench.gateway.processes import on_cores, pin
 from river_ops.bench.programs import start_program
@@ -36,7 +42,9 @@ AMPLE = Limits(
     tokens_per_minute=2**31 - 1,
     concurrent_requests=UPSTREAM_CONCURRENT_MAX,
 )
-CUSTOMER_HAS = "limits of key and tenant"
+CUSTOMER_HAS = "limits of key and tenant, prepaid credit, a monthly budget"
+FORTUNE_NANO_USD = 10**15
+PRICE_NANO_USD = Decimal(330)
 _COUNT_REQUESTS = """
 select coalesce(sum(events), 0)::bigint from usage_hour where kind = 'completion'
 """
@@ -142,6 +150,22 @@ async def _customer(postgres_url: str) -> str:
     try:
         tenant = await create_tenant(connection, "bench", limits=AMPLE)
         key = await create_key(connection, tenant=tenant.tenant_id, limits=AMPLE)
+        await set_billing(connection, tenant.tenant_id, "prepaid")
+        await add_credit(
+            connection,
+            tenant_id=tenant.tenant_id,
+            amount_nano_usd=FORTUNE_NANO_USD,
+            reference="bench",
+        )
+        for kind in (UsageKind.PROMPT, UsageKind.CACHED_PROMPT, UsageKind.COMPLETION):
+            await set_price(
+                connection,
+                model=MODEL,
+                context_length=CONTEXT_LENGTH,
+                kind=kind,
+                nano_usd_per_unit=PRICE_NANO_USD,
+            )
+        await set_budget(connection, key_id=key.key_id, budget_nano_usd=FORTUNE_NANO_USD)
     finally:
         await connection.close()
     assert key.secret is not None

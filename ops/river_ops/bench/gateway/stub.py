@@ -20,6 +20,7 @@ from nats.js.errors import BucketNotFoundError
 
 from river_engine.protocol import ENGINES_BUCKET, HEARTBEAT_INTERVAL_S, EngineRecord
 from river_ops.bench.gateway.answers import (
+    CONTEXT_LENGTH,
     MODEL,
     STREAM_END,
     STREAM_HEAD,
@@ -30,7 +31,6 @@ from river_ops.bench.gateway.answers import (
 from river_ops.bench.gateway.messages import PACED_USER, Listening, StubSettings
 from river_ops.bench.programs import answer_with, program_settings
 
-CONTEXT_LENGTH = 8192
 PACE_S = 0.02
 
 

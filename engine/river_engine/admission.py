@@ -216,6 +216,9 @@ class Admission:
                 tenant.completion_guess += COMPLETION_GUESS_WEIGHT * error
         else:
             self._dequeue(turn, tenant)
+        lane = self._lane(turn.version)
+        if turn.version is not None and not lane.queues and not lane.inside:
+            del self._versions[turn.version]
         tenant.turns -= 1
         if not tenant.turns:
             self._away[turn.tenant] = self._tenants.pop(turn.tenant)
@@ -224,10 +227,13 @@ class Admission:
 
     def advance(self, now: float) -> list[Turn]:
         """Lets in whoever can be: to be called after each arrival and leave."""
+        if not self._waiting.used:
+            self._close(0, now)
+            return []
         self._pass_slots_on(now)
         admitted: list[Turn] = []
         over: set[str] = set()
-        while (turn := self._next(over)) is not None:
+        while self._sequences.left and (turn := self._next(over)) is not None:
             fit = self._fit(turn)
             if fit is Fit.WAITS:
                 break
@@ -339,12 +345,6 @@ class Admission:
 
     def _pass_slots_on(self, now: float) -> None:
         """Takes slots from versions that are done with them, gives them to those that wait, and has others drain."""
-        for version in [
-            version
-            for version, lane in self._versions.items()
-            if not lane.queues and not lane.inside
-        ]:
-            del self._versions[version]
         needed = sum(not lane.has_slot for lane in self._versions.values())
         needed -= self._bounds.slots - self.slots_used()
         self._close(max(0, needed), now)

@@ -28,6 +28,10 @@ class SharedBound:
         self.used = 0
         self._own: dict[str, int] = {}
 
+    @property
+    def left(self) -> int:
+        return self.bound - self.used
+
     def clamp(self, amount: int) -> int:
         """What one request counts at most: it must fit beside its tenant's others."""
         return min(amount, max(1, self.bound // 2))
@@ -35,7 +39,7 @@ class SharedBound:
     def fit(self, tenant: str, amount: int, tenants: int) -> Fit:
         """Whether `tenant`, one of so many, can have `amount` more."""
         own = self._own.get(tenant, 0)
-        left = self.bound - self.used - amount
+        left = self.left - amount
         is_due = own <= self.bound / (tenants + 1)
         if left >= 0 and (is_due or own + amount <= OWN_OVER_LEFT * left):
             return Fit.FITS

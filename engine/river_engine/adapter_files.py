@@ -116,7 +116,7 @@ async def fetch_adapter(location: str, directory: Path) -> None:
             answer = await obstore.get_async(store, name)
             with (directory / name).open("wb") as file:
                 async for chunk in answer.stream():
-                    file.write(chunk)
+                    await asyncio.to_thread(file.write, chunk)
     except (FileNotFoundError, obstore.exceptions.NotFoundError) as error:
         raise AdapterNotFound("its files are not there") from error
     except (ValueError, obstore.exceptions.BaseError) as error:

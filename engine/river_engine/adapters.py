@@ -96,6 +96,8 @@ class AdapterStore:
         self._versions: dict[str, Version] = {}
         # vLLM loads one after another anyway.
         self._loading = asyncio.Lock()
+        self._manifest_old = False
+        self._manifest_writing: asyncio.Task[None] | None = None
         # Until when (monotonic time) new versions of a run are wanted; the oldest entry first.
         self._wanted_until: OrderedDict[str, float] = OrderedDict()
 
@@ -187,7 +189,7 @@ class AdapterStore:
                 _log.warning(
                     "adapter not restored", extra={"adapter": ref.name, "reason": error.message}
                 )
-        await asyncio.to_thread(self._write_manifest)
+        self._manifest_is_old()
 
     # ---- Bytes -------------------------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class AdapterStore:
             await self._add(version)
             version.resident = True
             _log.info("adapter loaded", extra={"adapter": version.ref.name})
-            await asyncio.to_thread(self._write_manifest)
+            self._manifest_is_old()
 
     async def _add(self, version: Version) -> None:
         try:
@@ -333,16 +335,32 @@ class AdapterStore:
 
     # ---- What a successor finds --------------------------------------------------------------------------------------
 
-    def _write_manifest(self) -> None:
-        entries = [
-            _ManifestEntry(
-                name=name, location=version.ref.location, directory=version.directory.name
-            )
-            for name, version in list(self._versions.items())
-            if version.resident
-        ]
+    def _manifest_is_old(self) -> None:
+        """Has it written anew, without anybody waiting for the disk."""
+        self._manifest_old = True
+        if self._manifest_writing is None:
+            self._manifest_writing = asyncio.create_task(self._write_manifest())
+
+    async def _write_manifest(self) -> None:
+        try:
+            while self._manifest_old:
+                self._manifest_old = False
+                entries = [
+                    _ManifestEntry(
+                        name=name, location=version.ref.location, directory=version.directory.name
+                    )
+                    for name, version in self._versions.items()
+                    if version.resident
+                ]
+                await asyncio.to_thread(self._replace_manifest, msgspec.json.encode(entries))
+        except OSError as error:
+            _log.warning("adapter manifest not written", extra={"reason": str(error)})
+        finally:
+            self._manifest_writing = None
+
+    def _replace_manifest(self, content: bytes) -> None:
         temporary = self._directory / f"{_MANIFEST}.new"
-        temporary.write_bytes(msgspec.json.encode(entries))
+        temporary.write_bytes(content)
         temporary.replace(self._directory / _MANIFEST)
 
     def _read_manifest(self) -> list[_ManifestEntry]:

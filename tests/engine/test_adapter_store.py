@@ -346,6 +346,11 @@ async def test_a_new_process_loads_what_the_old_one_had(vllm: Vllm, tmp_path: Pa
         await old.preload(ref)
         shutil.rmtree(source(ref))
     (tmp_path / "versions" / "77").mkdir()
+    manifest = tmp_path / "versions" / "manifest.json"
+    for _ in range(500):  # It is written while requests go on.
+        if manifest.exists() and b"run_a@2" in manifest.read_bytes():
+            break
+        await asyncio.sleep(0.01)
 
     successor = Vllm()
     new = make_store(successor, tmp_path)

@@ -216,8 +216,8 @@ async def test_an_engine_that_is_told_to_stop_ends_what_it_has_begun(
                 assert refusal.headers["retry-after"]
                 assert engine.refusal(prompts=["a"])[1].type == "draining"
                 assert not any(stream.whole for stream in streams)
-            assert [len(stream.pieces) for stream in streams] == [900] * len(streams)
             assert all(stream.whole for stream in streams)
+            assert all('"finish_reason":"length"' in stream.pieces[-1] for stream in streams)
             assert engine.process.wait(timeout=WITHIN_S) == 0
         assert await engine_record(bucket, "eng-drain") is None
     finally:

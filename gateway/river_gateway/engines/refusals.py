@@ -14,7 +14,7 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 _TOO_LONG = ("maximum context length", "max_model_len", "longer than the maximum model length")
 # vLLM appends the field that it has already named, and its value, which may be as long as the prompt.
-_TRAILER = re.compile(r"\s*\(parameter=\w+, value=.*\)$", re.DOTALL)
+_TRAILER = re.compile(r"\s*\(parameter=\w+(?:, value=.*)?\)$", re.DOTALL)
 _VALIDATION = re.compile(
     r"\d+ validation errors?:\s*\{'type': '(?P<type>[^']*)', 'loc': '(?P<loc>[^']*)',"
     r" 'msg': (?P<quote>['\"])(?P<message>.*?)(?P=quote), 'input'",

@@ -11,6 +11,7 @@
     ├── ConflictError             409
     ├── TooLargeError             413
     ├── InvalidFieldError         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
+    │   ├── InvalidTypeError      422  a value of another type
     │   ├── UnknownFieldError     422  there is no such field
     │   └── UnsupportedFieldError 422  there is, but what it asks for is not offered
     ├── RateLimitedError          429
@@ -123,6 +124,10 @@ class TooLargeError(GatewayError):
 class InvalidFieldError(GatewayError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     type = "invalid_request"
+
+
+class InvalidTypeError(InvalidFieldError):
+    code = "invalid_type"
 
 
 class UnknownFieldError(InvalidFieldError):

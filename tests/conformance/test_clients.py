@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 from support.gateway_usage import billed
-from support.platform_runs import fit, new_model, supervised_data
+from support.platform_runs import answered, fit, new_model
 from transformers import AutoTokenizer
 
 import river_client as river
@@ -29,7 +29,7 @@ PARAMETERS: Any = {
     "required": ["number"],
     "additionalProperties": False,
 }
-CALL = '<tool_call>\n{"name": "add", "arguments": {"number": 3}}\n</tool_call><|im_end|>'
+CALL = '<tool_call>{"name": "add", "arguments": {"number": 3}}</tool_call><|im_end|>'
 FUNCTION: Any = {"name": "add", "description": "Adds.", "parameters": PARAMETERS}
 TOOL: Any = {"type": "function", "function": FUNCTION}
 FLAT_TOOL: Any = {"type": "function", **FUNCTION, "strict": True}
@@ -45,7 +45,7 @@ FLAG: Any = {
 
 @dataclass(frozen=True)
 class Caller:
-    """A tenant, its clients, and a run of its own that answers everything with a call of the tool `add`."""
+    """A tenant, its clients, and a run of its own that answers `QUESTION` with a call of the tool `add`."""
 
     river: river.Client
     openai: openai.OpenAI
@@ -69,7 +69,7 @@ def caller(stack: StackInfo) -> Iterator[Caller]:
         client.session() as session,
     ):
         model = new_model(session)
-        fit(model, supervised_data(tokenizer, answer=CALL), steps=40, lr=2e-3)
+        fit(model, [answered(tokenizer, QUESTION, CALL)], steps=100, lr=4e-3)
         yield Caller(client, ours, theirs, model)
 
 
@@ -157,6 +157,7 @@ def test_biases_and_penalties(caller: Caller) -> None:
 def test_json_that_follows_a_schema(caller: Caller) -> None:
     """What a schema asks for parses, through chat, through Responses, and as the package's own parsed objects."""
     schema: Any = {"name": "answer", "strict": True, "schema": FLAG}
+    text: Any = {"format": {"type": "json_schema", **schema}}
     chat = caller.chat(
         response_format={"type": "json_schema", "json_schema": schema}, temperature=1
     )
@@ -164,7 +165,7 @@ def test_json_that_follows_a_schema(caller: Caller) -> None:
     response = caller.openai.responses.create(
         model=TINY_MOE_NAME,
         input=QUESTION,
-        text={"format": {"type": "json_schema", **schema}},
+        text=text,
         max_output_tokens=32,
     )
     assert isinstance(json.loads(response.output_text)["flag"], bool)

@@ -22,13 +22,18 @@ def supervised_data(
     tokenizer: PreTrainedTokenizerBase, count: int = 4, answer: str = SHORT_ANSWER
 ) -> list[dict[str, Any]]:
     """Prompts that are all to be answered alike; the loss is on the answer alone."""
-    data: list[dict[str, Any]] = []
-    for problem in problems("train", count, seed=5):
-        prompt = tokenizer.encode(make_prompt(problem.question), add_special_tokens=False)
-        full = prompt + tokenizer.encode(answer, add_special_tokens=False)
-        weights = [0.0] * (len(prompt) - 1) + [1.0] * (len(full) - len(prompt)) + [0.0]
-        data.append({"input_ids": full, "weights": weights})
-    return data
+    return [
+        answered(tokenizer, problem.question, answer)
+        for problem in problems("train", count, seed=5)
+    ]
+
+
+def answered(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> dict[str, Any]:
+    """A question with the answer it is to have."""
+    prompt = tokenizer.encode(make_prompt(question), add_special_tokens=False)
+    full = prompt + tokenizer.encode(answer, add_special_tokens=False)
+    weights = [0.0] * (len(prompt) - 1) + [1.0] * (len(full) - len(prompt)) + [0.0]
+    return {"input_ids": full, "weights": weights}
 
 
 def fit(model: river.Model, data: list[dict[str, Any]], *, steps: int, lr: float = 3e-3) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 
 from river_gateway.codec import storable
-from river_gateway.errors import InvalidFieldError, MalformedBodyError
+from river_gateway.errors import InvalidFieldError, InvalidTypeError, MalformedBodyError
 from river_gateway.inference.sse import UsageWishes
 from river_gateway.limits import ANSWER_TOKENS_GUESSED, CHOICES_MAX, USER_MAX_CHARS
 from river_gateway.tenancy.quotas import tokens_guessed
@@ -103,6 +103,9 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         param = path.rstrip("`") or ("model" if "`model`" in message else None)
         if param == "model" and not path:
             message = "you must provide a model parameter"
+        elif message.startswith("Expected `"):
+            message = f"Invalid type for '{param}': {message[0].lower()}{message[1:]}."
+            raise InvalidTypeError(message, param=param) from None
         raise InvalidFieldError(message, param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedBodyError(f"the body is not valid JSON: {error}") from None

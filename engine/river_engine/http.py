@@ -176,6 +176,9 @@ class EngineDoor:
             lora = await self._turn(headers, scope["path"], body, fields, reference, receive, stack)
             stack.enter_context(_set(_adapter, lora))
             model = self._base_model if lora is None else lora.lora_name
+            if fields and (tenant := _tenant(headers)):
+                # Nobody shall find out by the cached tokens of an answer what another tenant has asked.
+                fields["cache_salt"] = msgspec.Raw(msgspec.json.encode(tenant))
             await self._pass_on(body, fields, model, scope, receive, send)
 
     async def _turn(

@@ -134,12 +134,12 @@ class RoutingConnector:
     ) -> bool:
         """Whether the step is to be recorded; the runner finds it with the rest of the step."""
         return any(
-            requests[request_id].cache_salt == ROUTING_SALT
+            (requests[request_id].cache_salt or "").startswith(ROUTING_SALT)
             for request_id in scheduler_output.num_scheduled_tokens
         )
 
     def take_output(self, request: Request, _output: None) -> np.ndarray | None:
-        if request.cache_salt != ROUTING_SALT:
+        if not (request.cache_salt or "").startswith(ROUTING_SALT):
             return None
         end = request.num_tokens - 1
         start = 0 if request.num_output_tokens <= 1 else end - 1

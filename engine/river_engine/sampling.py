@@ -184,10 +184,11 @@ class Sampler:
     ) -> EngineSampleGroup:
         params = self._sampling_params(request, index)
         request_id = f"{request.request_id}-{index}"
-        salt = ROUTING_SALT if request.return_expert_routing else None
+        # A tenant finds in the cache what it has asked itself, and nothing of others.
+        salt = (ROUTING_SALT if request.return_expert_routing else "") + (request.tenant_id or "")
         output = await final(
             self._generate(
-                tokens_input(tokens, cache_salt=salt), params, request_id, lora_request=lora
+                tokens_input(tokens, cache_salt=salt or None), params, request_id, lora_request=lora
             )
         )
         return EngineSampleGroup(

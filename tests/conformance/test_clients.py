@@ -365,3 +365,17 @@ def new_anthropic(stack: StackInfo) -> Iterator[Callable[[], anthropic.Anthropic
     yield make
     for client in clients:
         client.close()
+
+
+def test_what_others_asked_cannot_be_found_out(
+    caller: Caller, new_anthropic: Callable[[], anthropic.Anthropic]
+) -> None:
+    """A tenant's repeated prompt comes from the cache for itself, and is new for everybody else."""
+    asked: Any = {
+        "model": TINY_MOE_NAME,
+        "messages": [{"role": "user", "content": "A secret of one tenant. " * 12}],
+        "max_tokens": 1,
+    }
+    caller.anthropic.messages.create(**asked)
+    assert caller.anthropic.messages.create(**asked).usage.cache_read_input_tokens
+    assert not new_anthropic().messages.create(**asked).usage.cache_read_input_tokens

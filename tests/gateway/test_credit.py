@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,8 @@ import msgspec
 import openai
 import pytest
 import pytest_asyncio
-from support.gateway import Rig, error_of
+from click.testing import CliRunner
+from support.gateway import Rig, Tenant, error_of
 from support.stand_ins import BASE
 
 from river_billing.events import UsageKind
@@ -23,6 +25,7 @@ from river_billing.ledger import add_credit, credit_of, set_billing
 from river_billing.prices import seed_prices, set_price
 from river_billing.recorder import record_events
 from river_client import credit_wire, wire
+from river_client.cli import river
 from river_gateway.database import Pool, open_pool
 from river_gateway.errors import OutOfCreditError, UnavailableError
 from river_gateway.tenancy.auth import Principal
@@ -340,3 +343,42 @@ async def test_credit_by_http(rig: Rig) -> None:
     assert [one["entries"] for one in entries] == [{"credit": 5 * 10**9, "payments": -5 * 10**9}]
     assert (await rig.stranger.get("/credit", tenant="tenant")).status_code == 403
     assert (await rig.tenant.post("/credit", body)).status_code == 403
+
+
+async def test_money_by_command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`river credit` and `river budgets` do by name what the API does, exact to the nano-dollar."""
+    monkeypatch.setenv("RIVER_BASE_URL", rig.url)
+
+    async def run(who: Tenant, *words: str) -> str:
+        monkeypatch.setenv("RIVER_API_KEY", who.secret)
+        result = await asyncio.to_thread(CliRunner().invoke, river, words)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    added = await run(rig.admin, "credit", "add", "tenant", "25.000000001", "--reference", "w1")
+    assert added == "25.000000001 booked as w1; the credit is 25.000000001.\n"
+    await run(rig.admin, "credit", "add", "tenant", "25.000000001", "--reference", "w1")
+    taken = await run(
+        rig.admin,
+        *("credit", "add", "tenant", "--kind", "adjustment", "--note", "oops", "--", "-5"),
+    )
+    assert taken.startswith("-5.00 booked as ")
+    await run(rig.admin, "credit", "billing", "tenant", "prepaid")
+    standing = json.loads(await run(rig.tenant, "credit", "show", "--json"))
+    assert standing["billing"] == "prepaid"
+    assert standing["balance_nano_usd"] == 20_000_000_001
+    entries = json.loads(await run(rig.tenant, "credit", "entries", "--json"))
+    assert [(one["kind"], one.get("note")) for one in entries] == [
+        ("adjustment", "oops"),
+        ("top_up", None),
+    ]
+    assert "20.000000001" in await run(rig.admin, "credit", "show", "--tenant", "tenant")
+    await run(rig.admin, "budgets", "set", "10", "--tenant", "tenant")
+    shown = await run(rig.tenant, "budgets", "list")
+    assert rig.tenant.tenant_id in shown
+    assert "10.00" in shown
+    assert json.loads(await run(rig.tenant, "budgets", "warnings", "--json")) == []
+    off = await run(rig.admin, "budgets", "set", "--none", "--tenant", "tenant", "--json")
+    assert json.loads(off) == []
+    for wrong in (["budgets", "set", "1"], ["credit", "add", "tenant", "0.0000000001"]):
+        assert CliRunner().invoke(river, wrong).exit_code == 2

@@ -280,7 +280,8 @@ class Credit:
         """Gives back what the leases have left. Without Postgres they expire by themselves."""
         try:
             for lessee in list(self._lessees.values()):
-                await self._close(lessee)
+                async with lessee.lock:
+                    await self._close(lessee)
         except POSTGRES_AWAY as error:
             logger.warning("leases are left to expire: %r", error)
 
@@ -288,14 +289,11 @@ class Credit:
         enough = asyncio.Semaphore(RENEWALS_CONCURRENT_MAX)
 
         async def renew_one(lessee: _Lessee) -> None:
-            async with enough:
-                if (
-                    time.monotonic() - lessee.used_at > LEASE_IDLE_S
-                    and not lessee.lease.held_nano_usd
-                ):
+            async with enough, lessee.lock:
+                idle = time.monotonic() - lessee.used_at > LEASE_IDLE_S
+                if idle and not lessee.lease.held_nano_usd:
                     await self._close(lessee)
-                    return
-                async with lessee.lock:
+                else:
                     await self._renew(lessee)
 
         outcomes = await asyncio.gather(*map(renew_one, due), return_exceptions=True)
@@ -311,12 +309,12 @@ class Credit:
         lessee.usable_until = asked_at + LEASE_USABLE_S
 
     async def _close(self, lessee: _Lessee) -> None:
-        async with lessee.lock:
-            lessee.usable_until = 0.0
-            if self._lessees.get(lessee.lease.key_id) is lessee:
-                del self._lessees[lessee.lease.key_id]
-            async with self._pool.acquire() as connection:
-                await renew(connection, lessee.lease, close=True)
+        """Gives back what is free and forgets the lease, which expires; the caller has the lock."""
+        lessee.usable_until = 0.0
+        if self._lessees.get(lessee.lease.key_id) is lessee:
+            del self._lessees[lessee.lease.key_id]
+        async with self._pool.acquire() as connection:
+            await renew(connection, lessee.lease, close=True)
 
     def _lessee_of(self, principal: Principal) -> _Lessee:
         lessee = self._lessees.get(principal.key_id)

@@ -55,7 +55,7 @@ def package_tests(version: str) -> Path:
     making.mkdir(parents=True)
     try:
         # Built with what is installed here, only to be looked into.
-        _pip(
+        pip(
             sys.executable,
             ["download", "--no-binary", ":all:", "--no-deps", "--no-build-isolation"],
             [f"openai=={version}", "--dest", str(making)],
@@ -68,7 +68,7 @@ def package_tests(version: str) -> Path:
         making.rename(made)
         venv.create(made / "venv", with_pip=True)
         python = str(made / "venv" / "bin" / "python")
-        _pip(python, ["install"], [f"openai=={version}", "-r", str(requirements)])
+        pip(python, ["install"], [f"openai=={version}", "-r", str(requirements)])
         stamp.write_text(requirements.read_text())
     finally:
         shutil.rmtree(making, ignore_errors=True)
@@ -122,7 +122,8 @@ def _outcomes(results: Path, report: str) -> Outcomes:
     return Outcomes(frozenset(passed), frozenset(failed), report)
 
 
-def _pip(python: str, command: list[str], arguments: list[str]) -> None:
+def pip(python: str, command: list[str], arguments: list[str]) -> None:
+    """Runs pip; skips the test, loudly, when the package index cannot be reached."""
     finished = subprocess.run(
         [python, "-m", "pip", *command, "--disable-pip-version-check", "--quiet", *arguments],
         capture_output=True,
@@ -134,7 +135,5 @@ def _pip(python: str, command: list[str], arguments: list[str]) -> None:
         return
     said = finished.stdout + finished.stderr
     if any(sign in said for sign in _AWAY):
-        pytest.skip(
-            f"THE PACKAGE INDEX CANNOT BE REACHED: the openai package's own tests did not run\n{said}"
-        )
+        pytest.skip(f"THE PACKAGE INDEX CANNOT BE REACHED, so this did not run\n{said}")
     raise AssertionError(said)

@@ -16,6 +16,13 @@ from river_gateway.inference.dialects import Dialect, OpenAICompletions
 from river_gateway.inference.fields import CHAT_COMPLETIONS, COMPLETIONS
 from river_gateway.inference.messages_api import COUNT_TOKENS_DIALECT, MESSAGES_DIALECT
 from river_gateway.inference.models import resolve_model
+from river_gateway.inference.operations_schema import (
+    ChatCompletionsOperation,
+    CompletionsOperation,
+    CountTokensOperation,
+    MessagesOperation,
+    ResponsesOperation,
+)
 from river_gateway.inference.responses_api import Responses
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
@@ -44,31 +51,36 @@ def completion_apps(services: Services) -> dict[str, ASGIApp]:
     return {dialect.path: Completions(services, dialect) for dialect in dialects}
 
 
-@post("/chat/completions", status_code=200)
+@post("/chat/completions", status_code=200, operation_class=ChatCompletionsOperation)
 async def chat_completions(request: AnyRequest) -> ASGIApp:
     """A chat completion, streamed or whole."""
     return Completions(services_of(request), CHAT)
 
 
-@post("/completions", status_code=200)
+@post("/completions", status_code=200, operation_class=CompletionsOperation)
 async def completions(request: AnyRequest) -> ASGIApp:
     """A text completion, streamed or whole."""
     return Completions(services_of(request), TEXT)
 
 
-@post("/responses", status_code=200)
+@post("/responses", status_code=200, operation_class=ResponsesOperation)
 async def responses(request: AnyRequest) -> ASGIApp:
     """A response, streamed or whole. Nothing is stored: each request brings its whole conversation."""
     return Completions(services_of(request), RESPONSES)
 
 
-@post("/messages", status_code=200, tags=["Anthropic"])
+@post("/messages", status_code=200, operation_class=MessagesOperation, tags=["Anthropic"])
 async def messages(request: AnyRequest) -> ASGIApp:
     """Anthropic's Messages, streamed or whole."""
     return Completions(services_of(request), MESSAGES_DIALECT)
 
 
-@post("/messages/count_tokens", status_code=200, tags=["Anthropic"])
+@post(
+    "/messages/count_tokens",
+    status_code=200,
+    operation_class=CountTokensOperation,
+    tags=["Anthropic"],
+)
 async def count_tokens(request: AnyRequest) -> ASGIApp:
     """How many tokens the prompt of a message has."""
     return Completions(services_of(request), COUNT_TOKENS_DIALECT)

@@ -125,6 +125,9 @@ NOTHING_TO_GUESS = {
     ("GET", f"{River}/models"),
     ("GET", f"{River}/usage"),
     ("GET", f"{River}/prices"),
+    ("GET", f"{River}/credit"),
+    ("GET", f"{River}/credit/entries"),
+    ("GET", f"{River}/budgets"),
 }
 
 # Routes for administrators alone, who see all tenants.
@@ -139,6 +142,15 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
         "PATCH", River + "/keys/{key_id}/limits", {"requests_per_minute": 1}
     ),
     ("GET", f"{River}/keys"): _call("GET", f"{River}/keys"),
+    ("POST", f"{River}/credit"): _call(
+        "POST", f"{River}/credit", {"tenant": "tenant", "amount_nano_usd": 1, "reference": "x"}
+    ),
+    ("PUT", f"{River}/credit/billing"): _call(
+        "PUT", f"{River}/credit/billing", {"tenant": "tenant", "billing": "prepaid"}
+    ),
+    ("PUT", f"{River}/budgets"): _call(
+        "PUT", f"{River}/budgets", {"key_id": "<key_id>", "monthly_budget_nano_usd": 1}
+    ),
     ("DELETE", f"{River}/keys/{{key_id:str}}"): _call("DELETE", River + "/keys/{key_id}"),
 }
 

@@ -34,16 +34,21 @@ IDEMPOTENCY_KEY_MAX_CHARS = 256
 ROUTING_ROOM_FACTOR = 1.25
 """An engine takes requests that belong there up to so many times the average load."""
 ROUTING_CROWDED_FACTOR = 2.0
-"""An adapter is loaded once more when its engines have so many times the average load."""
-ROUTING_SLACK_TOKENS = 4096
-"""Below this, nobody counts as loaded."""
+"""An adapter is loaded once more when its engines have so many times what others have on average and …"""
+ROUTING_CROWDED_SLACK_TOKENS = 1024
+"""… this many more: about what an engine could have computed while it loads one."""
+ROUTING_SLACK_TOKENS = 512
+"""Below this, nobody counts as loaded: about one request. `river bench routing` shows what more would cost."""
 BYTES_PER_TOKEN = 4
 """Of a request's body, about."""
+COMPLETION_GUESS_TOKENS = 128
+"""How long a completion will be, about."""
 ROUTING_PREFIX_BYTES = 512
 """How much of a request's body says which prefix cache it belongs to."""
 PLACEMENT_REMEMBERED_S = 10.0
 """How long a new place of an adapter is remembered while its engine has not reported it: a load and a heartbeat."""
 PLACEMENTS_MAX = 10_000
+ENGINES_REMEMBERED_MAX = 4096
 BREAKER_FAILURES = 3
 BREAKER_PAUSE_MIN_S = 0.5
 BREAKER_PAUSE_MAX_S = 30.0

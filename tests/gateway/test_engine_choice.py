@@ -26,12 +26,13 @@ def state(
     *,
     tokens: int = 0,
     holds: bool = False,
+    loading: bool = False,
     failing: bool = False,
     draining: bool = False,
 ) -> EngineState:
     """An engine in a snapshot."""
     record = StandInEngine(name).record(draining=draining)
-    return EngineState(record, tokens, holds, failing)
+    return EngineState(record, tokens, holds, loading, failing)
 
 
 def chosen(engines: list[EngineState], question: Question, excluded: set[str] | None = None) -> str:
@@ -57,6 +58,9 @@ def chosen(engines: list[EngineState], question: Question, excluded: set[str] | 
         ([state("a", holds=True, tokens=BUSY_TOKENS), state("b", holds=True)], "b"),
         ([state("a", holds=True, tokens=BUSY_TOKENS), state("b"), state("c")], "bc"),
         ([state("a", holds=True, tokens=BUSY_TOKENS), state("b", tokens=BUSY_TOKENS)], "a"),
+        ([state("a", holds=True, tokens=BUSY_TOKENS), state("b")], "b"),
+        ([state("a", holds=True, tokens=limits.ROUTING_CROWDED_SLACK_TOKENS), state("b")], "a"),
+        ([state("a", holds=True, loading=True, tokens=BUSY_TOKENS), state("b")], "a"),
     ],
     ids=[
         "none",
@@ -70,6 +74,9 @@ def chosen(engines: list[EngineState], question: Question, excluded: set[str] | 
         "the idle holder",
         "a crowded holder",
         "all crowded",
+        "one of two engines crowded",
+        "little to do is no crowd",
+        "loading is waited for",
     ],
 )
 def test_the_order_of_reasons(engines: list[EngineState], expected: str) -> None:
@@ -92,33 +99,100 @@ def test_without_affinity_the_least_loaded_answers() -> None:
     assert chosen(engines, Question(BASE)) == "a"
 
 
+snapshots = st.lists(
+    st.builds(
+        lambda tokens, holds, failing, draining: (tokens, holds, failing, draining),
+        st.integers(0, 10**6) | st.just(0),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+    ),
+    max_size=12,
+).map(
+    lambda rows: [
+        state(f"e{index}", tokens=tokens, holds=holds, failing=failing, draining=draining)
+        for index, (tokens, holds, failing, draining) in enumerate(rows)
+    ]
+)
+questions = st.builds(Question, st.just(BASE), st.none() | st.just("x"), st.binary(max_size=8))
+exclusions = st.sets(st.integers(0, 11).map(lambda index: f"e{index}"))
+
+
+@given(engines=snapshots, question=questions, excluded=exclusions)
+def test_only_those_that_can_are_asked(
+    engines: list[EngineState], question: Question, excluded: set[str]
+) -> None:
+    """Somebody is, if there is anybody; never one that drains or was tried, and a failing one only if all fail."""
+    engine = choose_engine(engines, question, excluded=excluded)
+    able = [
+        candidate
+        for candidate in engines
+        if not candidate.record.draining and candidate.engine_id not in excluded
+    ]
+    if engine is None:
+        assert not able
+        return
+    assert engine in able
+    assert not engine.failing or all(candidate.failing for candidate in able)
+
+
+@given(engines=snapshots, question=questions, data=st.data())
+def test_the_order_of_a_snapshot_says_nothing(
+    engines: list[EngineState], question: Question, data: st.DataObject
+) -> None:
+    """Every gateway decides the same, whatever order it heard of the engines in."""
+    shuffled = data.draw(st.permutations(engines))
+    assert choose_engine(shuffled, question) == choose_engine(engines, question)
+
+
+@given(engines=snapshots, question=questions)
+def test_nobody_is_overloaded(engines: list[EngineState], question: Question) -> None:
+    """The chosen engine has at most its share and a bit of what those have that were left to choose from."""
+    engine = choose_engine(engines, question)
+    if engine is None:
+        return
+    able = [candidate for candidate in engines if not candidate.record.draining]
+    able = [candidate for candidate in able if candidate.failing == engine.failing]
+    if question.adapter is not None:
+        able = [candidate for candidate in able if candidate.holds == engine.holds]
+    mean_tokens = sum(candidate.outstanding_tokens for candidate in able) / len(able)
+    room_tokens = limits.ROUTING_ROOM_FACTOR * mean_tokens + limits.ROUTING_SLACK_TOKENS
+    assert engine.outstanding_tokens <= room_tokens
+
+
+@given(engines=snapshots, question=questions)
+def test_an_adapter_is_loaded_again_only_where_that_is_less_crowded(
+    engines: list[EngineState], question: Question
+) -> None:
+    """Whoever is chosen though others hold the adapter has less to do than every one of them."""
+    engine = choose_engine(engines, question)
+    if engine is None or question.adapter is None or engine.holds:
+        return
+    holders = [
+        candidate
+        for candidate in engines
+        if candidate.holds and not candidate.record.draining and candidate.failing == engine.failing
+    ]
+    assert all(engine.outstanding_tokens < holder.outstanding_tokens for holder in holders)
+
+
 @given(
-    tokens=st.lists(st.integers(0, 10**6), min_size=1, max_size=12),
-    key=st.binary(max_size=8),
-    adapter=st.none() | st.just("x"),
+    engines=snapshots,
+    question=questions,
+    tokens=st.integers(0, 10**6),
     data=st.data(),
 )
-def test_nobody_is_overloaded(
-    tokens: list[int], key: bytes, adapter: str | None, data: st.DataObject
+def test_a_leaving_engine_moves_only_its_own(
+    engines: list[EngineState], question: Question, tokens: int, data: st.DataObject
 ) -> None:
-    """Whatever the loads, the chosen engine has at most its share and a bit, unless it holds the adapter."""
-    engines = [
-        state(f"e{index}", tokens=count, holds=data.draw(st.booleans()))
-        for index, count in enumerate(tokens)
-    ]
-    engine = choose_engine(engines, Question(BASE, adapter, key))
-    assert engine is not None
-    crowded = limits.ROUTING_CROWDED_FACTOR * sum(tokens) / len(tokens)
-    if adapter is None or not any(candidate.holds for candidate in engines):
-        crowded = limits.ROUTING_ROOM_FACTOR * sum(tokens) / len(tokens)
-    holders = [candidate.outstanding_tokens for candidate in engines if candidate.holds]
-    if adapter is not None and engine.holds:
-        crowded = max(crowded, limits.ROUTING_ROOM_FACTOR * sum(holders) / len(holders))
-    assert engine.outstanding_tokens <= crowded + limits.ROUTING_SLACK_TOKENS or all(
-        candidate.outstanding_tokens >= engine.outstanding_tokens
-        for candidate in engines
-        if not candidate.holds or engine.holds
-    )
+    """With equal loads, what went elsewhere before goes there still."""
+    engines = [state(engine.engine_id, tokens=tokens, failing=engine.failing) for engine in engines]
+    before = choose_engine(engines, question)
+    if before is None or not question.adapter:
+        return
+    leaving = data.draw(st.sampled_from(engines))
+    left = [engine for engine in engines if engine is not leaving]
+    assert leaving == before or choose_engine(left, question) == before
 
 
 def test_adapters_spread_and_stay_put() -> None:
@@ -223,7 +297,7 @@ def test_first_requests_for_an_adapter_go_to_one_place() -> None:
     fleet, engines, now = _fleet("a", "b", "c", "d")
     question = Question(BASE, "run_1@1")
     home = _ask(fleet, question)
-    with fleet.occupied(home, limits.ROUTING_SLACK_TOKENS):
+    with fleet.occupied(home, BUSY_TOKENS):
         assert {_ask(fleet, question) for _ in range(20)} == {home}
     now[0] += limits.PLACEMENT_REMEMBERED_S
     other = next(record.engine_id for record in engines.records if record.engine_id != home)

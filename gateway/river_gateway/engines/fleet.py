@@ -6,17 +6,28 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from river_gateway.engines.health import Breaker
 from river_gateway.engines.routing import EngineState, Question, choose_engine
-from river_gateway.limits import PLACEMENT_REMEMBERED_S, PLACEMENTS_MAX
+from river_gateway.limits import (
+    ENGINES_REMEMBERED_MAX,
+    PLACEMENT_REMEMBERED_S,
+    PLACEMENTS_MAX,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator
 
     from river_engine.protocol import EngineRecord
-    from river_gateway.engines.registry import Engines
+
+
+class KnownEngines(Protocol):
+    """What is known of engines by their own word."""
+
+    def alive(self, base_model: str | None = None) -> list[EngineRecord]:
+        """The records with a recent heartbeat."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +41,7 @@ class _Placement:
 class Fleet:
     """Chooses engines, and learns from what happens there. Times are those of `clock`, in seconds."""
 
-    def __init__(self, engines: Engines, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engines: KnownEngines, clock: Callable[[], float] = time.monotonic) -> None:
         self._engines = engines
         self._clock = clock
         self._tokens: dict[str, int] = {}
@@ -52,15 +63,9 @@ class Fleet:
 
     def snapshot(self, question: Question) -> list[EngineState]:
         """All engines of the base model in question."""
-        now = self._clock()
-        placed = self._placed(question.adapter, now)
+        placed = self._placed(question.adapter)
         return [
-            EngineState(
-                record,
-                max(record.outstanding_tokens, self._tokens.get(record.engine_id, 0)),
-                record.engine_id == placed or question.adapter in self._residents(record),
-                self.is_failing(record.engine_id),
-            )
+            self._state(record, question.adapter, placed)
             for record in self._engines.alive(question.base_model)
         ]
 
@@ -103,6 +108,8 @@ class Fleet:
     def failed(self, engine_id: str, adapter: str | None) -> None:
         """The engine did not answer, or said that it cannot."""
         self._breakers.setdefault(engine_id, Breaker()).fail(self._clock())
+        if len(self._breakers) > ENGINES_REMEMBERED_MAX:
+            del self._breakers[next(iter(self._breakers))]
         placement = self._placements.get(adapter) if adapter is not None else None
         if placement is not None and placement.engine_id == engine_id:
             del self._placements[adapter or ""]
@@ -111,9 +118,23 @@ class Fleet:
         """What this gateway has on each engine."""
         return dict(self._tokens)
 
+    def _state(self, record: EngineRecord, adapter: str | None, placed: str | None) -> EngineState:
+        engine_id = record.engine_id
+        resident = adapter in self._residents(record)
+        loading = engine_id == placed and not resident
+        return EngineState(
+            record,
+            outstanding_tokens=max(record.outstanding_tokens, self._tokens.get(engine_id, 0)),
+            holds=resident or loading,
+            loading=loading,
+            failing=self.is_failing(engine_id),
+        )
+
     def _residents(self, record: EngineRecord) -> frozenset[str]:
         known = self._resident.get(record.engine_id)
         if known is None or known[0] is not record:
+            if len(self._resident) >= ENGINES_REMEMBERED_MAX:
+                self._resident.clear()  # They are read again; most of these engines have gone.
             known = self._resident[record.engine_id] = (record, frozenset(record.resident))
         return known[1]
 
@@ -124,6 +145,6 @@ class Fleet:
         if len(self._placements) > PLACEMENTS_MAX:
             self._placements.popitem(last=False)
 
-    def _placed(self, adapter: str | None, now: float) -> str | None:
+    def _placed(self, adapter: str | None) -> str | None:
         placement = self._placements.get(adapter) if adapter is not None else None
-        return placement.engine_id if placement is not None and now < placement.until else None
+        return placement.engine_id if placement and self._clock() < placement.until else None

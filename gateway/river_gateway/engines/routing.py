@@ -3,7 +3,8 @@
 1. Engines of the base model that take new requests; those that lately failed only if there is no other.
 2. Of these, the ones that hold the adapter. If none does, or all that do are crowded while others are not, one more is
    chosen to load it: the first with room in an order that follows from the adapter's name alone, so that every gateway
-   sends it to the same place and few adapters move when engines come and go.
+   sends it to the same place and few adapters move when engines come and go. While one is loading it, no other is asked
+   to: many first requests load it once.
 3. Of several, the first with room in an order that follows from the prompt's beginning, whose blocks its prefix cache
    may hold.
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from river_gateway.limits import (
     ROUTING_CROWDED_FACTOR,
+    ROUTING_CROWDED_SLACK_TOKENS,
     ROUTING_ROOM_FACTOR,
     ROUTING_SLACK_TOKENS,
 )
@@ -39,12 +41,13 @@ class EngineState:
 
     `outstanding_tokens` is the greater of what the engine reported, which counts other gateways' requests but is
     seconds old, and of what this gateway has there now. `holds` says whether it has loaded the adapter in question, or
-    is doing so; `failing`, whether it lately did nothing but fail.
+    is `loading` it; `failing`, whether it lately did nothing but fail.
     """
 
     record: EngineRecord
     outstanding_tokens: int = 0
     holds: bool = False
+    loading: bool = False
     failing: bool = False
 
     @property
@@ -81,20 +84,20 @@ def choose_engine(
         return able[0] if able else None
     if question.adapter is not None:
         holders = [engine for engine in able if engine.holds]
-        if not holders or _crowded(holders, able):
-            others = [engine for engine in able if not engine.holds]
-            return _first_with_room(others or holders, question.adapter.encode())
+        others = [engine for engine in able if not engine.holds]
+        if _crowded(holders, others):
+            return _first_with_room(others, question.adapter.encode())
         able = holders
     return _first_with_room(able, question.affinity)
 
 
-def _crowded(holders: Sequence[EngineState], able: Sequence[EngineState]) -> bool:
-    """Whether it is worth loading an adapter once more: its holders have several times the average to do."""
-    if len(holders) == len(able):
+def _crowded(holders: Sequence[EngineState], others: Sequence[EngineState]) -> bool:
+    """Whether it is worth loading an adapter once more: its holders have several times what others have to do."""
+    if not others or any(engine.loading for engine in holders):
         return False
-    mean_tokens = sum(engine.outstanding_tokens for engine in able) / len(able)
-    limit_tokens = ROUTING_CROWDED_FACTOR * mean_tokens + ROUTING_SLACK_TOKENS
-    return min(engine.outstanding_tokens for engine in holders) > limit_tokens
+    mean_tokens = sum(engine.outstanding_tokens for engine in others) / len(others)
+    limit_tokens = ROUTING_CROWDED_FACTOR * mean_tokens + ROUTING_CROWDED_SLACK_TOKENS
+    return all(engine.outstanding_tokens > limit_tokens for engine in holders)
 
 
 def _first_with_room(engines: Sequence[EngineState], key: bytes) -> EngineState:

@@ -28,6 +28,7 @@ from river_gateway.inference.worst_case import worst_case
 from river_gateway.limits import (
     BODY_MAX_BYTES,
     BYTES_PER_TOKEN,
+    COMPLETION_GUESS_TOKENS,
     ROUTING_PREFIX_BYTES,
     STREAM_KEEP_ALIVE_S,
 )
@@ -164,7 +165,8 @@ class Completions:
         tenant_id = exchange.principal.tenant_id
         for_engine = self._dialect.engine_body(fields, asked, exchange.target.base_model)
         affinity = tenant_id.encode() + body[:ROUTING_PREFIX_BYTES]
-        tokens = len(body) // BYTES_PER_TOKEN
+        completion_tokens = asked.choices_per_prompt * COMPLETION_GUESS_TOKENS
+        tokens = len(body) // BYTES_PER_TOKEN + completion_tokens
 
         async def ask(target: Target) -> Opened:
             return await self._services.upstream.open(

@@ -366,6 +366,7 @@ async def _ask_engine(
         return_prompt_logprobs=asked.return_prompt_logprobs,
         return_expert_routing=asked.return_expert_routing,
     )
+    prompts = len(asked.prompts or asked.prompt_token_ids or ())
     opened = await services.upstream.open(
         "/river/sample",
         msgspec.msgpack.encode(body),
@@ -373,7 +374,7 @@ async def _ask_engine(
         tenant_id=tenant_id,
         request_id=request_id,
         content_type=MSGPACK,
-        tokens=asked.num_samples * asked.max_tokens,
+        tokens=prompts * asked.num_samples * asked.max_tokens,
     )
     try:
         answer = await opened.answer.read()

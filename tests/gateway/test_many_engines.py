@@ -25,7 +25,10 @@ from support.gateway import Rig, eventually, running_rig
 ENGINES = 8
 RUNS = 20
 CLIENTS = 24
-DISTURBED_S = 8.0
+ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
+"""How engines end, one after another."""
+START_PATIENCE_S = 60.0
+"""Processes start slowly where others run too."""
 
 
 @pytest_asyncio.fixture
@@ -44,10 +47,11 @@ class Processes:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
+    def start(self) -> str:
         name = f"engine-{next(self._names)}"
         command = [sys.executable, engine_process.__file__, name, self._nats_url]
         self.running[name] = subprocess.Popen(command)
+        return name
 
     def end(self, name: str, how: signal.Signals) -> None:
         process = self.running.pop(name)
@@ -67,7 +71,7 @@ async def engines(rig: Rig, nats_url: str, count: int) -> AsyncGenerator[Process
     try:
         for _ in range(count):
             processes.start()
-        await eventually(lambda: len(rig.services.engines.alive()) == count)
+        await eventually(lambda: len(rig.services.engines.alive()) == count, START_PATIENCE_S)
         yield processes
     finally:
         processes.close()
@@ -123,21 +127,17 @@ async def test_engines_come_and_go_under_load(rig: Rig, nats_url: str) -> None:
             if chance.random() < 0.3:
                 run = runs[0]
             model, version = f"river://{run.run_id}", f"{run.run_id}@0"
-            if chance.random() < 0.1:
+            if chance.random() < 0.2:
                 model, version = engine_process.BASE, ""
             await ask(rig, model, version, tally, stream=chance.random() < 0.5)
 
     async def disturb(processes: Processes) -> None:
-        ends = itertools.cycle([signal.SIGKILL, signal.SIGTERM, signal.SIGKILL])
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + DISTURBED_S
-        while loop.time() < deadline:
-            await asyncio.sleep(DISTURBED_S / 8)
-            processes.end(chance.choice(sorted(processes.running)), next(ends))
-            processes.start()
         try:
-            # Those that joined late answer as well.
-            await eventually(lambda: len(tally.answers) > ENGINES)
+            for how in ENDS:
+                joined = processes.start()
+                await eventually(lambda name=joined: tally.answers[name], START_PATIENCE_S)
+                processes.end(chance.choice(sorted(processes.running)), how)
+            await asyncio.sleep(2 * engine_process.WORDS * engine_process.WORD_S)
         finally:
             stop.set()
 

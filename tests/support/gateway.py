@@ -41,9 +41,9 @@ def error_of(answer: httpx.Response) -> wire.ErrorBody:
     return msgspec.json.decode(answer.content, type=wire.ErrorEnvelope).error
 
 
-async def eventually(condition: Callable[[], Any]) -> Any:
-    """The first true value of `condition`, within `PATIENCE_S`."""
-    async with asyncio.timeout(PATIENCE_S):
+async def eventually(condition: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
+    """The first true value of `condition`, within `patience_s`."""
+    async with asyncio.timeout(patience_s):
         while not (value := condition()):  # noqa: ASYNC110 - the other side has no event to wait for
             await asyncio.sleep(0.01)
         return value

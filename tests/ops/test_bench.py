@@ -135,6 +135,25 @@ def test_gateway() -> None:
     assert found["throughput_ratio"] is None  # there is no time for a real engine
 
 
+def test_routing() -> None:
+    """Ours loads adapters less than half as often as others, answers sooner, and loses nothing when engines die."""
+    found = report("routing")
+    assert found["settings"]["engines"] == 64
+    assert found["settings"]["adapters"] == 5000
+    for load in found["loads"]:
+        ways = load["ways"]
+        assert set(ways) == {"river", "least_outstanding", "round_robin", "random"}
+        ours = ways.pop("river")
+        assert ours["lost"] == 0
+        for theirs in ways.values():
+            assert ours["cold_loads"] < 0.5 * theirs["cold_loads"]
+            assert ours["prefix_hits"] > 1.5 * theirs["prefix_hits"]
+            assert ours["p99_s"] < theirs["p99_s"]
+            assert ours["first_token_p99_s"] < theirs["first_token_p99_s"]
+    assert found["cold_loads_ratio"]["random"] < 0.5
+    assert is_positive(found["choose_us"]["64"])
+
+
 def test_every_benchmark_is_tested() -> None:
     """A benchmark that is added is added here too."""
     assert all(f"test_{name}" in globals() for name in BENCHMARKS)

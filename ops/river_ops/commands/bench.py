@@ -9,7 +9,7 @@ import msgspec
 
 from river_ops.children import ChildError
 
-BENCHMARKS = ("training", "hotload", "gateway", "consistency", "kernels", "layers")
+BENCHMARKS = ("training", "hotload", "gateway", "routing", "consistency", "kernels", "layers")
 
 
 @click.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
 from typing import Protocol
 
 from river_engine.protocol import HEARTBEAT_LOST_AFTER_S, EngineRecord
@@ -52,7 +51,7 @@ class ByFleet(Chooser):
     def __init__(self, directory: Directory, *, with_reasons: bool) -> None:
         self._fleet = Fleet(directory, lambda: directory.now_s)
         self._with_reasons = with_reasons
-        self._held: dict[Request, ExitStack] = {}
+        self._visits: dict[Request, tuple[str, int]] = {}
 
     def choose(self, request: Request, excluded: Collection[str], /) -> str | None:
         question = Question(BASE)
@@ -64,11 +63,12 @@ class ByFleet(Chooser):
 
     def sent(self, request: Request, engine_id: str, /) -> None:
         tokens = request.prompt_tokens + COMPLETION_GUESS_TOKENS
-        held = self._held[request] = ExitStack()
-        held.enter_context(self._fleet.occupied(engine_id, tokens))
+        self._fleet.enter(engine_id, tokens)
+        self._visits[request] = engine_id, tokens
 
     def over(self, request: Request, /) -> None:
-        self._held.pop(request).close()
+        engine_id, tokens = self._visits.pop(request)
+        self._fleet.leave(engine_id, tokens)
 
     def failed(self, request: Request, engine_id: str, /) -> None:
         self._fleet.failed(engine_id, request.adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import signal
@@ -16,6 +17,7 @@ from river_client.service import SettingsError, read_settings
 from river_engine.stores import check_store
 from river_gateway.app import create_app
 from river_gateway.limits import GC_THRESHOLD, STOP_GRACE_S
+from river_gateway.reload import reload_settings
 from river_gateway.services import open_services
 from river_gateway.settings import Settings
 
@@ -65,6 +67,8 @@ async def serve(settings: Settings) -> None:
             proxy_headers=False,  # Nothing here asks for a client's address.
             timeout_graceful_shutdown=STOP_GRACE_S,
         )
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, reload_settings, services)
         logger.info("gateway on http://%s:%d", settings.host, settings.port)
         await GatewayServer(config, services).serve()
 

@@ -11,13 +11,14 @@ class Settings(Struct, frozen=True, kw_only=True):
     """`engine_token` is the secret shared with the engines; `store_url` the root of all stored checkpoints.
 
     The files of a checkpoint that has expired or was replaced go `sweep_grace_s` later; looked for every
-    `sweep_interval_s`.
+    `sweep_interval_s`. `reload_file` is read on SIGHUP (`reload.py`).
     """
 
     nats_url: str
     postgres_url: str
     engine_token: str
     store_url: str | None = None
+    reload_file: str | None = None
     sweep_interval_s: float = SWEEP_INTERVAL_S
     sweep_grace_s: float = SWEEP_GRACE_S
     host: str = "127.0.0.1"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
@@ -18,6 +21,7 @@ from river_billing.events import UsageKind
 from river_engine.protocol import EngineError
 from river_gateway.engines.refusals import refused_by_engine
 from river_gateway.inference import completions
+from river_gateway.reload import reload_settings
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 FULL_USAGE = {
@@ -209,6 +213,32 @@ async def test_a_silent_stream_is_kept_alive(
                 break
     assert b"w1 " in received
     assert received.replace(expected, b"").count(expected.split(b"\n")[0]) == 0
+
+
+async def test_a_stream_survives_a_reload(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Settings that change while a stream goes on are for the requests after it; a broken file changes nothing."""
+    monkeypatch.setattr(completions, "STREAM_KEEP_ALIVE_S", 0.05)
+    for engine in rig.engines:
+        engine.behaviour = "hang"
+    file = tmp_path / "reload.env"
+    file.write_text("# rotated\nRIVER_ENGINE_TOKEN = new\n")
+    settings = msgspec.structs.replace(rig.services.settings, reload_file=str(file))
+    services = dataclasses.replace(rig.services, settings=settings)
+    body = BODIES["/v1/responses"] | {"stream": True}
+    seen = b""
+    async with rig.tenant.http.stream("POST", "/v1/responses", json=body) as answer:
+        async for data in answer.aiter_bytes():
+            seen += data
+            if b"w1 " in seen and seen.count(b": keep-alive") == 1:
+                reload_settings(services)
+            if seen.count(b": keep-alive") == 4:
+                break
+    assert services.upstream._authorization[1] == b"Bearer new"
+    file.unlink()
+    reload_settings(services)
+    assert services.upstream._authorization[1] == b"Bearer new"
 
 
 # ---- Fields ----------------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ async def test_it_starts_alone_and_stops_when_told(postgres_url: str, nats_url: 
                 except httpx.TransportError:
                     await asyncio.sleep(0.05)
             assert alive.text == "ok\n"
+            process.send_signal(signal.SIGHUP)
+            assert (await client.get("/healthz")).text == "ok\n"
             ready = await client.get("/readyz")
             assert ready.status_code in (200, 503)
         process.send_signal(signal.SIGTERM)

@@ -97,6 +97,10 @@ class Upstream:
         self._telemetry = telemetry
         self.outstanding = 0
         self._client = EngineClient()
+        self.authorize(token)
+
+    def authorize(self, token: str) -> None:
+        """Requests bring this token from now on."""
         self._authorization = (b"authorization", f"Bearer {token}".encode())
 
     async def close(self) -> None:

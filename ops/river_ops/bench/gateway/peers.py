@@ -85,6 +85,10 @@ def running_peer(name: str, programs: Path, stub_url: str, data: Path) -> Iterat
     """
     port = free_port()
     argv = _ARGUMENTS[name](programs, stub_url, data, port)
+    # LiteLLM looks for modules two folders above the one it is started in: there should be none.
+    folder = data / "peers" / name
+    folder.mkdir(parents=True)
+    argv = ["env", f"--chdir={folder}", *argv]
     child = Child(name, dying_with_parent(argv), data / f"{name}.log", _ENVIRONMENT)
     child.start()
     try:

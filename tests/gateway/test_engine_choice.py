@@ -8,12 +8,14 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
 from support.stand_ins import BASE, StandInEngine
 
 from river_engine.protocol import EngineRecord
 from river_gateway import limits
 from river_gateway.bus import Bus
 from river_gateway.engines.fleet import Fleet
+from river_gateway.engines.fleet_metrics import FleetMetrics
 from river_gateway.engines.health import Breaker
 from river_gateway.engines.registry import Engines
 from river_gateway.engines.routing import EngineState, Question, choose_engine
@@ -342,3 +344,21 @@ def test_a_failing_engine_is_left_alone_for_a_while() -> None:
         assert _ask(fleet, Question(BASE)) == "b"
         fleet.succeeded("a")
     assert _ask(fleet, Question(BASE)) == "a"
+
+
+def test_what_prometheus_sees_of_engines() -> None:
+    """Tokens outstanding and failures of those that are there, and how often adapters got a place."""
+    fleet, engines, _ = _fleet("a", "b")
+    registry = CollectorRegistry()
+    registry.register(FleetMetrics(fleet))
+    _ask(fleet, Question(BASE, "run_1@1"))
+    for _ in range(limits.BREAKER_FAILURES):
+        fleet.failed("b", None)
+    with fleet.occupied("a", 10):
+        text = generate_latest(registry).decode()
+    assert 'river_gateway_engine_outstanding_tokens{engine="a"} 10.0' in text
+    assert 'river_gateway_engine_failing{engine="a"} 0.0' in text
+    assert 'river_gateway_engine_failing{engine="b"} 1.0' in text
+    assert "river_gateway_adapters_placed_total 1.0" in text
+    engines.records = []
+    assert "engine=" not in generate_latest(registry).decode()

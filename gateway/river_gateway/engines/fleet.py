@@ -48,6 +48,7 @@ class Fleet:
         self._breakers: dict[str, Breaker] = {}
         self._resident: dict[str, tuple[EngineRecord, frozenset[str]]] = {}
         self._placements: OrderedDict[str, _Placement] = OrderedDict()
+        self.placed = 0  # how often an adapter got a place
 
     def choose(self, question: Question, excluded: Collection[str] = ()) -> EngineRecord | None:
         """The engine to ask, or None when there is none.
@@ -68,6 +69,10 @@ class Fleet:
             self._state(record, question.adapter, placed)
             for record in self._engines.alive(question.base_model)
         ]
+
+    def everybody(self) -> list[EngineState]:
+        """All engines of all base models, for whoever looks on."""
+        return [self._state(record, None, None) for record in self._engines.alive()]
 
     def is_failing(self, engine_id: str) -> bool:
         """Whether the engine is to be left alone."""
@@ -139,6 +144,7 @@ class Fleet:
         return known[1]
 
     def _place(self, adapter: str, engine_id: str) -> None:
+        self.placed += 1
         until = self._clock() + PLACEMENT_REMEMBERED_S
         self._placements[adapter] = _Placement(engine_id, until)
         self._placements.move_to_end(adapter)

@@ -11,6 +11,7 @@ import msgspec
 
 from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, EngineError
 from river_gateway.engines.fleet import Fleet
+from river_gateway.engines.fleet_metrics import FleetMetrics
 from river_gateway.engines.http_client import (
     EngineClient,
     EngineLostError,
@@ -94,6 +95,7 @@ class Upstream:
 
     def __init__(self, engines: Engines, telemetry: Telemetry, *, token: str) -> None:
         self.fleet = Fleet(engines)
+        telemetry.registry.register(FleetMetrics(self.fleet))
         self._telemetry = telemetry
         self.outstanding = 0
         self._client = EngineClient()

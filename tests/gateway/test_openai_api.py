@@ -204,8 +204,10 @@ def wrong() -> list[Any]:
         pytest.param(
             {"model": "river://run_0/weights/x"}, openai.NotFoundError, "model_not_found", id="path"
         ),
-        pytest.param({"stream": "yes"}, openai.BadRequestError, None, id="type"),
-        pytest.param({"extra_body": {"n": 1.5}}, openai.BadRequestError, None, id="fraction"),
+        pytest.param({"stream": "yes"}, openai.BadRequestError, "invalid_type", id="type"),
+        pytest.param(
+            {"extra_body": {"n": 1.5}}, openai.BadRequestError, "invalid_type", id="fraction"
+        ),
         pytest.param({"user": "x" * 257}, openai.BadRequestError, None, id="long user"),
         pytest.param({"user": "a\0"}, openai.BadRequestError, None, id="NUL in user"),
         pytest.param({"model": "a\0"}, openai.NotFoundError, "model_not_found", id="NUL in model"),

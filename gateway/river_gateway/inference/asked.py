@@ -103,7 +103,7 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         param = path.rstrip("`") or ("model" if "`model`" in message else None)
         if param == "model" and not path:
             message = "you must provide a model parameter"
-        elif message.startswith("Expected `"):
+        elif message.startswith("Expected `") and " of length " not in message:
             message = f"Invalid type for '{param}': {message[0].lower()}{message[1:]}."
             raise InvalidTypeError(message, param=param) from None
         raise InvalidFieldError(message, param=param) from None

@@ -30,10 +30,16 @@ logger = logging.getLogger("river.gateway")
 
 @dataclass(slots=True)
 class _Round:
-    """Events that travel together; `settled` when NATS has them or they are in the backlog."""
+    """Events that travel together, and who waits until NATS has them or they are in the backlog."""
 
     events: list[UsageEvent] = field(default_factory=list["UsageEvent"])
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    waiters: list[asyncio.Future[None]] = field(default_factory=list["asyncio.Future[None]"])
+
+    def settle(self) -> None:
+        """Lets everybody go on."""
+        for waiter in self.waiters:
+            if not waiter.done():  # Its request may have been cancelled.
+                waiter.set_result(None)
 
 
 class Meter:
@@ -66,7 +72,9 @@ class Meter:
         gathering = self._round
         gathering.events.append(event)
         self._round_wake.set()
-        await gathering.settled.wait()
+        waiter = asyncio.get_running_loop().create_future()
+        gathering.waiters.append(waiter)
+        await waiter
 
     def record_later(self, event: UsageEvent | None) -> None:
         """Leaves an event to the backlog; for places that cannot wait, such as a cancelled stream."""
@@ -120,7 +128,7 @@ class Meter:
             finally:
                 # Also when cancelled: then `flush` has the last word.
                 self._add_to_backlog(left)
-                current.settled.set()
+                current.settle()
 
     async def _drain(self) -> None:
         while True:

@@ -12,12 +12,14 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from river_client.wire import API_PREFIX
+from river_gateway.checkpoints.aliases_api import ALIAS_HANDLERS
 from river_gateway.checkpoints.catalog_api import CATALOG_HANDLERS
 from river_gateway.checkpoints.import_api import IMPORT_HANDLERS
 from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import EXCEPTION_HANDLERS
+from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
 from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
@@ -62,6 +64,8 @@ def create_litestar(services: Services) -> Litestar:
         route_handlers=[
             *TRAINING_HANDLERS,
             *CATALOG_HANDLERS,
+            *ALIAS_HANDLERS,
+            *FEEDBACK_HANDLERS,
             *IMPORT_HANDLERS,
             *ADMIN_HANDLERS,
             *CREDIT_HANDLERS,

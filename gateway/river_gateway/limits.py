@@ -98,6 +98,32 @@ REFUSAL_FRESH_S = 0.25
 PRICES_FRESH_S = 30.0
 PRICES_STALE_MAX_S = 900.0
 
+# ---- Aliases and names -----------------------------------------------------------------------------------------------
+
+NAME_CACHE_ENTRIES_MAX = 10_000
+NAME_CACHE_FRESH_S = 5.0
+"""What a name means is told by whoever writes it; this is for changes that nobody tells, such as by the recorder."""
+LIVE_FRESH_S = 5.0
+ALIAS_TARGETS_MAX = 16
+ALIAS_WEIGHT_MAX = 1_000_000
+ALIAS_VERSIONS_KEPT = 100
+
+# ---- Stored completions and feedback ---------------------------------------------------------------------------------
+
+COMPLETIONS_KEPT_S = 30 * 24 * 3600.0
+STORE_BACKLOG_MAX = 2000
+"""Completions that wait for Postgres; each may be as large as a body."""
+STORE_GROUP_MAX = 64
+STORE_RETRY_S = 0.5
+STORED_PAGE_DEFAULT = 20
+STORED_PAGE_MAX = 100
+FEEDBACK_BATCH_MAX = 4096
+FEEDBACK_CLAIM_MAX_S = 24 * 3600.0
+FEEDBACK_NOTE_MAX_CHARS = 4096
+METADATA_ENTRIES_MAX = 16
+METADATA_KEY_MAX_CHARS = 64
+METADATA_MAX_CHARS = 512
+
 # ---- Postgres and NATS -----------------------------------------------------------------------------------------------
 
 POSTGRES_CONNECTIONS_MAX = 10

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from river_billing.streams import ensure_streams
 from river_gateway.bus import Bus, BusError
+from river_gateway.checkpoints.names import LiveVersions, Names
 from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
 from river_gateway.engines.registry import Engines, Trainers
 from river_gateway.engines.upstream import Upstream
+from river_gateway.feedback.store import CompletionStore
+from river_gateway.feedback.store import sweep_forever as sweep_completions
 from river_gateway.inference.meter import Meter
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.telemetry import Telemetry
@@ -50,6 +53,9 @@ class Services:
     quotas: Quotas
     credit: Credit
     runs: RunCache
+    names: Names
+    completions: CompletionStore
+    live: LiveVersions
     results: Results
     engines: Engines
     trainers: Trainers
@@ -102,6 +108,9 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         quotas=Quotas(),
         credit=Credit(pool),
         runs=RunCache(pool),
+        names=Names(pool, bus),
+        completions=CompletionStore(pool, kept_s=settings.completions_kept_s),
+        live=LiveVersions(bus),
         results=Results(bus),
         engines=engines,
         trainers=Trainers(bus),
@@ -110,6 +119,9 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         telemetry=telemetry,
     )
     try:
+        # Before results, so that a version is heard before the result that made it.
+        await services.live.listen()
+        await services.names.listen()
         await services.results.listen()
         await bus.hear(ACCOUNTS_SUBJECT, services.keys.hear)
         bus.on_back.append(services.keys.distrust)
@@ -123,6 +135,11 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                 tasks.create_task(services.meter.run(), name="usage"),
                 tasks.create_task(exchange.run(), name="limits"),
                 tasks.create_task(services.credit.run(), name="credit"),
+                tasks.create_task(services.completions.run(), name="completions"),
+                tasks.create_task(
+                    sweep_completions(pool, interval_s=settings.sweep_interval_s),
+                    name="completion sweeper",
+                ),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
                 tasks.create_task(_sweep(services), name="sweeper"),
             ]
@@ -131,6 +148,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             finally:
                 for task in background:
                     task.cancel()
+        if not await services.completions.flush():
+            logger.error("some completions were not stored")
         if not await services.meter.flush():
             logger.error("%d usage events were not delivered", services.meter.waiting)
     finally:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from river_gateway.limits import SWEEP_GRACE_S, SWEEP_INTERVAL_S
+from river_gateway.limits import COMPLETIONS_KEPT_S, SWEEP_GRACE_S, SWEEP_INTERVAL_S
 
 
 class Settings(Struct, frozen=True, kw_only=True):
     """`engine_token` is the secret shared with the engines; `store_url` the root of all stored checkpoints.
 
     The files of a checkpoint that has expired or was replaced go `sweep_grace_s` later; looked for every
-    `sweep_interval_s`. `reload_file` is read on SIGHUP (`reload.py`).
+    `sweep_interval_s`. `reload_file` is read on SIGHUP (`reload.py`). A stored completion is kept for
+    `completions_kept_s`, unless its tenant says otherwise.
     """
 
     nats_url: str
@@ -19,6 +20,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     engine_token: str
     store_url: str | None = None
     reload_file: str | None = None
+    completions_kept_s: float = COMPLETIONS_KEPT_S
     sweep_interval_s: float = SWEEP_INTERVAL_S
     sweep_grace_s: float = SWEEP_GRACE_S
     host: str = "127.0.0.1"

@@ -13,6 +13,7 @@
 """
 
 from river_client.async_client import AsyncClient, AsyncSession
+from river_client.async_feedback import Learning
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.client import Client, Model, PendingOp, Session
 from river_client.custom_loss import CustomLoss, TorchLoss, torch_loss
@@ -32,9 +33,12 @@ from river_client.exceptions import (
 from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
 from river_client.wire import (
     Alias,
+    AliasTarget,
     ApiKey,
     BaseModel,
     Checkpoint,
+    Feedback,
+    FeedbackBatch,
     LoraConfig,
     Price,
     QueueState,
@@ -48,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alias",
+    "AliasTarget",
     "ApiKey",
     "AsyncClient",
     "AsyncModel",
@@ -60,7 +65,10 @@ __all__ = [
     "Client",
     "ConnectionError",
     "CustomLoss",
+    "Feedback",
+    "FeedbackBatch",
     "InvalidRequestError",
+    "Learning",
     "LoraConfig",
     "Model",
     "NotFoundError",

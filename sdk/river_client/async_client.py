@@ -13,9 +13,16 @@ from typing import Any, Self, Unpack
 import msgspec
 
 from river_client import exceptions, limits, wire
+from river_client.async_aliases import AsyncAliases
 from river_client.async_credit import AsyncBudgets, AsyncCredit
+from river_client.async_feedback import (
+    Baseline,
+    acknowledge_feedback,
+    claim_feedback,
+    give_feedback,
+)
 from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
-from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
+from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
 from river_client.progress import waiting
 from river_client.results import (
@@ -140,6 +147,54 @@ class AsyncClient:
         ) as response:
             async for text in stream_texts(response):
                 yield text
+
+    async def feedback(
+        self,
+        completion_id: str,
+        *,
+        reward: float,
+        choice: int = 0,
+        note: str | None = None,
+        user: str | None = None,
+    ) -> None:
+        """Says what a choice of a stored completion was worth; the newest reward of a choice counts.
+
+        Raises:
+            NotFoundError: there is no such completion; one is stored when it is asked for with `store=True`.
+        """
+        given = wire.Feedback(
+            completion_id=completion_id, reward=reward, choice=choice, note=note, user=user
+        )
+        await give_feedback(self._transport, [given])
+
+    async def feedback_batch(
+        self,
+        alias: str,
+        *,
+        min_batch: int = 1,
+        max: int = 256,  # noqa: A002 - its name in the documentation
+        consumer: str = "default",
+        baseline: Baseline = "prompt",
+    ) -> wire.FeedbackBatch | None:
+        """Training data of the feedback on a model name that `consumer` has not had yet; None while it is too little.
+
+        Its `data` can be trained on as they are. They are handed out again unless `acknowledge(batch)` says in time
+        that they have been learnt from.
+        """
+        asked = wire.ClaimFeedback(
+            model=alias,
+            min_batch=min_batch,
+            max_batch=max,
+            consumer=consumer,
+            baseline=baseline,
+        )
+        batch = await claim_feedback(self._transport, asked)
+        return batch if batch.batch_id is not None else None
+
+    async def acknowledge(self, batch: wire.FeedbackBatch) -> None:
+        """Says that a batch has been learnt from; again is a no-op."""
+        assert batch.batch_id is not None
+        await acknowledge_feedback(self._transport, batch.batch_id)
 
     def operation(self, operation_id: str) -> AsyncPendingOp[TrainingResult]:
         """An operation submitted before, such as that of a `TimeoutError`."""

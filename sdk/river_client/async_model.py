@@ -13,6 +13,8 @@ import msgspec
 
 from river_client import exceptions, limits, wire
 from river_client.arrays import DatumLike, pack_data
+from river_client.async_aliases import AsyncAliases
+from river_client.async_feedback import Baseline, Learning, learn_forever
 from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
 from river_client.pending import AsyncPendingOp
 from river_client.progress import waiting
@@ -44,6 +46,7 @@ class AsyncModel:
         self._seq = 1  # of the next operation
         self._submitting = asyncio.Lock()
         self._unsettled: bytes | None = None
+        self._learning: Learning | None = None
 
     @property
     def path(self) -> str:
@@ -323,6 +326,66 @@ class AsyncModel:
     ) -> list[list[Sample]]:
         """Samples of the model's live version: a list per prompt. The options are those of `SampleOptions`."""
         return await draw_samples(self._transport, self.path, prompts, options)
+
+    # ---- Learning from feedback --------------------------------------------------------------
+
+    async def learn_from(
+        self,
+        alias: str,
+        *,
+        loss_fn: wire.LossName = "importance_sampling",
+        lr: float,
+        min_batch: int = 32,
+        max_batch: int = 256,
+        baseline: Baseline = "prompt",
+        poll_s: float = 0.5,
+        **config: float,
+    ) -> Learning:
+        """Begins to train on the feedback on an alias as it comes, and lets the alias follow this model's live version.
+
+        Completions are served, judged, trained on and served anew, until `stop_learning`; `client.aliases.rollback`
+        brings back what the alias was before. The loop runs in this process: each batch is one `train_step`, with the
+        log-probabilities that the completions were sampled with. What is returned says how far it has come.
+
+        Raises:
+            InvalidRequestError: the model is learning already.
+        """
+        if self._learning is not None and self._learning.active:
+            raise exceptions.InvalidRequestError("the model is learning already: `stop_learning`")
+        await AsyncAliases(self._transport).set(alias, self.path)
+        asked = wire.ClaimFeedback(
+            model=alias,
+            consumer=self.run_id,
+            min_batch=min_batch,
+            max_batch=max(min_batch, max_batch),
+            base_model=self.base_model,
+            baseline=baseline,
+        )
+
+        async def train(data: list[wire.Datum]) -> TrainingResult:
+            operation = wire.TrainStep(
+                data=data, adam=wire.AdamParams(lr=lr), loss_fn=loss_fn, loss_config=config
+            )
+            return await (await self._submit(operation, training_result)).result()
+
+        self._learning = learning = Learning(alias)
+        learning.task = asyncio.create_task(
+            learn_forever(self._transport, learning, asked, train, poll_s=poll_s)
+        )
+        return learning
+
+    async def stop_learning(self) -> Learning:
+        """Ends what `learn_from` began, once the batch at hand has been applied.
+
+        Raises:
+            InvalidRequestError: the model was not learning.
+        """
+        learning = self._learning
+        if learning is None or learning.task is None:
+            raise exceptions.InvalidRequestError("the model is not learning: `learn_from` begins")
+        learning.stopping.set()
+        await learning.task
+        return learning
 
     # ---- Submitting --------------------------------------------------------------------------
 

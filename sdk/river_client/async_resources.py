@@ -1,4 +1,4 @@
-"""What a tenant has: runs, checkpoints, aliases; and what an admin looks after: tenants and keys."""
+"""What a tenant has: runs and checkpoints; and what an admin looks after: tenants and keys."""
 
 from __future__ import annotations
 
@@ -36,28 +36,6 @@ class AsyncRuns:
     async def get(self, run_id: str) -> wire.Run:
         """One run, as far as it has come."""
         return await self._transport.call("GET", f"/runs/{quote(run_id, safe='')}", wire.Run)
-
-
-class AsyncAliases:
-    """`client.aliases`: model names of your own."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    async def list(self) -> list[wire.Alias]:
-        """Your aliases, by name."""
-        page = await self._transport.call("GET", "/aliases", wire.Page)
-        return page.aliases or []
-
-    async def set(self, name: str, target: str) -> wire.Alias:
-        """Points a name at a checkpoint, or at `river://<run>` to follow its live version."""
-        return await self._transport.call(
-            "PUT", f"/aliases/{quote(name, safe='')}", wire.Alias, body=wire.PutAlias(target=target)
-        )
-
-    async def delete(self, name: str) -> None:
-        """Removes a name; what it pointed at stays."""
-        await self._transport.tell("DELETE", f"/aliases/{quote(name, safe='')}")
 
 
 class AsyncCheckpoints:

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from river_client import limits, wire
+from river_client.async_aliases import AsyncAliases
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_model import AsyncModel, AsyncPendingOp
-from river_client.async_resources import AsyncAdmin, AsyncAliases, AsyncCheckpoints, AsyncRuns
+from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.chat import ChatMessages
 from river_client.results import TrainingResult
 
@@ -168,6 +169,8 @@ class Model(_Blocking):
     load_weights = blocking(AsyncModel.load_weights)
     log = blocking(AsyncModel.log)
     sample = blocking(AsyncModel.sample)
+    learn_from = blocking(AsyncModel.learn_from)
+    stop_learning = blocking(AsyncModel.stop_learning)
 
     submit_forward = submitting(AsyncModel.submit_forward)
     submit_forward_backward = submitting(AsyncModel.submit_forward_backward)
@@ -246,7 +249,12 @@ class Aliases(_Blocking):
         self._twin = twin
 
     list = blocking(AsyncAliases.list)
+    get = blocking(AsyncAliases.get)
     set = blocking(AsyncAliases.set)
+    promote = blocking(AsyncAliases.promote)
+    split = blocking(AsyncAliases.split)
+    rollback = blocking(AsyncAliases.rollback)
+    history = blocking(AsyncAliases.history)
     delete = blocking(AsyncAliases.delete)
 
 
@@ -381,5 +389,8 @@ class Client(_Blocking):
     sample = blocking(AsyncClient.sample)
     chat = blocking(AsyncClient.chat)
     models = blocking(AsyncClient.models)
+    feedback = blocking(AsyncClient.feedback)
+    feedback_batch = blocking(AsyncClient.feedback_batch)
+    acknowledge = blocking(AsyncClient.acknowledge)
     usage = blocking(AsyncClient.usage)
     prices = blocking(AsyncClient.prices)

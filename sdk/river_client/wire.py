@@ -353,16 +353,68 @@ class CheckpointFile(Wire, frozen=True):
     sha256: str | None = None
 
 
-class PutAlias(Wire, frozen=True):
-    """`target` is a checkpoint path or `river://<run>` to follow the run's live version."""
+class AliasTarget(Wire, frozen=True):
+    """A base model, a checkpoint path, or `river://<run>` to follow the run's live version; and its share."""
 
     target: str
+    weight: int = 1
+
+
+class PutAlias(Wire, frozen=True):
+    """Either `target`, which takes all requests, or `targets`, among which they are shared by weight."""
+
+    target: str | None = None
+    targets: list[AliasTarget] | None = None
 
 
 class Alias(Wire, frozen=True):
+    """`target` is the one of `targets` with the greatest weight. Each change makes a new `version`, from 1 on."""
+
     name: str
     target: str
+    targets: list[AliasTarget]
+    version: int
     updated_at: str
+
+
+class Feedback(Wire, frozen=True):
+    """What a choice of a stored completion was worth. The newest reward of a choice counts."""
+
+    completion_id: str
+    reward: float
+    choice: int = 0
+    note: str | None = None
+    user: str | None = None
+
+
+class GiveFeedback(Wire, frozen=True):
+    feedback: list[Feedback]
+
+
+class ClaimFeedback(Wire, frozen=True):
+    """Asks for training data from the feedback on a model name that `consumer` has not had yet.
+
+    Nothing is handed out while there is less than `min_batch`. What is, is claimed for `claim_s` seconds, and used for
+    good once acknowledged. `baseline` is what an advantage is a reward less of: the mean of the completions of the same
+    prompt (of the batch where there is one only), the mean of the batch, or nothing.
+    """
+
+    model: str
+    consumer: str = "default"
+    min_batch: int = 1
+    max_batch: int = 256
+    claim_s: float = 600.0
+    base_model: str | None = None
+    baseline: Literal["prompt", "batch", "none"] = "prompt"
+
+
+class FeedbackBatch(Wire, frozen=True):
+    """`data[i]` is of `feedback[i]`, sampled by `policy_versions[i]`; all empty, without an id, if it is too little."""
+
+    batch_id: str | None
+    data: list[Datum]
+    feedback: list[Feedback]
+    policy_versions: list[str]
 
 
 class BaseModel(Wire, frozen=True):

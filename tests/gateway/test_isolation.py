@@ -23,14 +23,21 @@ class Things:
     run_id: str
     path: str
     key_id: str
+    completion_id: str
 
 
 async def _owned(rig: Rig) -> Things:
     run = await rig.tenant.new_run()
     saved = await rig.tenant.save(run.run_id, 1, "mine")
-    put = await rig.tenant.http.put("/river/v1/aliases/mine", json={"target": saved.path})
-    assert put.status_code == 200
-    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id)
+    for target in (BASE, f"river://{run.run_id}", saved.path):  # Two versions to go back to.
+        put = await rig.tenant.http.put("/river/v1/aliases/mine", json={"target": target})
+        assert put.status_code == 200
+    chat = await rig.tenant.openai.chat.completions.create(
+        model="mine", messages=[{"role": "user", "content": "x"}], store=True
+    )
+    for engine in rig.engines:
+        engine.requests.clear()
+    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id)
 
 
 Attempt = Callable[[Tenant, Things], Awaitable[list[httpx.Response]]]
@@ -69,11 +76,20 @@ def _models(path: str, **body: object) -> Attempt:
 
 
 _FORWARD = {"seq": 1, "operation": {"kind": "forward", "data": [{"input_ids": [1, 2]}]}}
+_STORED = "/v1/chat/completions"
 _MESSAGES = [{"role": "user", "content": "x"}]
 
 # (method, route) -> a stranger's attempt at the owner's thing; every answer must be 404.
 ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", "/v1/chat/completions"): _models("/v1/chat/completions", messages=_MESSAGES),
+    ("GET", f"{_STORED}/{{completion_id:str}}"): _call("GET", _STORED + "/{completion_id}"),
+    ("POST", f"{_STORED}/{{completion_id:str}}"): _call(
+        "POST", _STORED + "/{completion_id}", {"metadata": {}}
+    ),
+    ("DELETE", f"{_STORED}/{{completion_id:str}}"): _call("DELETE", _STORED + "/{completion_id}"),
+    ("GET", f"{_STORED}/{{completion_id:str}}/messages"): _call(
+        "GET", _STORED + "/{completion_id}/messages"
+    ),
     ("POST", "/v1/completions"): _models("/v1/completions", prompt="x"),
     ("POST", "/v1/responses"): _models("/v1/responses", input="x"),
     ("POST", "/v1/messages"): _models("/v1/messages", messages=_MESSAGES, max_tokens=2),
@@ -108,6 +124,11 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("PUT", f"{River}/aliases/{{name:str}}"): _call(
         "PUT", f"{River}/aliases/theirs", {"target": "<path>"}
     ),
+    ("GET", f"{River}/aliases/{{name:str}}"): _call("GET", f"{River}/aliases/mine"),
+    ("GET", f"{River}/aliases/{{name:str}}/history"): _call("GET", f"{River}/aliases/mine/history"),
+    ("POST", f"{River}/aliases/{{name:str}}/rollback"): _call(
+        "POST", f"{River}/aliases/mine/rollback"
+    ),
     ("DELETE", f"{River}/aliases/{{name:str}}"): _call("DELETE", f"{River}/aliases/mine"),
 }
 
@@ -117,6 +138,7 @@ NOTHING_TO_GUESS = {
     ("GET", "/readyz"),
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/chat/completions"),
     ("POST", "/v1/embeddings"),
     ("POST", f"{River}/sessions"),
     ("POST", f"{River}/checkpoints/import"),
@@ -175,7 +197,7 @@ async def test_every_route_is_tested_here(rig: Rig) -> None:
 async def test_a_stranger_gets_404_everywhere(rig: Rig) -> None:
     """On every route that takes an id, path or name, another tenant's is answered exactly as one nobody has."""
     things = await _owned(rig)
-    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0")
+    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0")
     for (method, route), attempt in ATTEMPTS.items():
         theirs = await attempt(rig.stranger, things)
         nobodys = await attempt(rig.stranger, nothing)

@@ -368,6 +368,11 @@ def test_the_verbs_of_a_user(
     imported = run_command("checkpoints", "import", str(tmp_path / "out"), "--base-model", "base")
     assert imported == f"{CHECKPOINT_PATH}\n"
     assert "prod" in run_command("checkpoints", "promote", CHECKPOINT_PATH, "prod")
+    assert run_command("aliases", "set", "prod", "base") == "prod is now base.\n"
+    split = run_command("aliases", "split", "prod", f"{CHECKPOINT_PATH}=95", "base=5")
+    assert split == f"prod is now {CHECKPOINT_PATH}=95, base=5.\n"
+    assert "prod is now base" in run_command("aliases", "rollback", "prod")
+    assert "=95" in run_command("aliases", "history", "prod")
     assert run_command("chat", "-m", "base", "hello") == "abc\n"
     assert run_command("chat", "-m", "base", text="one\ntwo\n").count("abc") == 2
     run_command("login", "--base-url", gateway.base_url, "--api-key", KEY)

@@ -120,7 +120,9 @@ class StandInEngine:
                 return await stream(request, body)
             if self.behaviour == "hang":
                 await asyncio.sleep(PATIENCE_S)
-            return web.json_response(self._whole(request))
+            whole = self._whole(request)
+            _tell_tokens(whole, body, [10], first=True)
+            return web.json_response(whole)
         except (asyncio.CancelledError, ConnectionError):
             self.cancelled += 1
             raise
@@ -166,6 +168,7 @@ class StandInEngine:
         await response.prepare(request)
         for index in range(COMPLETION_TOKENS):
             chunk = self._chunk(request, f"w{index} ", index + 1)
+            _tell_tokens(chunk, body, [10 + index], first=index == 0)
             await response.write(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
             if index == 1 and self.behaviour == "hang":
                 await asyncio.sleep(PATIENCE_S)
@@ -237,6 +240,25 @@ class StandInEngine:
         return web.Response(body=msgspec.msgpack.encode(EngineSampleResult(groups=groups)))
 
 
+def _tell_tokens(
+    answer: dict[str, Any], body: dict[str, Any], tokens: list[int], *, first: bool
+) -> None:
+    """What vLLM adds where token ids and log-probabilities are asked for; the choice is copied for each of `n`."""
+    for choice in answer.get("choices", ()):
+        if body.get("logprobs") is True:
+            entries = [
+                {"token": f"t{token}", "logprob": -token / 100, "bytes": None, "top_logprobs": []}
+                for token in tokens
+            ]
+            choice["logprobs"] = {"content": entries}
+        if body.get("return_token_ids"):
+            choice["token_ids"] = tokens
+    if body.get("return_token_ids") and first:
+        answer["prompt_token_ids"] = list(range(1, PROMPT_TOKENS + 1))
+    if body.get("n", 1) > 1 and "choices" in answer:
+        answer["choices"] = [answer["choices"][0] | {"index": index} for index in range(body["n"])]
+
+
 def _usage(produced: int, *, cached: int | None = None) -> dict[str, Any]:
     usage: dict[str, Any] = {
         "prompt_tokens": PROMPT_TOKENS,
@@ -289,7 +311,9 @@ class StandInTrainer:
             self.steps[message.run_id] += 1
         step = self.steps[message.run_id]
         if isinstance(task, CreateRun | TrainStep):
-            adapter = AdapterRef(name=policy_version(message.run_id, step), location="file:///x")
+            adapter = AdapterRef(
+                name=policy_version(message.run_id, step), location=f"file:///x/{step}"
+            )
             live = LiveVersion(run_id=message.run_id, step=step, adapter=adapter)
             await (await journal.live_bucket(jetstream)).put(message.run_id, journal.encode(live))
         logprobs = None

@@ -73,6 +73,7 @@ class StubGateway:
         self.cut_file_after_bytes: int | None = None
         self.garbled_downloads = 0
         self.ranges: list[str] = []
+        self.aliases: list[wire.PutAlias] = []
         self.uploads: list[tuple[dict[str, str], bytes]] = []
         self.sessions_ended: list[str] = []
         self._lock = threading.Lock()
@@ -195,7 +196,14 @@ class StubGateway:
                 return _checkpoint()
             case "PUT", ["aliases", name]:
                 asked = msgspec.msgpack.decode(body, type=wire.PutAlias)
-                return wire.Alias(name=name, target=asked.target, updated_at="2026-11-23T12:00:00Z")
+                self.aliases.append(asked)
+                return _alias(name, asked)
+            case "POST", ["aliases", name, "rollback"]:
+                return _alias(name, self.aliases[-2])
+            case "GET", ["aliases", name]:
+                return _alias(name, self.aliases[-1])
+            case "GET", ["aliases", name, "history"]:
+                return wire.Page(aliases=[_alias(name, asked) for asked in self.aliases])
             case "GET", ["models"]:
                 return wire.Page(models=[])
             case "GET", ["usage"]:
@@ -332,6 +340,17 @@ def _run(base_model: str, lora: wire.LoraConfig) -> wire.Run:
         lora=lora,
         step=0,
         created_at="2026-11-23T12:00:00Z",
+    )
+
+
+def _alias(name: str, asked: wire.PutAlias) -> wire.Alias:
+    targets = asked.targets or [wire.AliasTarget(target=asked.target or "")]
+    return wire.Alias(
+        name=name,
+        target=targets[0].target,
+        targets=targets,
+        version=1,
+        updated_at="2026-11-23T12:00:00Z",
     )
 
 

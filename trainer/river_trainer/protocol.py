@@ -237,11 +237,18 @@ class QueueState(Struct, frozen=True, kw_only=True):
 
 
 class LiveVersion(Struct, frozen=True, kw_only=True):
-    """The newest policy version of a run and where its adapter lies."""
+    """The newest policy version of a run and where its adapter lies: `…/<step>`, beside the few before it."""
 
     run_id: str
     step: int
     adapter: AdapterRef
+
+    def earlier(self, step: int) -> AdapterRef | None:
+        """Where the adapter of an earlier step lies if it is still kept; None when there is no telling."""
+        folder, _, newest = self.adapter.location.rpartition("/")
+        if newest != str(self.step) or not 0 <= step <= self.step:
+            return None
+        return AdapterRef(name=policy_version(self.run_id, step), location=f"{folder}/{step}")
 
 
 class TrainerRecord(Struct, frozen=True, kw_only=True):

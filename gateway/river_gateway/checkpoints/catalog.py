@@ -1,4 +1,4 @@
-"""The tenant's things in Postgres: sessions, runs, checkpoints, aliases. Every query carries the tenant."""
+"""The tenant's things in Postgres: sessions, runs, checkpoints. Every query carries the tenant."""
 
 from __future__ import annotations
 
@@ -223,6 +223,10 @@ _FIND_CHECKPOINT = f"""
 select * from checkpoint
 where run_id = $1 and mode = $2 and name = $3 and tenant_id = $4 and {_LIVE}
 """  # noqa: S608 - built from constants
+_FIND_CHECKPOINT_OF_STEP = f"""
+select * from checkpoint where run_id = $1 and step = $2 and tenant_id = $3 and {_LIVE}
+order by created_at desc limit 1
+"""  # noqa: S608 - built from constants
 _LIST_CHECKPOINTS = f"""
 select * from checkpoint where tenant_id = $1 and {_LIVE}
 order by created_at desc, checkpoint_id limit $2
@@ -253,6 +257,14 @@ class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
 
     location: str
     checkpoint: wire.Checkpoint
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether its time is up by now."""
+        expires_at = self.checkpoint.expires_at
+        return expires_at is not None and dt.datetime.fromisoformat(expires_at) <= dt.datetime.now(
+            dt.UTC
+        )
 
 
 def saved_checkpoint(saved: CheckpointSaved) -> wire.Checkpoint:
@@ -290,6 +302,14 @@ async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> C
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
     return _checkpoint(row)
+
+
+async def find_checkpoint_of_step(
+    database: Database, *, run_id: str, step: int, tenant_id: str
+) -> CheckpointRow | None:
+    """The newest live checkpoint of a policy version."""
+    row = await database.fetchrow(_FIND_CHECKPOINT_OF_STEP, run_id, step, tenant_id)
+    return _checkpoint(row) if row else None
 
 
 async def list_checkpoints(database: Database, tenant_id: str) -> list[CheckpointRow]:
@@ -332,46 +352,6 @@ async def mark_files_removed(database: Database, checkpoint_id: str) -> None:
     await database.execute(_MARK_FILES_REMOVED, checkpoint_id)
 
 
-# ---- Aliases ---------------------------------------------------------------------------------------------------------
-
-_PUT_ALIAS = """
-insert into alias (tenant_id, name, target) values ($1, $2, $3)
-on conflict (tenant_id, name) do update set target = excluded.target, updated_at = now()
-returning *
-"""
-_FIND_ALIAS = "select * from alias where tenant_id = $1 and name = $2"
-_LIST_ALIASES = "select * from alias where tenant_id = $1 order by name limit $2"
-_DELETE_ALIAS = "delete from alias where tenant_id = $1 and name = $2 returning name"
-
-
-async def put_alias(database: Database, *, tenant_id: str, name: str, target: str) -> wire.Alias:
-    """Points a name at a target, new or anew."""
-    row = await database.fetchrow(_PUT_ALIAS, tenant_id, name, target)
-    assert row is not None
-    return _alias(row)
-
-
-async def find_alias(database: Database, *, tenant_id: str, name: str) -> wire.Alias | None:
-    """One alias."""
-    row = await database.fetchrow(_FIND_ALIAS, tenant_id, name)
-    return _alias(row) if row else None
-
-
-async def list_aliases(database: Database, tenant_id: str) -> list[wire.Alias]:
-    """The tenant's aliases by name."""
-    return [_alias(row) for row in await database.fetch(_LIST_ALIASES, tenant_id, PAGE_ROWS_MAX)]
-
-
-async def delete_alias(database: Database, *, tenant_id: str, name: str) -> None:
-    """Removes an alias.
-
-    Raises:
-        NotFoundError: there is none of that name.
-    """
-    if await database.fetchval(_DELETE_ALIAS, tenant_id, name) is None:
-        raise NotFoundError(f"there is no alias {name!r}", param="name")
-
-
 # ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -412,10 +392,4 @@ def _checkpoint(row: Row) -> CheckpointRow:
             created_at=row["created_at"].isoformat(),
             expires_at=expires_at.isoformat() if expires_at else None,
         ),
-    )
-
-
-def _alias(row: Row) -> wire.Alias:
-    return wire.Alias(
-        name=row["name"], target=row["target"], updated_at=row["updated_at"].isoformat()
     )

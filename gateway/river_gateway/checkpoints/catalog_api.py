@@ -1,4 +1,4 @@
-"""The training API under `/river/v1`: checkpoints and their files, aliases, models, usage, prices."""
+"""The training API under `/river/v1`: checkpoints and their files, models, usage, prices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from litestar import Response, delete, get, put
+from litestar import Response, delete, get
 from litestar.params import Parameter
 from litestar.response import Stream
 
@@ -25,17 +25,10 @@ from river_gateway.checkpoints.files import (
 )
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
-from river_gateway.errors import (
-    ConflictError,
-    GatewayError,
-    InvalidFieldError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from river_gateway.errors import GatewayError, PermissionDeniedError
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.accounts import parse_time
 from river_gateway.tenancy.auth import principal_of, requires
-from river_gateway.training import validation
 
 logger = logging.getLogger("river.gateway")
 
@@ -61,6 +54,7 @@ async def delete_checkpoint(request: WireRequest, path: str) -> None:
     """Deletes a checkpoint and its files; again is a no-op. An engine that holds it may go on until it lets go."""
     services, tenant_id = services_of(request), principal_of(request).tenant_id
     deleted = await catalog.delete_checkpoint(services.pool, path=path, tenant_id=tenant_id)
+    await services.names.changed(tenant_id, path)
     if deleted is None:
         return
     checkpoint_id, location = deleted
@@ -108,50 +102,6 @@ async def get_checkpoint_file(
         status_code=HTTPStatus.OK if byte_range is None else HTTPStatus.PARTIAL_CONTENT,
         media_type="application/octet-stream",
         headers=headers,
-    )
-
-
-# ---- Aliases ---------------------------------------------------------------------------------------------------------
-
-
-@get("/aliases", guards=_EITHER)
-async def get_aliases(request: WireRequest) -> Response[wire.Page]:
-    """The tenant's aliases, by name."""
-    aliases = await catalog.list_aliases(services_of(request).pool, principal_of(request).tenant_id)
-    return reply(request, wire.Page(aliases=aliases))
-
-
-@put("/aliases/{name:str}", guards=[requires("train")])
-async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
-    """Points a name at a checkpoint, or at a run to follow its live version. To promote and to roll back are this."""
-    services, tenant_id = services_of(request), principal_of(request).tenant_id
-    validation.name(name, "name")
-    if name in services.engines.bases() | services.trainers.bases():
-        raise ConflictError(f"{name!r} is the name of a base model", param="name")
-    target = catalog.parse_path(data.target)
-    if target is None:
-        raise InvalidFieldError(
-            f"target: {data.target!r} must be river://<run> or the path of a checkpoint",
-            param="target",
-        )
-    try:
-        if target.name is None:
-            await catalog.find_run(services.pool, run_id=target.run_id, tenant_id=tenant_id)
-        else:
-            await catalog.find_checkpoint(services.pool, path=data.target, tenant_id=tenant_id)
-    except NotFoundError as error:
-        raise NotFoundError(error.message, param="target") from None
-    alias = await catalog.put_alias(
-        services.pool, tenant_id=tenant_id, name=name, target=data.target
-    )
-    return reply(request, alias)
-
-
-@delete("/aliases/{name:str}", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
-async def delete_alias(request: WireRequest, name: str) -> None:
-    """Removes an alias; what it pointed at stays."""
-    await catalog.delete_alias(
-        services_of(request).pool, tenant_id=principal_of(request).tenant_id, name=name
     )
 
 
@@ -220,9 +170,6 @@ CATALOG_HANDLERS: list[Any] = [
     delete_checkpoint,
     get_checkpoint_files,
     get_checkpoint_file,
-    get_aliases,
-    put_alias,
-    delete_alias,
     get_models,
     get_usage,
     get_prices,

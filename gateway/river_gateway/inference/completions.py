@@ -20,9 +20,11 @@ from river_gateway.errors import (
     as_gateway_error,
     error_answer,
 )
+from river_gateway.feedback.keeping import Keeper, KeptStream, wants_keeping
+from river_gateway.feedback.store import stored
 from river_gateway.inference.asked import read_fields
 from river_gateway.inference.metering import UsageTally, usage_event
-from river_gateway.inference.models import ask_current, resolve_model
+from river_gateway.inference.models import POLICY_VERSION_HEADER, Wish, ask_current, resolve_model
 from river_gateway.inference.relay import relay
 from river_gateway.inference.worst_case import worst_case
 from river_gateway.limits import (
@@ -57,8 +59,9 @@ _STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
-_POLICY_HEADER = b"x-river-policy-version"
+_POLICY_HEADER = POLICY_VERSION_HEADER.encode()
 _SCOPES = ("infer",)
+_NULL = b"null"
 
 
 class Completions:
@@ -90,7 +93,8 @@ class Completions:
         fields = read_fields(body)
         asked = self._dialect.read(body, fields)
         with services.quotas.admit(principal, asked.tokens_guessed(len(body))) as ticket:
-            target = await resolve_model(services, asked.model, principal.tenant_id)
+            wish = Wish(pin=_pin(scope), stick=_stick(fields))
+            target = await resolve_model(services, asked.model, principal.tenant_id, wish)
             with await self._hold(principal, target, fields, len(body)) as hold:
                 exchange = _Exchange(
                     services,
@@ -141,8 +145,15 @@ class Completions:
         send: Send,
     ) -> None:
         asked = exchange.asked
+        keeper = None
+        if wants_keeping(fields):
+            exchange.services.completions.admit()
+            exchange.keeper = keeper = Keeper(fields)
+            fields = keeper.engine_fields(fields)
         if asked.stream:
             usage = self._dialect.stream_reader(asked)
+            if keeper is not None:
+                usage = KeptStream(usage, keeper)
             async with WhileClientStays(receive):
                 opened = await self._open(exchange, body, fields)
             await exchange.stream(opened, usage, receive, send)
@@ -155,7 +166,7 @@ class Completions:
                 raise UnavailableError("the engine was lost in the middle of the answer") from None
             finally:
                 opened.close()
-        await exchange.answer(opened, answer, send)
+        await exchange.answer(opened, keeper.whole(answer) if keeper else answer, send)
 
     async def _open(
         self, exchange: _Exchange, body: bytes, fields: dict[str, msgspec.Raw]
@@ -181,9 +192,7 @@ class Completions:
                 tokens=tokens,
             )
 
-        exchange.target, opened = await ask_current(
-            self._services, asked.model, tenant_id, exchange.target, ask
-        )
+        exchange.target, opened = await ask_current(self._services, tenant_id, exchange.target, ask)
         return opened
 
     async def _refuse(self, context: RequestContext, error: Exception, send: Send) -> None:
@@ -206,6 +215,7 @@ class _Exchange:
     hold: Hold
     asked: Asked
     target: Target
+    keeper: Keeper | None = None
     _settled: bool = field(default=False)
 
     async def answer(self, opened: Opened, body: bytes, send: Send) -> None:
@@ -213,6 +223,7 @@ class _Exchange:
         tally = UsageTally()
         tally.finish(self.dialect.usage_of(body))
         await self._settle(opened, tally.quantities())
+        await self._keep()
         await _send_whole(send, 200, [_JSON_HEADER, *self._headers()], body)
 
     async def stream(
@@ -222,6 +233,8 @@ class _Exchange:
 
         async def settle() -> None:
             await self._settle(opened, usage.quantities())
+            if usage.done:
+                await self._keep()
 
         try:
             await send(
@@ -253,6 +266,20 @@ class _Exchange:
         self.ticket.settle(sum(quantities.values()))
         await self.services.meter.record(self._event(opened, quantities))
 
+    async def _keep(self) -> None:
+        """Stores the completion, if that was asked for and is not done."""
+        keeper, self.keeper = self.keeper, None
+        if keeper is None:
+            return
+        row = stored(
+            keeper,
+            tenant_id=self.principal.tenant_id,
+            model=self.asked.model,
+            target=self.target,
+        )
+        if row is not None:
+            await self.services.completions.add(row)
+
     def _settle_later(self, opened: Opened, usage: StreamReader) -> None:
         if self._settled:
             return
@@ -275,6 +302,23 @@ class _Exchange:
     def _headers(self) -> list[tuple[bytes, bytes]]:
         policy = (_POLICY_HEADER, self.target.policy_version.encode())
         return [policy, *self.dialect.headers(self.request_id), *self.ticket.headers]
+
+
+def _pin(scope: Scope) -> str | None:
+    """The version that the request insists on."""
+    for name, value in scope["headers"]:
+        if name == _POLICY_HEADER:
+            return value.decode("latin-1")
+    return None
+
+
+def _stick(fields: dict[str, msgspec.Raw]) -> bytes | None:
+    """What requests have in common that should be answered by one version."""
+    for name in ("prompt_cache_key", "user"):
+        value = fields.get(name)
+        if value is not None and bytes(value) != _NULL:
+            return bytes(value)
+    return None
 
 
 async def _read_body(receive: Receive) -> bytes:

@@ -32,8 +32,8 @@ class StreamReader(Protocol):
     `done` is set once the stream has said its last word.
     """
 
-    done: bool
-
+    @property
+    def done(self) -> bool: ...
     def show(self, events: bytes) -> bytes:
         """Whole events as the client is to see them; empty when none are for it."""
         ...

@@ -9,8 +9,9 @@ import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.types import ASGIApp
 
-from river_gateway.checkpoints import catalog
+from river_gateway.checkpoints import aliases, catalog
 from river_gateway.errors import NotSupportedError
+from river_gateway.feedback.stored_api import STORED_HANDLERS
 from river_gateway.inference.completions import Completions
 from river_gateway.inference.dialects import Dialect, OpenAICompletions
 from river_gateway.inference.fields import CHAT_COMPLETIONS, COMPLETIONS
@@ -101,7 +102,7 @@ async def list_models(request: AnyRequest) -> Response[bytes]:
     services = services_of(request)
     tenant_id = principal_of(request).tenant_id
     models = [_model(name) for name in sorted(_served_bases(services))]
-    models += [_model(alias.name) for alias in await catalog.list_aliases(services.pool, tenant_id)]
+    models += [_model(alias.name) for alias in await aliases.list_all(services.pool, tenant_id)]
     models += [
         _model(row.checkpoint.path)
         for row in await catalog.list_checkpoints(services.pool, tenant_id)
@@ -143,6 +144,7 @@ openai_router = Router(
         embeddings,
         list_models,
         get_model,
+        *STORED_HANDLERS,
     ],
     tags=["OpenAI"],
 )

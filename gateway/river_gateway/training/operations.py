@@ -266,6 +266,8 @@ async def await_result(
     if result.checkpoint is not None:
         async with services.pool.acquire() as connection:
             await record_checkpoint(connection, result.checkpoint)
+        saved = catalog.saved_checkpoint(result.checkpoint)
+        await services.names.changed(result.checkpoint.tenant_id, saved.path)
     return to_wire(result)
 
 

@@ -44,7 +44,13 @@ from river_gateway.errors import (
 )
 from river_gateway.ids import idempotent_id, seed_of
 from river_gateway.inference.metering import usage_event
-from river_gateway.inference.models import Target, ask_current, resolve_model
+from river_gateway.inference.models import (
+    POLICY_VERSION_HEADER,
+    Target,
+    Wish,
+    ask_current,
+    resolve_model,
+)
 from river_gateway.limits import LONG_POLL_DEFAULT_S, LONG_POLL_MAX_S, SESSION_HEARTBEAT_INTERVAL_S
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
@@ -268,7 +274,8 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
     """Draws samples of one policy version, token in and token out."""
     services, principal = services_of(request), principal_of(request)
     services.meter.admit()
-    target = await resolve_model(services, data.model, principal.tenant_id)
+    wish = Wish(pin=request.headers.get(POLICY_VERSION_HEADER))
+    target = await resolve_model(services, data.model, principal.tenant_id, wish)
     known = services.engines.last_of(target.base_model)
     if known is None:
         raise UnavailableError(f"no engine of {target.base_model!r} has registered yet; try again")
@@ -292,7 +299,6 @@ async def sample(request: WireRequest, data: wire.SampleRequest) -> Response[wir
             request.receive,
             ask_current(
                 services,
-                data.model,
                 principal.tenant_id,
                 target,
                 lambda current: _ask_engine(

@@ -1,0 +1,89 @@
+"""The training API under `/river/v1`: aliases."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from litestar import Response, delete, get, post, put
+
+from river_client import wire
+from river_gateway.checkpoints import aliases
+from river_gateway.codec import WireRequest, reply
+from river_gateway.errors import ConflictError
+from river_gateway.services import services_of
+from river_gateway.tenancy.auth import principal_of, requires
+from river_gateway.training import validation
+
+_EITHER = [requires("train", "infer")]
+
+
+@get("/aliases", guards=_EITHER)
+async def get_aliases(request: WireRequest) -> Response[wire.Page]:
+    """The tenant's aliases, by name."""
+    found = await aliases.list_all(services_of(request).pool, principal_of(request).tenant_id)
+    return reply(request, wire.Page(aliases=found))
+
+
+@get("/aliases/{name:str}", guards=_EITHER)
+async def get_alias(request: WireRequest, name: str) -> Response[wire.Alias]:
+    """What an alias points at."""
+    alias = await aliases.get(
+        services_of(request).pool, name=name, tenant_id=principal_of(request).tenant_id
+    )
+    return reply(request, alias)
+
+
+@get("/aliases/{name:str}/history", guards=_EITHER)
+async def get_alias_history(request: WireRequest, name: str) -> Response[wire.Page]:
+    """What an alias has pointed at, newest first."""
+    found = await aliases.history(
+        services_of(request).pool, name=name, tenant_id=principal_of(request).tenant_id
+    )
+    return reply(request, wire.Page(aliases=found))
+
+
+@put("/aliases/{name:str}", guards=[requires("train")])
+async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
+    """Points a name at a base model, a checkpoint or a run's live version, or shares its requests among several."""
+    services, tenant_id = services_of(request), principal_of(request).tenant_id
+    validation.name(name, "name")
+    if name in services.engines.bases() | services.trainers.bases():
+        raise ConflictError(f"{name!r} is the name of a base model", param="name")
+    targets = aliases.targets_of(data)
+    await aliases.check_targets(services, targets, tenant_id)
+    alias = await aliases.put(services.pool, tenant_id=tenant_id, name=name, targets=targets)
+    await services.names.changed(tenant_id, name)
+    return reply(request, alias)
+
+
+@post("/aliases/{name:str}/rollback", guards=[requires("train")], status_code=HTTPStatus.OK)
+async def roll_back_alias(
+    request: WireRequest, name: str, version: int | None = None
+) -> Response[wire.Alias]:
+    """Points a name at what it pointed at before; again goes back one more.
+
+    With `version`, that to be left, a request that is sent again goes back once only.
+    """
+    services, tenant_id = services_of(request), principal_of(request).tenant_id
+    alias = await aliases.roll_back(services, tenant_id=tenant_id, name=name, version=version)
+    await services.names.changed(tenant_id, name)
+    return reply(request, alias)
+
+
+@delete("/aliases/{name:str}", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
+async def delete_alias(request: WireRequest, name: str) -> None:
+    """Removes an alias and its history; what it pointed at stays."""
+    services, tenant_id = services_of(request), principal_of(request).tenant_id
+    await aliases.delete(services.pool, tenant_id=tenant_id, name=name)
+    await services.names.changed(tenant_id, name)
+
+
+ALIAS_HANDLERS: list[Any] = [
+    get_aliases,
+    get_alias,
+    get_alias_history,
+    put_alias,
+    roll_back_alias,
+    delete_alias,
+]

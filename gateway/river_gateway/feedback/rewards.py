@@ -1,0 +1,211 @@
+"""Rewards of stored completions, and the training data made of them.
+
+A consumer is handed each rewarded choice once: it claims a batch, learns, and acknowledges it. A claim that is not
+acknowledged in time ends, so that a consumer that has died loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from river_client import wire
+from river_gateway.codec import storable
+from river_gateway.errors import InvalidFieldError, NotFoundError
+from river_gateway.feedback.keeping import Tokens
+from river_gateway.feedback.store import no_completion
+from river_gateway.ids import new_id
+from river_gateway.limits import (
+    FEEDBACK_BATCH_MAX,
+    FEEDBACK_CLAIM_MAX_S,
+    FEEDBACK_NOTE_MAX_CHARS,
+    USER_MAX_CHARS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from river_gateway.database import Database, Pool, Row
+
+_CHOICES = """
+select completion_id, jsonb_array_length(answer -> 'choices') as choices from stored_completion
+where tenant_id = $1 and completion_id = any($2::text[]) and expires_at > now()
+"""
+_PUT = """
+insert into feedback (completion_id, choice, tenant_id, reward, note, "user")
+select new.completion_id, new.choice, $1, new.reward, new.note, new."user"
+from unnest($2::text[], $3::integer[], $4::double precision[], $5::text[], $6::text[])
+  as new (completion_id, choice, reward, note, "user")
+join stored_completion c using (completion_id)
+on conflict (completion_id, choice) do update
+set reward = excluded.reward, note = excluded.note, "user" = excluded."user", updated_at = now()
+"""
+# Two claims of one consumer at the same time must not be handed the same.
+_LOCK = "select pg_advisory_xact_lock(hashtextextended($1 || chr(10) || $2, 0))"
+_UNUSED = """
+select f.completion_id, f.choice, f.reward, f.note, f."user", c.tokens, c.policy_version
+from feedback f join stored_completion c using (completion_id)
+where f.tenant_id = $1 and c.model = $2 and c.expires_at > now() and c.tokens is not null
+  and ($4::text is null or c.base_model = $4)
+  and not exists (
+    select 1 from feedback_use u
+    where u.tenant_id = $1 and u.consumer = $3
+      and u.completion_id = f.completion_id and u.choice = f.choice
+      and (u.claimed_until is null or u.claimed_until > now())
+  )
+order by f.updated_at, f.completion_id, f.choice limit $5
+"""
+_CLAIM = """
+insert into feedback_use (tenant_id, consumer, completion_id, choice, batch_id, claimed_until)
+select $1, $2, new.completion_id, new.choice, $3, now() + make_interval(secs => $4::double precision)
+from unnest($5::text[], $6::integer[]) as new (completion_id, choice)
+on conflict (tenant_id, consumer, completion_id, choice) do update
+set batch_id = excluded.batch_id, claimed_until = excluded.claimed_until
+"""
+_ACKNOWLEDGE = """
+update feedback_use set claimed_until = null where tenant_id = $1 and batch_id = $2
+"""
+
+
+async def give(database: Database, *, tenant_id: str, given: Sequence[wire.Feedback]) -> None:
+    """Attaches rewards to stored completions: all or none of them.
+
+    Raises:
+        InvalidFieldError: a reward is no finite number, a choice does not exist, or there are none or too many.
+        NotFoundError: a completion is unknown.
+    """
+    if not 1 <= len(given) <= FEEDBACK_BATCH_MAX:
+        message = f"feedback: {len(given)} of them, must be 1 to {FEEDBACK_BATCH_MAX}"
+        raise InvalidFieldError(message, param="feedback")
+    rows = await database.fetch(_CHOICES, tenant_id, [one.completion_id for one in given])
+    choices = {row["completion_id"]: row["choices"] for row in rows}
+    for index, one in enumerate(given):
+        _check(one, f"feedback[{index}]", choices)
+    latest = {(one.completion_id, one.choice): one for one in given}.values()
+    await database.execute(
+        _PUT,
+        tenant_id,
+        [one.completion_id for one in latest],
+        [one.choice for one in latest],
+        [one.reward for one in latest],
+        [one.note for one in latest],
+        [one.user for one in latest],
+    )
+
+
+async def claim(pool: Pool, *, tenant_id: str, asked: wire.ClaimFeedback) -> wire.FeedbackBatch:
+    """A batch of training data for a consumer, claimed; an empty one when there is too little.
+
+    Raises:
+        InvalidFieldError: a size or time is out of range.
+    """
+    if not 1 <= asked.min_batch <= asked.max_batch <= FEEDBACK_BATCH_MAX:
+        raise InvalidFieldError(
+            f"min_batch: {asked.min_batch}, must be 1 to max_batch: {asked.max_batch}, at most {FEEDBACK_BATCH_MAX}",
+            param="min_batch",
+        )
+    if not 0 < asked.claim_s <= FEEDBACK_CLAIM_MAX_S:
+        message = f"claim_s: {asked.claim_s:g}, must be above 0, at most {FEEDBACK_CLAIM_MAX_S:g}"
+        raise InvalidFieldError(message, param="claim_s")
+    batch_id = new_id("bat")
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute(_LOCK, tenant_id, asked.consumer)
+        rows = await connection.fetch(
+            _UNUSED, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
+        )
+        if len(rows) < asked.min_batch:
+            return wire.FeedbackBatch(batch_id=None, data=[], feedback=[], policy_versions=[])
+        await connection.execute(
+            _CLAIM,
+            tenant_id,
+            asked.consumer,
+            batch_id,
+            asked.claim_s,
+            [row["completion_id"] for row in rows],
+            [row["choice"] for row in rows],
+        )
+    return wire.FeedbackBatch(
+        batch_id=batch_id,
+        data=training_data(rows, asked.baseline),
+        feedback=[_feedback(row) for row in rows],
+        policy_versions=[row["policy_version"] for row in rows],
+    )
+
+
+async def acknowledge(database: Database, *, tenant_id: str, batch_id: str) -> None:
+    """Says that a batch has been learnt from; again is a no-op.
+
+    Raises:
+        NotFoundError: there is none of that id, or another claim has taken all of it.
+    """
+    if await database.execute(_ACKNOWLEDGE, tenant_id, batch_id) == "UPDATE 0":
+        raise NotFoundError(f"there is no batch {batch_id!r}", param="batch_id")
+
+
+def training_data(rows: Sequence[Row], baseline: str) -> list[wire.Datum]:
+    """A sequence of each row; index i describes the prediction made from position i."""
+    tokens = [msgspec.msgpack.decode(row["tokens"], type=Tokens) for row in rows]
+    rewards = [float(row["reward"]) for row in rows]
+    baselines = _baselines([tuple(one.prompt) for one in tokens], rewards, baseline)
+    data: list[wire.Datum] = []
+    for row, one, reward, base in zip(rows, tokens, rewards, baselines, strict=True):
+        choice = next(choice for choice in one.choices if choice.index == row["choice"])
+        before = [0.0] * (len(one.prompt) - 1)
+        data.append(
+            wire.Datum(
+                input_ids=one.prompt + choice.tokens,
+                old_logprobs=[*before, *choice.logprobs, 0.0],
+                advantages=[*before, *[reward - base] * len(choice.tokens), 0.0],
+            )
+        )
+    return data
+
+
+def _baselines(
+    prompts: Sequence[tuple[int, ...]], rewards: Sequence[float], kind: str
+) -> list[float]:
+    if kind == "none":
+        return [0.0] * len(rewards)
+    of_batch = sum(rewards) / len(rewards)
+    if kind == "batch":
+        return [of_batch] * len(rewards)
+    groups: defaultdict[tuple[int, ...], list[float]] = defaultdict(list)
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        groups[prompt].append(reward)
+    return [
+        sum(groups[prompt]) / len(groups[prompt]) if len(groups[prompt]) > 1 else of_batch
+        for prompt in prompts
+    ]
+
+
+def _check(one: wire.Feedback, where: str, choices: dict[str, int]) -> None:
+    if one.completion_id not in choices:
+        raise no_completion(one.completion_id, f"{where}.completion_id")
+    if not math.isfinite(one.reward):
+        field = f"{where}.reward"
+        raise InvalidFieldError(f"{field}: {one.reward}, must be a finite number", param=field)
+    if not 0 <= one.choice < choices[one.completion_id]:
+        field = f"{where}.choice"
+        raise InvalidFieldError(
+            f"{field}: {one.choice}, must be below {choices[one.completion_id]}", param=field
+        )
+    texts = (("note", one.note, FEEDBACK_NOTE_MAX_CHARS), ("user", one.user, USER_MAX_CHARS))
+    for name, text, longest in texts:
+        field = f"{where}.{name}"
+        if text is not None and len(storable(text, field)) > longest:
+            raise InvalidFieldError(
+                f"{field}: {len(text)} characters, at most {longest}", param=field
+            )
+
+
+def _feedback(row: Row) -> wire.Feedback:
+    return wire.Feedback(
+        completion_id=row["completion_id"],
+        choice=row["choice"],
+        reward=row["reward"],
+        note=row["note"],
+        user=row["user"],
+    )

@@ -1,0 +1,244 @@
+"""Stored completions in Postgres. A client that has seen the end of its completion can count on its being there.
+
+Completions that end at about the same time are written together: the next group gathers while one is on its way. While
+Postgres is away they wait here, bounded, and requests go on being answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from river_gateway.database import POSTGRES_AWAY
+from river_gateway.errors import NotFoundError, UnavailableError
+from river_gateway.limits import STORE_BACKLOG_MAX, STORE_GROUP_MAX, STORE_RETRY_S, SWEEP_BATCH
+
+if TYPE_CHECKING:
+    from river_gateway.database import Database, Row
+    from river_gateway.feedback.keeping import Keeper, Tokens
+    from river_gateway.inference.models import Target
+
+logger = logging.getLogger("river.gateway")
+
+# JSON text can say NUL, but jsonb cannot hold it.
+_NUL, _REPLACEMENT = b"\\u0000", b"\\ufffd"
+
+_INSERT = """
+insert into stored_completion
+  (completion_id, tenant_id, expires_at, model, base_model, policy_version, messages, answer, metadata, tokens)
+select new.completion_id, new.tenant_id,
+  now() + make_interval(secs => coalesce(t.completions_kept_s, $10)::double precision),
+  new.model, new.base_model, new.policy_version, new.messages, new.answer, new.metadata, new.tokens
+from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[],
+            $6::jsonb[], $7::jsonb[], $8::jsonb[], $9::bytea[])
+  as new (completion_id, tenant_id, model, base_model, policy_version, messages, answer, metadata, tokens)
+join tenant t using (tenant_id)
+on conflict (completion_id) do nothing
+"""
+_LIVE = "tenant_id = $1 and expires_at > now()"
+_FIND = f"select * from stored_completion where {_LIVE} and completion_id = $2"  # noqa: S608 - built from constants
+_LIST = f"""
+select * from stored_completion c
+where {_LIVE} and ($2::text is null or model = $2) and metadata @> $3::jsonb
+  and ($4::text is null or (created_at, completion_id) {{after}}
+       (select a.created_at, a.completion_id from stored_completion a where a.completion_id = $4 and a.tenant_id = $1))
+order by created_at {{order}}, completion_id {{order}} limit $5
+"""  # noqa: S608 - built from constants
+_LISTS = {
+    "asc": _LIST.format(after=">", order="asc"),
+    "desc": _LIST.format(after="<", order="desc"),
+}
+_UPDATE = f"""
+update stored_completion set metadata = $3::jsonb where {_LIVE} and completion_id = $2 returning *
+"""  # noqa: S608 - built from constants
+_DELETE = "delete from stored_completion where tenant_id = $1 and completion_id = $2 returning 1"
+_SWEEP = """
+delete from stored_completion where completion_id in
+  (select completion_id from stored_completion where expires_at <= now() limit $1)
+"""
+
+
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion on its way into Postgres; the texts are JSON."""
+
+    completion_id: str
+    tenant_id: str
+    model: str
+    base_model: str
+    policy_version: str
+    messages: str
+    answer: str
+    metadata: str
+    tokens: bytes | None
+
+
+def stored(keeper: Keeper, *, tenant_id: str, model: str, target: Target) -> Stored | None:
+    """What a keeper has gathered, or None when there was no answer."""
+    answer = keeper.answer
+    if answer is None:
+        return None
+    tokens: Tokens | None = keeper.tokens
+    return Stored(
+        completion_id=answer["id"],
+        tenant_id=tenant_id,
+        model=model,
+        base_model=target.base_model,
+        policy_version=target.policy_version,
+        messages=_storable(keeper.messages),
+        answer=_storable(msgspec.json.encode(answer)),
+        metadata=msgspec.json.encode(keeper.metadata).decode(),
+        tokens=None if tokens is None else msgspec.msgpack.encode(tokens),
+    )
+
+
+@dataclass(slots=True)
+class _Round:
+    """Completions that are written together; `settled` when they are, or wait for Postgres."""
+
+    rows: list[Stored] = field(default_factory=list[Stored])
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class CompletionStore:
+    """Writes completions in groups."""
+
+    def __init__(self, database: Database, *, kept_s: float) -> None:
+        self._database = database
+        self._kept_s = kept_s
+        self._round = _Round()
+        self._wake = asyncio.Event()
+        self._backlog: deque[Stored] = deque()
+
+    def admit(self) -> None:
+        """Refuses a request to store what could not be held until it is written.
+
+        Raises:
+            UnavailableError: too many completions wait for Postgres.
+        """
+        if len(self._backlog) + len(self._round.rows) >= STORE_BACKLOG_MAX:
+            raise UnavailableError("completions cannot be stored at the moment; try again")
+
+    async def add(self, row: Stored) -> None:
+        """Returns once the completion is stored, or waits in memory because Postgres is away."""
+        gathering = self._round
+        gathering.rows.append(row)
+        self._wake.set()
+        if not self._backlog:
+            await gathering.settled.wait()
+
+    async def run(self) -> None:
+        """Writes what comes, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            current, self._round = self._round, _Round()
+            self._backlog.extend(current.rows)
+            try:
+                written = await self.flush()
+            finally:
+                current.settled.set()
+            if not written:
+                await asyncio.sleep(STORE_RETRY_S)
+                self._wake.set()
+
+    async def flush(self) -> bool:
+        """Writes what waits, oldest first; False when Postgres is away."""
+        while self._backlog:
+            rows = [self._backlog[i] for i in range(min(len(self._backlog), STORE_GROUP_MAX))]
+            try:
+                await self._insert(rows)
+            except POSTGRES_AWAY as error:
+                logger.warning("%d completions wait to be stored: %r", len(self._backlog), error)
+                return False
+            for _ in rows:
+                self._backlog.popleft()
+        return True
+
+    async def _insert(self, rows: list[Stored]) -> None:
+        columns = [[getattr(row, name) for row in rows] for name in Stored.__struct_fields__]
+        await self._database.execute(_INSERT, *columns, self._kept_s)
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+async def find(database: Database, *, completion_id: str, tenant_id: str) -> Row:
+    """One stored completion.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    row = await database.fetchrow(_FIND, tenant_id, completion_id)
+    if row is None:
+        raise no_completion(completion_id)
+    return row
+
+
+async def page(
+    database: Database,
+    *,
+    tenant_id: str,
+    model: str | None,
+    metadata: dict[str, str],
+    after: str | None,
+    order: str,
+    limit: int,
+) -> list[Row]:
+    """Stored completions by age."""
+    wanted = msgspec.json.encode(metadata).decode()
+    return list(await database.fetch(_LISTS[order], tenant_id, model, wanted, after, limit))
+
+
+async def set_metadata(
+    database: Database, *, completion_id: str, tenant_id: str, metadata: dict[str, str]
+) -> Row:
+    """Replaces the metadata of a completion.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    wanted = msgspec.json.encode(metadata).decode()
+    row = await database.fetchrow(_UPDATE, tenant_id, completion_id, wanted)
+    if row is None:
+        raise no_completion(completion_id)
+    return row
+
+
+async def delete(database: Database, *, completion_id: str, tenant_id: str) -> None:
+    """Deletes a completion, and what was thought of it.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    if await database.fetchval(_DELETE, tenant_id, completion_id) is None:
+        raise no_completion(completion_id)
+
+
+async def sweep_forever(database: Database, *, interval_s: float) -> None:
+    """Deletes completions whose time is up, every `interval_s`."""
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await database.execute(_SWEEP, SWEEP_BATCH)
+        except POSTGRES_AWAY as error:
+            logger.warning("stored completions were not swept: %r", error)
+
+
+def no_completion(completion_id: str, param: str = "completion_id") -> NotFoundError:
+    """There is no such completion of this tenant's."""
+    return NotFoundError(f"there is no stored completion {completion_id!r}", param=param)
+
+
+def answer_of(row: Row) -> dict[str, Any]:
+    """A stored completion as OpenAI shows it."""
+    answer = msgspec.json.decode(row["answer"], type=dict[str, Any])
+    return answer | {"metadata": msgspec.json.decode(row["metadata"])}
+
+
+def _storable(text: bytes) -> str:
+    return text.replace(_NUL, _REPLACEMENT).decode()

@@ -30,6 +30,7 @@ from river_client.exceptions import (
     ServerError,
     TimeoutError,  # noqa: A004 - its name in the documentation
 )
+from river_client.feedback_wire import Feedback, FeedbackBatch
 from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
 from river_client.wire import (
     Alias,
@@ -37,8 +38,6 @@ from river_client.wire import (
     ApiKey,
     BaseModel,
     Checkpoint,
-    Feedback,
-    FeedbackBatch,
     LoraConfig,
     Price,
     QueueState,

@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 
 import msgspec
 
-from river_client import exceptions, limits, wire
+from river_client import exceptions, feedback_wire, limits, wire
 from river_client.async_aliases import AsyncAliases
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_feedback import (
@@ -162,7 +162,7 @@ class AsyncClient:
         Raises:
             NotFoundError: there is no such completion; one is stored when it is asked for with `store=True`.
         """
-        given = wire.Feedback(
+        given = feedback_wire.Feedback(
             completion_id=completion_id, reward=reward, choice=choice, note=note, user=user
         )
         await give_feedback(self._transport, [given])
@@ -175,13 +175,13 @@ class AsyncClient:
         max: int = 256,  # noqa: A002 - its name in the documentation
         consumer: str = "default",
         baseline: Baseline = "prompt",
-    ) -> wire.FeedbackBatch | None:
+    ) -> feedback_wire.FeedbackBatch | None:
         """Training data of the feedback on a model name that `consumer` has not had yet; None while it is too little.
 
         Its `data` can be trained on as they are. They are handed out again unless `acknowledge(batch)` says in time
         that they have been learnt from.
         """
-        asked = wire.ClaimFeedback(
+        asked = feedback_wire.ClaimFeedback(
             model=alias,
             min_batch=min_batch,
             max_batch=max,
@@ -191,7 +191,7 @@ class AsyncClient:
         batch = await claim_feedback(self._transport, asked)
         return batch if batch.batch_id is not None else None
 
-    async def acknowledge(self, batch: wire.FeedbackBatch) -> None:
+    async def acknowledge(self, batch: feedback_wire.FeedbackBatch) -> None:
         """Says that a batch has been learnt from; again is a no-op."""
         assert batch.batch_id is not None
         await acknowledge_feedback(self._transport, batch.batch_id)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import quote
 
-from river_client import exceptions, wire
+from river_client import exceptions, feedback_wire, wire
 from river_client.transport import Transport
 
 logger = logging.getLogger("river.client")
@@ -18,14 +18,18 @@ logger = logging.getLogger("river.client")
 Baseline = Literal["prompt", "batch", "none"]
 
 
-async def give_feedback(transport: Transport, given: Sequence[wire.Feedback]) -> None:
+async def give_feedback(transport: Transport, given: Sequence[feedback_wire.Feedback]) -> None:
     """Attaches rewards to stored completions: all or none of them."""
-    await transport.tell("POST", "/feedback", body=wire.GiveFeedback(feedback=[*given]))
+    await transport.tell("POST", "/feedback", body=feedback_wire.GiveFeedback(feedback=[*given]))
 
 
-async def claim_feedback(transport: Transport, asked: wire.ClaimFeedback) -> wire.FeedbackBatch:
+async def claim_feedback(
+    transport: Transport, asked: feedback_wire.ClaimFeedback
+) -> feedback_wire.FeedbackBatch:
     """Training data of what the consumer has not had yet."""
-    return await transport.call("POST", "/feedback/batches", wire.FeedbackBatch, body=asked)
+    return await transport.call(
+        "POST", "/feedback/batches", feedback_wire.FeedbackBatch, body=asked
+    )
 
 
 async def acknowledge_feedback(transport: Transport, batch_id: str) -> None:
@@ -53,7 +57,7 @@ class Learning:
 async def learn_forever(
     transport: Transport,
     learning: Learning,
-    asked: wire.ClaimFeedback,
+    asked: feedback_wire.ClaimFeedback,
     train: Callable[[list[wire.Datum]], Awaitable[object]],
     *,
     poll_s: float,

@@ -11,7 +11,7 @@ from typing import SupportsFloat, TypeVar, Unpack
 
 import msgspec
 
-from river_client import exceptions, limits, wire
+from river_client import exceptions, feedback_wire, limits, wire
 from river_client.arrays import DatumLike, pack_data
 from river_client.async_aliases import AsyncAliases
 from river_client.async_feedback import Baseline, Learning, learn_forever
@@ -353,7 +353,7 @@ class AsyncModel:
         if self._learning is not None and self._learning.active:
             raise exceptions.InvalidRequestError("the model is learning already: `stop_learning`")
         await AsyncAliases(self._transport).set(alias, self.path)
-        asked = wire.ClaimFeedback(
+        asked = feedback_wire.ClaimFeedback(
             model=alias,
             consumer=self.run_id,
             min_batch=min_batch,

@@ -11,7 +11,7 @@ from litestar.routes import HTTPRoute
 from support.gateway import Rig, Tenant
 from support.stand_ins import BASE
 
-from river_client import wire
+from river_client import feedback_wire, wire
 from river_gateway.app import create_litestar
 
 
@@ -24,6 +24,7 @@ class Things:
     path: str
     key_id: str
     completion_id: str
+    batch_id: str
 
 
 async def _owned(rig: Rig) -> Things:
@@ -37,7 +38,14 @@ async def _owned(rig: Rig) -> Things:
     )
     for engine in rig.engines:
         engine.requests.clear()
-    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id)
+    given = feedback_wire.GiveFeedback(
+        feedback=[feedback_wire.Feedback(completion_id=chat.id, reward=1.0)]
+    )
+    assert (await rig.tenant.post("/feedback", given)).status_code == 204
+    claimed = await rig.tenant.post("/feedback/batches", feedback_wire.ClaimFeedback(model="mine"))
+    batch_id = claimed.json()["batch_id"]
+    assert batch_id is not None
+    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id, batch_id)
 
 
 Attempt = Callable[[Tenant, Things], Awaitable[list[httpx.Response]]]
@@ -89,6 +97,14 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("DELETE", f"{_STORED}/{{completion_id:str}}"): _call("DELETE", _STORED + "/{completion_id}"),
     ("GET", f"{_STORED}/{{completion_id:str}}/messages"): _call(
         "GET", _STORED + "/{completion_id}/messages"
+    ),
+    ("POST", f"{River}/feedback"): _call(
+        "POST",
+        f"{River}/feedback",
+        {"feedback": [{"completion_id": "<completion_id>", "reward": 1.0}]},
+    ),
+    ("POST", f"{River}/feedback/batches/{{batch_id:str}}/ack"): _call(
+        "POST", River + "/feedback/batches/{batch_id}/ack"
     ),
     ("POST", "/v1/completions"): _models("/v1/completions", prompt="x"),
     ("POST", "/v1/responses"): _models("/v1/responses", input="x"),
@@ -144,6 +160,7 @@ NOTHING_TO_GUESS = {
     ("POST", f"{River}/checkpoints/import"),
     ("GET", f"{River}/runs"),
     ("GET", f"{River}/aliases"),
+    ("POST", f"{River}/feedback/batches"),
     ("GET", f"{River}/models"),
     ("GET", f"{River}/usage"),
     ("GET", f"{River}/prices"),
@@ -197,7 +214,7 @@ async def test_every_route_is_tested_here(rig: Rig) -> None:
 async def test_a_stranger_gets_404_everywhere(rig: Rig) -> None:
     """On every route that takes an id, path or name, another tenant's is answered exactly as one nobody has."""
     things = await _owned(rig)
-    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0")
+    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0", "bat_0")
     for (method, route), attempt in ATTEMPTS.items():
         theirs = await attempt(rig.stranger, things)
         nobodys = await attempt(rig.stranger, nothing)

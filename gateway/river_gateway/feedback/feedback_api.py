@@ -7,7 +7,7 @@ from typing import Any
 
 from litestar import Response, post
 
-from river_client import wire
+from river_client import feedback_wire
 from river_gateway.codec import WireRequest, reply
 from river_gateway.feedback import rewards
 from river_gateway.services import services_of
@@ -15,7 +15,7 @@ from river_gateway.tenancy.auth import principal_of, requires
 
 
 @post("/feedback", guards=[requires("infer", "train")], status_code=HTTPStatus.NO_CONTENT)
-async def give_feedback(request: WireRequest, data: wire.GiveFeedback) -> None:
+async def give_feedback(request: WireRequest, data: feedback_wire.GiveFeedback) -> None:
     """Attaches rewards to stored completions: all or none of them; the newest of a choice counts."""
     await rewards.give(
         services_of(request).pool,
@@ -26,8 +26,8 @@ async def give_feedback(request: WireRequest, data: wire.GiveFeedback) -> None:
 
 @post("/feedback/batches", guards=[requires("train")], status_code=HTTPStatus.OK)
 async def claim_feedback(
-    request: WireRequest, data: wire.ClaimFeedback
-) -> Response[wire.FeedbackBatch]:
+    request: WireRequest, data: feedback_wire.ClaimFeedback
+) -> Response[feedback_wire.FeedbackBatch]:
     """Training data of what a consumer has not had yet, claimed until it is acknowledged or the claim ends."""
     batch = await rewards.claim(
         services_of(request).pool, tenant_id=principal_of(request).tenant_id, asked=data

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from river_client import wire
+from river_client import feedback_wire, wire
 from river_gateway.codec import storable
 from river_gateway.errors import InvalidFieldError, NotFoundError
 from river_gateway.feedback.keeping import Tokens
@@ -70,7 +70,9 @@ update feedback_use set claimed_until = null where tenant_id = $1 and batch_id =
 """
 
 
-async def give(database: Database, *, tenant_id: str, given: Sequence[wire.Feedback]) -> None:
+async def give(
+    database: Database, *, tenant_id: str, given: Sequence[feedback_wire.Feedback]
+) -> None:
     """Attaches rewards to stored completions: all or none of them.
 
     Raises:
@@ -96,7 +98,9 @@ async def give(database: Database, *, tenant_id: str, given: Sequence[wire.Feedb
     )
 
 
-async def claim(pool: Pool, *, tenant_id: str, asked: wire.ClaimFeedback) -> wire.FeedbackBatch:
+async def claim(
+    pool: Pool, *, tenant_id: str, asked: feedback_wire.ClaimFeedback
+) -> feedback_wire.FeedbackBatch:
     """A batch of training data for a consumer, claimed; an empty one when there is too little.
 
     Raises:
@@ -117,7 +121,9 @@ async def claim(pool: Pool, *, tenant_id: str, asked: wire.ClaimFeedback) -> wir
             _UNUSED, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
         )
         if len(rows) < asked.min_batch:
-            return wire.FeedbackBatch(batch_id=None, data=[], feedback=[], policy_versions=[])
+            return feedback_wire.FeedbackBatch(
+                batch_id=None, data=[], feedback=[], policy_versions=[]
+            )
         await connection.execute(
             _CLAIM,
             tenant_id,
@@ -127,7 +133,7 @@ async def claim(pool: Pool, *, tenant_id: str, asked: wire.ClaimFeedback) -> wir
             [row["completion_id"] for row in rows],
             [row["choice"] for row in rows],
         )
-    return wire.FeedbackBatch(
+    return feedback_wire.FeedbackBatch(
         batch_id=batch_id,
         data=training_data(rows, asked.baseline),
         feedback=[_feedback(row) for row in rows],
@@ -181,7 +187,7 @@ def _baselines(
     ]
 
 
-def _check(one: wire.Feedback, where: str, choices: dict[str, int]) -> None:
+def _check(one: feedback_wire.Feedback, where: str, choices: dict[str, int]) -> None:
     if one.completion_id not in choices:
         raise no_completion(one.completion_id, f"{where}.completion_id")
     if not math.isfinite(one.reward):
@@ -201,8 +207,8 @@ def _check(one: wire.Feedback, where: str, choices: dict[str, int]) -> None:
             )
 
 
-def _feedback(row: Row) -> wire.Feedback:
-    return wire.Feedback(
+def _feedback(row: Row) -> feedback_wire.Feedback:
+    return feedback_wire.Feedback(
         completion_id=row["completion_id"],
         choice=row["choice"],
         reward=row["reward"],

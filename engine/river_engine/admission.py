@@ -106,7 +106,7 @@ class _Tenant:
 class _Lane:
     """All requests for one version. `queues` are by tenant, none empty.
 
-    `opened_at` is when the first request went in with the slot it has; `waits_since` is in ticks.
+    `opened_at` is since when it has its slot, used or not; `waits_since` is in ticks.
     """
 
     queues: dict[str, deque[Turn]] = field(default_factory=dict[str, deque[Turn]])
@@ -119,9 +119,10 @@ class _Lane:
     def waiting(self) -> int:
         return sum(len(queue) for queue in self.queues.values())
 
-    def take_slot(self) -> None:
+    def take_slot(self, now: float) -> None:
         self.has_slot = True
-        self.opened_at = self.closing_since = None
+        self.opened_at = now
+        self.closing_since = None
 
     def leave_slot(self, tick: int) -> None:
         assert self.inside == 0
@@ -240,7 +241,7 @@ class Admission:
             if fit is Fit.OVER:
                 over.add(turn.tenant)
                 continue
-            self._let_in(turn, now)
+            self._let_in(turn)
             admitted.append(turn)
         return admitted
 
@@ -324,14 +325,12 @@ class Admission:
         )
         return next((fit for fit in (Fit.OVER, Fit.WAITS) if fit in fits), Fit.FITS)
 
-    def _let_in(self, turn: Turn, now: float) -> None:
+    def _let_in(self, turn: Turn) -> None:
         tenant, lane = self._tenants[turn.tenant], self._lane(turn.version)
         assert lane.has_slot
         assert lane.queues[turn.tenant][0] is turn
         self._dequeue(turn, tenant)
         lane.inside += 1
-        if lane.opened_at is None:
-            lane.opened_at = now
         self._inside.add(turn)
         turn.inside = True
         self._sequences.take(turn.tenant, self._sequences.clamp(turn.sequences))
@@ -352,7 +351,7 @@ class Admission:
             if lane.closing_since is not None and not lane.inside:
                 lane.leave_slot(next(self._ticks))
         for _ in range(self._bounds.slots - self.slots_used()):
-            self._grant()
+            self._grant(now)
 
     def _close(self, needed: int, now: float) -> None:
         """Has as many versions drain as others wait for a slot, those first that have had theirs longest.
@@ -373,7 +372,7 @@ class Admission:
             if now - lane.closing_since < self._bounds.slice_s:
                 needed -= 1
 
-    def _grant(self) -> None:
+    def _grant(self, now: float) -> None:
         """Gives a free slot to the version that has waited longest, of the tenant whose turn for one it is."""
         waiting = [lane for lane in self._versions.values() if not lane.has_slot]
         if not waiting:
@@ -384,7 +383,7 @@ class Admission:
             return max(lane.waits_since, granted), lane.waits_since
 
         lane = min(waiting, key=due)
-        lane.take_slot()
+        lane.take_slot(now)
         tick = next(self._ticks)
         for name in lane.queues:
             tenant = self._tenants[name]

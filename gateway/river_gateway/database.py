@@ -37,6 +37,12 @@ UNSTORABLE: tuple[type[Exception], ...] = (
 )
 """What a statement raises about a text with a NUL. Bodies are checked for it; names in URLs are left to this."""
 
+BAD_VALUES: tuple[type[Exception], ...] = (asyncpg.DataError,)
+"""What a statement raises about a value that it will never take."""
+
+POSTGRES_FAILED: tuple[type[Exception], ...] = (*POSTGRES_AWAY, asyncpg.PostgresError)
+"""Whatever a statement raises. For work in the background, which goes on: its end would be the process's."""
+
 NameTakenError = asyncpg.UniqueViolationError
 
 Row: TypeAlias = Mapping[str, Any]

@@ -15,6 +15,8 @@ UPSTREAM_KEEPALIVE_S = 4.0
 UPSTREAM_BUFFER_BYTES = 256 * 1024
 """How much of an answer is read ahead of a client that is slower than the engine."""
 UPSTREAM_SWEEP_INTERVAL_S = 1.0
+UPSTREAM_REPLAY_S = 1.0
+"""A kept connection that breaks later than this after a request was sent was not dead before: the engine was."""
 UPSTREAM_ATTEMPTS = 4
 """How many engines are asked, one after another, before the first byte."""
 UPSTREAM_LOSSES_MAX = 3
@@ -114,6 +116,8 @@ COMPLETIONS_KEPT_S = 30 * 24 * 3600.0
 STORE_BACKLOG_MAX = 2000
 """Completions that wait for Postgres; each may be as large as a body."""
 STORE_GROUP_MAX = 64
+STORE_GROUP_MAX_BYTES = 8 * 1024 * 1024
+STORE_BACKLOG_MAX_BYTES = 256 * 1024 * 1024
 STORE_RETRY_S = 0.5
 STORED_PAGE_DEFAULT = 20
 STORED_PAGE_MAX = 100

@@ -127,7 +127,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         bus.on_back.append(services.keys.distrust)
         exchange = Exchange(bus, services.quotas)
         await exchange.join()
-        async with asyncio.TaskGroup() as tasks:
+        async with _delivering(services), asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(services.results.stop_with(services.stopping), name="results"),
                 tasks.create_task(services.engines.watch(), name="engines"),
@@ -148,15 +148,23 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             finally:
                 for task in background:
                     task.cancel()
-        if not await services.completions.flush():
-            logger.error("some completions were not stored")
-        if not await services.meter.flush():
-            logger.error("%d usage events were not delivered", services.meter.waiting)
     finally:
         await services.credit.close()
         await services.upstream.close()
         await pool.close()
         await bus.close()
+
+
+@asynccontextmanager
+async def _delivering(services: Services) -> AsyncGenerator[None]:
+    """At the block's end, however it comes, what is still in memory goes where it belongs."""
+    try:
+        yield
+    finally:
+        if not await services.completions.flush():
+            logger.error("some completions were not stored")
+        if not await services.meter.close():
+            logger.error("%d usage events were not delivered", services.meter.waiting)
 
 
 async def _make_event_stream(bus: Bus) -> None:

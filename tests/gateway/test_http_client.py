@@ -129,6 +129,21 @@ async def test_closing_twice_gives_back_once() -> None:
         await client.close()
 
 
+async def test_a_connection_held_back_is_not_lent_again() -> None:
+    """Of an answer that came whole but was not read; the next request is answered all the same."""
+    body = bytes(2 * limits.UPSTREAM_BUFFER_BYTES)
+    client = EngineClient()
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with serving(answering(head + body)) as server:
+        for _ in range(20):
+            answer = await client.post(server.url, "/x", [], b"")
+            await asyncio.sleep(0.01)
+            answer.close()
+        status, read = await asyncio.wait_for(post(client, server), 5)
+        assert (status, len(read)) == (200, len(body))
+        await client.close()
+
+
 async def test_a_dead_kept_connection_is_replaced() -> None:
     """A server that closes between requests costs nobody an error."""
     client = EngineClient()

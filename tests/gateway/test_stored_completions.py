@@ -135,6 +135,30 @@ async def test_a_text_with_nul_is_stored(rig: Rig, postgres_url: str) -> None:
     assert len(await _rows(postgres_url)) == 2
 
 
+async def test_what_postgres_refuses_harms_nobody(rig: Rig, postgres_url: str) -> None:
+    """A number beyond jsonb is answered and not kept; what was written with it is, and the gateway goes on."""
+    good = msgspec.json.encode({"model": BASE, "messages": MESSAGES, "store": True})
+    bad = good.replace(b'"role"', b'"x":1e999999,"role"', 1)
+    url = "/v1/chat/completions"
+    for _ in range(2):
+        answers = await asyncio.gather(
+            *(rig.tenant.http.post(url, content=body) for body in (good, bad, good))
+        )
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert len(await _rows(postgres_url)) == 4
+
+
+async def test_each_of_many_is_there_when_its_end_is_seen(rig: Rig, postgres_url: str) -> None:
+    """Also those that end while others are being written."""
+
+    async def one() -> None:
+        chat = rig.tenant.openai.chat.completions
+        done = await chat.create(model=BASE, messages=MESSAGES, store=True)
+        assert (await chat.retrieve(done.id)).id == done.id
+
+    await asyncio.gather(*(one() for _ in range(30)))
+
+
 async def test_a_stream_that_was_left_is_not_stored(rig: Rig, postgres_url: str) -> None:
     """Nothing is kept of a completion whose end nobody has seen."""
     for engine in rig.engines:

@@ -23,7 +23,7 @@ from nats.js import JetStreamContext
 from nats.js.errors import KeyNotFoundError
 
 from river_billing import streams as billing
-from river_billing.events import RunAdvanced
+from river_billing.events import AnyEvent, RunAdvanced, UsageEvent
 from river_engine.protocol import publish_subject
 from river_trainer import journal, limits
 from river_trainer.adapter import Adapter
@@ -190,22 +190,23 @@ class Effects:
         await self.tell_result(message, result, live)
         return result
 
+    async def _publish(self, event: AnyEvent) -> None:
+        await journal.retry(lambda: billing.publish(self._js, event), doing="publishing an event")
+
     async def tell_result(
         self, message: TrainMessage, result: TrainResult, live: LiveVersion | None
     ) -> None:
         """The live version, the events, and the result."""
         if live is not None:
             await self._put_live(live)
+        events = events_of(message, result, context_length=self._context_length)
+        # The credit that is held for an operation is let go at its end; its usage has to be known by then.
+        usage = [event for event in events if isinstance(event, UsageEvent)]
+        others = [event for event in events if not isinstance(event, UsageEvent)]
         await asyncio.gather(
-            *([] if live is None else [self._announce(live)]),
-            *(
-                journal.retry(
-                    lambda event=event: billing.publish(self._js, event),
-                    doing="publishing an event",
-                )
-                for event in events_of(message, result, context_length=self._context_length)
-            ),
+            *([] if live is None else [self._announce(live)]), *map(self._publish, usage)
         )
+        await asyncio.gather(*map(self._publish, others))
         await self.publish_result(result)
         logger.info(
             "operation %s",

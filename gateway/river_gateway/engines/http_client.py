@@ -19,6 +19,7 @@ from river_gateway.limits import (
     UPSTREAM_BUFFER_BYTES,
     UPSTREAM_CONNECT_TIMEOUT_S,
     UPSTREAM_KEEPALIVE_S,
+    UPSTREAM_REPLAY_S,
     UPSTREAM_SILENCE_TIMEOUT_S,
     UPSTREAM_SWEEP_INTERVAL_S,
 )
@@ -72,10 +73,13 @@ class EngineClient:
         request = b"".join(lines)
         kept = origin.take_idle()
         if kept is not None:
+            loop = asyncio.get_running_loop()
+            sent_at = loop.time()
             try:
                 await kept.send(request)
             except EngineLostError:
-                if kept.timed_out:
+                # Else the engine has had the request, and may have died of it.
+                if kept.timed_out or kept.has_head or loop.time() - sent_at > UPSTREAM_REPLAY_S:
                     raise
             else:
                 return EngineAnswer(kept, origin)
@@ -101,6 +105,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         if self._sweeper is None:
             self._sweeper = loop.call_later(UPSTREAM_SWEEP_INTERVAL_S, self._sweep, loop)
+        origin.connecting += 1
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
@@ -111,6 +116,8 @@ class EngineClient:
                 )
         except (OSError, TimeoutError) as error:
             raise EngineUnreachableError(f"no connection to {origin.url}: {error!r}") from error
+        finally:
+            origin.connecting -= 1
         return connection
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -126,7 +133,7 @@ class EngineClient:
                     connection.time_out()
                 elif not connection.busy and quiet_s > self._keepalive_s:
                     connection.abort()
-            if not origin.connections:
+            if not origin.connections and not origin.connecting:
                 del self._origins[url]
         self._sweeper = loop.call_later(UPSTREAM_SWEEP_INTERVAL_S, self._sweep, loop)
 
@@ -192,6 +199,7 @@ class _Origin:
         self.port = parts.port or (443 if self.ssl else 80)
         self.host = parts.netloc.rpartition("@")[2].encode()
         self.connections: set[_Connection] = set()
+        self.connecting = 0
         self._idle: list[_Connection] = []
 
     def take_idle(self) -> _Connection | None:
@@ -204,7 +212,7 @@ class _Origin:
     def give_back(self, connection: _Connection) -> None:
         if connection.closed:
             return
-        if connection.reusable:
+        if connection.reusable and not connection.paused:
             connection.busy = False
             self._idle.append(connection)
         else:
@@ -219,7 +227,7 @@ class _Connection(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._paused = False
+        self.paused = False
         self.busy = True
         self.closed = False
         self.timed_out = False
@@ -232,7 +240,7 @@ class _Connection(asyncio.Protocol):
         self._buffered_bytes = 0
         self._complete = False
         self._error: Exception | None = None
-        self._has_head = False
+        self.has_head = False
         self.reusable = False
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -247,7 +255,7 @@ class _Connection(asyncio.Protocol):
         self.heard_at = self._loop.time()
         self._transport.write(request)
         try:
-            while not self._has_head:
+            while not self.has_head:
                 self._raise_if_lost()
                 await self._wait()
         except BaseException:
@@ -266,8 +274,8 @@ class _Connection(asyncio.Protocol):
             data = b"".join(self._chunks)
             self._chunks.clear()
         self._buffered_bytes = 0
-        if self._paused and self._transport is not None:
-            self._paused = False
+        if self.paused and self._transport is not None:
+            self.paused = False
             self._transport.resume_reading()
         return data
 
@@ -340,17 +348,17 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
-        self._has_head = True
+        self.has_head = True
 
     def on_body(self, body: bytes) -> None:
         self._chunks.append(body)
         self._buffered_bytes += len(body)
         if (
             self._buffered_bytes > UPSTREAM_BUFFER_BYTES
-            and not self._paused
+            and not self.paused
             and self._transport is not None
         ):
-            self._paused = True
+            self.paused = True
             self._transport.pause_reading()
 
     def on_message_complete(self) -> None:

@@ -179,7 +179,7 @@ def read_metadata(raw: msgspec.Raw) -> dict[str, str]:
     """
     try:
         metadata = _metadata_decoder.decode(raw) or {}
-    except msgspec.ValidationError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidFieldError(
             "metadata: must be an object whose values are strings", param="metadata"
         ) from None

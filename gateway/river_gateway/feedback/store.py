@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from river_gateway.database import POSTGRES_AWAY
+from river_gateway.database import BAD_VALUES, POSTGRES_FAILED
 from river_gateway.errors import NotFoundError, UnavailableError
-from river_gateway.limits import STORE_BACKLOG_MAX, STORE_GROUP_MAX, STORE_RETRY_S, SWEEP_BATCH
+from river_gateway.limits import (
+    STORE_BACKLOG_MAX,
+    STORE_BACKLOG_MAX_BYTES,
+    STORE_GROUP_MAX,
+    STORE_GROUP_MAX_BYTES,
+    STORE_RETRY_S,
+    SWEEP_BATCH,
+)
 
 if TYPE_CHECKING:
     from river_gateway.database import Database, Row
@@ -76,6 +83,11 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     metadata: str
     tokens: bytes | None
 
+    @property
+    def size_bytes(self) -> int:
+        """About how much memory it takes."""
+        return len(self.messages) + len(self.answer) + len(self.metadata) + len(self.tokens or b"")
+
 
 def stored(keeper: Keeper, *, tenant_id: str, model: str, target: Target) -> Stored | None:
     """What a keeper has gathered, or None when there was no answer."""
@@ -113,6 +125,8 @@ class CompletionStore:
         self._round = _Round()
         self._wake = asyncio.Event()
         self._backlog: deque[Stored] = deque()
+        self._waiting = self._waiting_bytes = 0
+        self._failing = False
 
     def admit(self) -> None:
         """Refuses a request to store what could not be held until it is written.
@@ -120,15 +134,17 @@ class CompletionStore:
         Raises:
             UnavailableError: too many completions wait for Postgres.
         """
-        if len(self._backlog) + len(self._round.rows) >= STORE_BACKLOG_MAX:
+        if self._waiting >= STORE_BACKLOG_MAX or self._waiting_bytes >= STORE_BACKLOG_MAX_BYTES:
             raise UnavailableError("completions cannot be stored at the moment; try again")
 
     async def add(self, row: Stored) -> None:
         """Returns once the completion is stored, or waits in memory because Postgres is away."""
         gathering = self._round
         gathering.rows.append(row)
+        self._waiting += 1
+        self._waiting_bytes += row.size_bytes
         self._wake.set()
-        if not self._backlog:
+        if not self._failing:
             await gathering.settled.wait()
 
     async def run(self) -> None:
@@ -136,28 +152,52 @@ class CompletionStore:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            current, self._round = self._round, _Round()
-            self._backlog.extend(current.rows)
-            try:
-                written = await self.flush()
-            finally:
-                current.settled.set()
-            if not written:
+            self._failing = not await self.flush()
+            if self._failing:
                 await asyncio.sleep(STORE_RETRY_S)
                 self._wake.set()
 
     async def flush(self) -> bool:
-        """Writes what waits, oldest first; False when Postgres is away."""
-        while self._backlog:
-            rows = [self._backlog[i] for i in range(min(len(self._backlog), STORE_GROUP_MAX))]
-            try:
-                await self._insert(rows)
-            except POSTGRES_AWAY as error:
-                logger.warning("%d completions wait to be stored: %r", len(self._backlog), error)
-                return False
-            for _ in rows:
-                self._backlog.popleft()
+        """Writes what waits, oldest first; False when Postgres cannot take it now."""
+        current, self._round = self._round, _Round()
+        self._backlog.extend(current.rows)
+        try:
+            while self._backlog:
+                rows = self._next_group()
+                await self._write(rows)
+                for _ in rows:
+                    self._backlog.popleft()
+                self._waiting -= len(rows)
+                self._waiting_bytes -= sum(row.size_bytes for row in rows)
+        except POSTGRES_FAILED as error:
+            logger.warning("%d completions wait to be stored: %r", len(self._backlog), error)
+            return False
+        finally:
+            current.settled.set()
         return True
+
+    def _next_group(self) -> list[Stored]:
+        """As many of the oldest as one statement should hold, and at least one."""
+        group: list[Stored] = []
+        size_bytes = 0
+        for row in self._backlog:
+            size_bytes += row.size_bytes
+            if group and (len(group) == STORE_GROUP_MAX or size_bytes > STORE_GROUP_MAX_BYTES):
+                break
+            group.append(row)
+        return group
+
+    async def _write(self, rows: list[Stored]) -> None:
+        """Returns once all are written, or given up because Postgres will never take them."""
+        try:
+            await self._insert(rows)
+        except BAD_VALUES as error:
+            if len(rows) == 1:
+                ids = {"completion": rows[0].completion_id, "tenant": rows[0].tenant_id}
+                logger.error("a completion cannot be stored: %s", error, extra=ids)  # noqa: TRY400 - the trace says no more
+                return
+            for row in rows:
+                await self._write([row])
 
     async def _insert(self, rows: list[Stored]) -> None:
         columns = [[getattr(row, name) for row in rows] for name in Stored.__struct_fields__]
@@ -225,7 +265,7 @@ async def sweep_forever(database: Database, *, interval_s: float) -> None:
         await asyncio.sleep(interval_s)
         try:
             await database.execute(_SWEEP, SWEEP_BATCH)
-        except POSTGRES_AWAY as error:
+        except POSTGRES_FAILED as error:
             logger.warning("stored completions were not swept: %r", error)
 
 

@@ -23,6 +23,7 @@ from river_gateway.errors import (
 from river_gateway.feedback.keeping import Keeper, KeptStream, wants_keeping
 from river_gateway.feedback.store import stored
 from river_gateway.inference.asked import read_fields
+from river_gateway.inference.messages_api import COUNT_TOKENS_PATH
 from river_gateway.inference.metering import UsageTally, usage_event
 from river_gateway.inference.models import POLICY_VERSION_HEADER, Wish, ask_current, resolve_model
 from river_gateway.inference.relay import relay
@@ -121,7 +122,7 @@ class Completions:
             OutOfCreditError: there is less.
             UnavailableError: that cannot be known at the moment.
         """
-        if not principal.bounded:
+        if not principal.bounded or self._dialect.path == COUNT_TOKENS_PATH:
             return UNBOUNDED
         engine = self._services.engines.last_of(target.base_model)
         if engine is None:

@@ -87,6 +87,13 @@ class Meter:
             tasks.create_task(self._publish_rounds(), name="usage rounds")
             tasks.create_task(self._drain(), name="usage backlog")
 
+    async def close(self) -> bool:
+        """Publishes all there is, once `run` has ended; False when some of it is lost."""
+        current, self._round = self._round, _Round()
+        self._add_to_backlog(current.events)
+        current.settle()
+        return await self.flush()
+
     async def flush(self) -> bool:
         """Publishes the backlog, oldest first; False when NATS refused and some of it is left."""
         while self._backlog:
@@ -126,7 +133,7 @@ class Meter:
             except (BusError, UnavailableError, TimeoutError) as error:
                 logger.warning("%d usage events wait: %s", len(left), error)
             finally:
-                # Also when cancelled: then `flush` has the last word.
+                # Also when cancelled: then `close` has the last word.
                 self._add_to_backlog(left)
                 current.settle()
 

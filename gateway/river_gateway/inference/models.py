@@ -91,11 +91,18 @@ async def resolve_model(
         if wish.pin is not None:
             return await _pinned(services, name, served.ever, tenant_id, wish.pin)
         path = choose_target(served.alias.targets, name, wish.stick)
-        if path in services.engines.bases():
-            return Target(path, None, path)
-        return await _resolve_path(services, path, tenant_id)
+        return await _resolve_aliased(services, path, tenant_id)
     except _GoneError:
         raise _unknown(name) from None
+
+
+async def _resolve_aliased(services: Services, path: str, tenant_id: str) -> Target:
+    """What an alias points at: a base model, a checkpoint or a run."""
+    if path in services.engines.bases():
+        return Target(path, None, path)
+    if catalog.parse_path(path) is None and not services.registered:
+        raise UnavailableError("the registry of base models is being read; try again")
+    return await _resolve_path(services, path, tenant_id)
 
 
 async def ask_current(
@@ -159,7 +166,8 @@ async def _pinned(
     if pin.startswith(catalog.SCHEME):
         return await _resolve_path(services, pin, tenant_id)
     version = _VERSION.fullmatch(pin)
-    assert version is not None
+    if version is None:  # A base model that has no engine.
+        raise UnavailableError(f"no engine of {pin!r} answers at the moment; try again")
     run = await _find_run(services, version["run"], tenant_id)
     step = int(version["step"])
     row = await services.names.checkpoint_of_step(run.run_id, step, tenant_id)

@@ -22,7 +22,7 @@ from river_billing.events import UsageKind, operation_id, training_event_id
 from river_billing.leases import Lease, Tightest, place_hold, renew
 from river_billing.limits import LEASE_USABLE_S
 from river_client.wire import NANO_USD_PER_USD
-from river_gateway.database import POSTGRES_AWAY
+from river_gateway.database import POSTGRES_AWAY, POSTGRES_FAILED
 from river_gateway.errors import OutOfCreditError, UnavailableError
 from river_gateway.limits import (
     LEASE_IDLE_S,
@@ -210,6 +210,10 @@ class Credit:
             hold = self._take(lessee, prices, amount)
             if hold is not None:
                 return hold
+            if (
+                lease.is_high()
+            ):  # It got all there was, which is of no use here, and may be to others.
+                lessee.ask_renewal()
             tightest = lease.tightest
             assert tightest is not None
             free = max(lease.free_nano_usd, 0)
@@ -272,7 +276,7 @@ class Credit:
                     due.update(self._lessees.values())
                     await self._refresh_prices()
                 await self._renew_all(due)
-            except POSTGRES_AWAY as error:
+            except POSTGRES_FAILED as error:
                 logger.warning("credit cannot be renewed: %r", error)
                 await asyncio.sleep(LEASE_RETRY_S)
 

@@ -17,6 +17,7 @@ BATCH_EVENTS_MAX = 500
 # Above one batch, because a fetch of more than may be unacknowledged would wait out its whole time.
 ACK_PENDING_MAX = 2 * BATCH_EVENTS_MAX
 FETCH_TIMEOUT_S = 1.0
+BATCH_PAUSE_S = 0.05
 ACK_WAIT_S = 10.0  # after this, what a killed recorder had in hand is delivered again
 CONNECT_TIMEOUT_S = 5.0
 STATEMENT_TIMEOUT_S = 30.0

@@ -184,6 +184,10 @@ async def _consume(
         deliveries = [delivery for message in messages if (delivery := await _accept(message))]
         with metrics.BATCH_SECONDS.time():
             await record_deliveries(connection, deliveries)
+        if len(messages) < limits.BATCH_EVENTS_MAX:
+            # A transaction costs much the same for one event as for a hundred: let some gather.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), limits.BATCH_PAUSE_S)
 
 
 async def recorded_until(js: JetStreamContext) -> datetime | None:

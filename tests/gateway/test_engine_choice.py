@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -299,7 +300,7 @@ def test_first_requests_for_an_adapter_go_to_one_place() -> None:
     fleet, engines, now = _fleet("a", "b", "c", "d")
     question = Question(BASE, "run_1@1")
     home = _ask(fleet, question)
-    with fleet.occupied(home, BUSY_TOKENS):
+    with closing(fleet.visit(home, BUSY_TOKENS)):
         assert {_ask(fleet, question) for _ in range(20)} == {home}
     now[0] += limits.PLACEMENT_REMEMBERED_S
     other = next(record.engine_id for record in engines.records if record.engine_id != home)
@@ -326,7 +327,7 @@ def test_what_is_outstanding_here_counts_at_once() -> None:
     """The engine's own report is seconds old."""
     fleet, _, _ = _fleet("a", "b")
     assert _ask(fleet, Question(BASE)) == "a"
-    with fleet.occupied("a", 10):
+    with closing(fleet.visit("a", 10)):
         assert _ask(fleet, Question(BASE)) == "b"
         assert fleet.outstanding_tokens() == {"a": 10}
     assert fleet.outstanding_tokens() == {}
@@ -340,7 +341,7 @@ def test_a_failing_engine_is_left_alone_for_a_while() -> None:
         fleet.failed("a", None)
     assert _ask(fleet, Question(BASE)) == "b"
     now[0] += limits.BREAKER_PAUSE_MIN_S
-    with fleet.occupied("a", 0):
+    with closing(fleet.visit("a", 0)):
         assert _ask(fleet, Question(BASE)) == "b"
         fleet.succeeded("a")
     assert _ask(fleet, Question(BASE)) == "a"
@@ -354,7 +355,7 @@ def test_what_prometheus_sees_of_engines() -> None:
     _ask(fleet, Question(BASE, "run_1@1"))
     for _ in range(limits.BREAKER_FAILURES):
         fleet.failed("b", None)
-    with fleet.occupied("a", 10):
+    with closing(fleet.visit("a", 10)):
         text = generate_latest(registry).decode()
     assert 'river_gateway_engine_outstanding_tokens{engine="a"} 10.0' in text
     assert 'river_gateway_engine_failing{engine="a"} 0.0' in text

@@ -82,6 +82,17 @@ def answering(answer: bytes, *, times: int = 1000) -> Callable[[Server], Behavio
     return behaviour
 
 
+def saying_ok_and_no_more(server: Server) -> Behaviour:
+    """The first chunk of an answer, and silence until the client leaves."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await server.read_request(reader)
+        writer.write(CHUNKED + b"2\r\nok\r\n")
+        await reader.read()
+
+    return talk
+
+
 async def post(client: EngineClient, server: Server, body: bytes = b"{}") -> tuple[int, bytes]:
     """Status and body of one request."""
     answer = await client.post(server.url, "/x", [(b"a", b"b")], body)
@@ -104,6 +115,15 @@ async def test_connections_are_kept() -> None:
         assert server.connections == 1
         assert server.requests == [b"0", b"1", b"2", b""]
         assert b"\r\na: b\r\n" in server.heads[0]
+
+
+async def test_an_engine_may_live_below_a_path() -> None:
+    """Where a proxy stands before several of them."""
+    client = EngineClient()
+    async with serving(answering(OK)) as server:
+        (await client.post(f"{server.url}/engine-1/", "/x", [], b"")).close()
+        await client.close()
+        assert server.heads[0].startswith(b"POST /engine-1/x HTTP/1.1\r\n")
 
 
 async def test_requests_at_once_have_connections_of_their_own() -> None:
@@ -197,17 +217,8 @@ async def test_nobody_listening_is_an_error() -> None:
 
 async def test_silence_ends_a_request() -> None:
     """A server that falls silent is given up, in the middle of a stream too."""
-
-    def behaviour(server: Server) -> Behaviour:
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await server.read_request(reader)
-            writer.write(CHUNKED + b"2\r\nok\r\n")
-            await reader.read()
-
-        return talk
-
     client = EngineClient(silence_timeout_s=0.2)
-    async with serving(behaviour) as server:
+    async with serving(saying_ok_and_no_more) as server:
         answer = await client.post(server.url, "/x", [], b"")
         assert await answer.next_chunk() == b"ok"
         with pytest.raises(EngineLostError, match="silent"):
@@ -230,17 +241,8 @@ async def test_idle_connections_are_closed() -> None:
 
 async def test_closing_early_cuts_the_connection() -> None:
     """So the engine learns that nobody wants the rest."""
-
-    def behaviour(server: Server) -> Behaviour:
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await server.read_request(reader)
-            writer.write(CHUNKED + b"2\r\nok\r\n")
-            await reader.read()
-
-        return talk
-
     client = EngineClient()
-    async with serving(behaviour) as server:
+    async with serving(saying_ok_and_no_more) as server:
         answer = await client.post(server.url, "/x", [], b"")
         assert await answer.next_chunk() == b"ok"
         assert not server.gone.is_set()

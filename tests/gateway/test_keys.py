@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -239,17 +239,6 @@ async def test_changes_reach_another_process_within_a_second(rig: Rig) -> None:
         while (await client.get("/v1/models")).status_code != 401:
             assert time.monotonic() - revoked_at < 1.0
         assert time.monotonic() - revoked_at < 1.0
-
-
-@pytest.fixture
-def own_nats(tmp_path: Path) -> Iterator[EmbeddedNats]:
-    """A nats-server that a test may stop and start."""
-    server = EmbeddedNats(tmp_path / "nats", durable=False)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 async def test_nothing_is_trusted_after_nats_was_away(

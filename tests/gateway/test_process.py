@@ -6,12 +6,10 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from support.gateway import Rig, eventually, running_rig
 from support.stand_ins import BASE, PATIENCE_S
 
@@ -19,17 +17,6 @@ from river_ops.children import free_port
 from river_ops.embedded.nats import EmbeddedNats
 
 START_PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def own_nats(tmp_path: Path) -> Iterator[EmbeddedNats]:
-    """A nats-server that a test may stop and start."""
-    server = EmbeddedNats(tmp_path / "nats", durable=False)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 async def test_it_starts_alone_and_stops_when_told(postgres_url: str, nats_url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +16,7 @@ from river_gateway.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator
+    from collections.abc import Callable, Collection
 
     from river_engine.protocol import EngineRecord
 
@@ -38,6 +37,22 @@ class _Placement:
     until: float
 
 
+@dataclass(slots=True)
+class Visit:
+    """A request that counts on its engine until it is closed."""
+
+    fleet: Fleet
+    engine_id: str
+    tokens: int
+    _closed: bool = False
+
+    def close(self) -> None:
+        """Closing it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.fleet.leave(self)
+
+
 class Fleet:
     """Chooses engines, and learns from what happens there. Times are those of `clock`, in seconds."""
 
@@ -48,6 +63,7 @@ class Fleet:
         self._breakers: dict[str, Breaker] = {}
         self._resident: dict[str, tuple[EngineRecord, frozenset[str]]] = {}
         self._placements: OrderedDict[str, _Placement] = OrderedDict()
+        self.visits = 0  # how many requests are on engines
         self.placed = 0  # how often an adapter got a place
 
     def choose(self, question: Question, excluded: Collection[str] = ()) -> EngineRecord | None:
@@ -79,36 +95,30 @@ class Fleet:
         breaker = self._breakers.get(engine_id)
         return breaker is not None and breaker.is_open(self._clock())
 
-    @contextmanager
-    def occupied(self, engine_id: str, tokens: int) -> Generator[None]:
-        """Counts a request on an engine while the block runs."""
-        self.enter(engine_id, tokens)
-        try:
-            yield
-        finally:
-            self.leave(engine_id, tokens)
-
-    def enter(self, engine_id: str, tokens: int) -> None:
-        """A request goes to an engine; `leave` must follow."""
-        if self._breakers and (breaker := self._breakers.get(engine_id)) is not None:
+    def visit(self, engine_id: str, tokens: int) -> Visit:
+        """A request of about so many tokens goes to an engine."""
+        if (breaker := self._breakers.get(engine_id)) is not None:
             breaker.begin(self._clock())
+        self.visits += 1
         self._tokens[engine_id] = self._tokens.get(engine_id, 0) + tokens
+        return Visit(self, engine_id, tokens)
 
-    def leave(self, engine_id: str, tokens: int) -> None:
-        """A request is over."""
-        left = self._tokens[engine_id] - tokens
+    def leave(self, visit: Visit) -> None:
+        """For `Visit.close`."""
+        self.visits -= 1
+        left = self._tokens.get(visit.engine_id, 0) - visit.tokens
         assert left >= 0
         if left:
-            self._tokens[engine_id] = left
+            self._tokens[visit.engine_id] = left
         else:
-            del self._tokens[engine_id]
-        if self._breakers and (breaker := self._breakers.get(engine_id)) is not None:
+            self._tokens.pop(visit.engine_id, None)
+        if (breaker := self._breakers.get(visit.engine_id)) is not None:
             breaker.give_up()
 
     def succeeded(self, engine_id: str) -> None:
         """The engine answered, be it with a refusal."""
-        if self._breakers:
-            self._breakers.pop(engine_id, None)
+        if (breaker := self._breakers.get(engine_id)) is not None:
+            breaker.succeed()
 
     def failed(self, engine_id: str, adapter: str | None) -> None:
         """The engine did not answer, or said that it cannot."""

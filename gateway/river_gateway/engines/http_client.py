@@ -25,7 +25,7 @@ from river_gateway.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import Iterable
 
 Header = tuple[bytes, bytes]
 
@@ -66,7 +66,8 @@ class EngineClient:
             EngineLostError: no head of an answer came.
         """
         origin = self._origins.get(url) or self._add_origin(url)
-        lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\n" % (path.encode(), origin.host)]
+        target = (origin.prefix + path).encode()
+        lines = [b"POST %s HTTP/1.1\r\nhost: %s\r\n" % (target, origin.host)]
         lines += [b"%s: %s\r\n" % header for header in headers]
         lines.append(b"content-length: %d\r\n\r\n" % len(body))
         lines.append(body)
@@ -133,6 +134,7 @@ class EngineClient:
                     connection.time_out()
                 elif not connection.busy and quiet_s > self._keepalive_s:
                     connection.abort()
+            origin.forget_closed()
             if not origin.connections and not origin.connecting:
                 del self._origins[url]
         self._sweeper = loop.call_later(UPSTREAM_SWEEP_INTERVAL_S, self._sweep, loop)
@@ -161,20 +163,12 @@ class EngineAnswer:
         """
         return await self._connection.next_chunk()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, as it comes; raises as `next_chunk` does."""
-        while (chunk := await self._connection.next_chunk()) is not None:
-            yield chunk
-
     async def read(self) -> bytes:
         """The whole body; raises as `next_chunk` does."""
-        first = await self._connection.next_chunk()
-        if first is None:
-            return b""
-        rest = [first]
+        chunks: list[bytes] = []
         while (chunk := await self._connection.next_chunk()) is not None:
-            rest.append(chunk)
-        return b"".join(rest)
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def close(self) -> None:
         """Keeps the connection if the answer was read to its end, else cuts it, which cancels the engine's work.
@@ -197,10 +191,15 @@ class _Origin:
         self.hostname = parts.hostname
         self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self.port = parts.port or (443 if self.ssl else 80)
+        self.prefix = parts.path.rstrip("/")
         self.host = parts.netloc.rpartition("@")[2].encode()
         self.connections: set[_Connection] = set()
         self.connecting = 0
         self._idle: list[_Connection] = []
+
+    def forget_closed(self) -> None:
+        """The last used is taken first, so those at the bottom may never be met."""
+        self._idle = [connection for connection in self._idle if not connection.closed]
 
     def take_idle(self) -> _Connection | None:
         while self._idle:
@@ -320,10 +319,8 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._loop.time()
-        if (
-            not self.busy or self._complete
-        ):  # Nobody asked: whatever it is, it belongs to no request.
-            self.abort()
+        if not self.busy or self._complete:
+            self.abort()  # Nobody asked: whatever it is, it belongs to no request.
             return
         try:
             self._parser.feed_data(data)
@@ -332,9 +329,6 @@ class _Connection(asyncio.Protocol):
             self.abort()
         else:
             self._wake()
-
-    def eof_received(self) -> bool:
-        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True

@@ -35,6 +35,7 @@ from river_gateway.limits import (
 
 if TYPE_CHECKING:
     from river_engine.protocol import EngineRecord
+    from river_gateway.engines.fleet import Visit
     from river_gateway.engines.http_client import EngineAnswer, Header
     from river_gateway.engines.registry import Engines
     from river_gateway.inference.models import Target
@@ -56,29 +57,25 @@ class Opened:
 
     answer: EngineAnswer
     engine: EngineRecord
-    _visit: _Visit
+    _visit: Visit
+
+    async def read(self) -> bytes:
+        """The whole answer; the request is over then.
+
+        Raises:
+            UnavailableError: the engine breaks off.
+        """
+        try:
+            return await self.answer.read()
+        except EngineLostError:
+            raise UnavailableError("the engine was lost in the middle of the answer") from None
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Ends the request: the connection of an answer not read to its end is cut, which cancels the engine's work."""
         self.answer.close()
-        self._visit.end()
-
-
-@dataclass(slots=True)
-class _Visit:
-    """A request that counts as outstanding until its end."""
-
-    upstream: Upstream
-    engine_id: str
-    tokens: int
-    _ended: bool = False
-
-    def end(self) -> None:
-        """Ending it again does nothing."""
-        if not self._ended:
-            self._ended = True
-            self.upstream.outstanding -= 1
-            self.upstream.fleet.leave(self.engine_id, self.tokens)
+        self._visit.close()
 
 
 @dataclass(slots=True)
@@ -97,7 +94,6 @@ class Upstream:
         self.fleet = Fleet(engines)
         telemetry.registry.register(FleetMetrics(self.fleet))
         self._telemetry = telemetry
-        self.outstanding = 0
         self._client = EngineClient()
         self.authorize(token)
 
@@ -134,7 +130,7 @@ class Upstream:
             UnloadableError: the engine cannot load the target's adapter.
             UnavailableError: no engine answers.
         """
-        if self.outstanding >= UPSTREAM_CONCURRENT_MAX:
+        if self.fleet.visits >= UPSTREAM_CONCURRENT_MAX:
             raise RateLimitedError("too many requests are in progress", retry_after_s=RETRY_AFTER_S)
         headers = [
             self._authorization,
@@ -178,9 +174,7 @@ class Upstream:
     ) -> Opened | None:
         """One engine's successful answer, or None when another should be asked."""
         engine_id = engine.engine_id
-        self.fleet.enter(engine_id, tokens)
-        self.outstanding += 1
-        visit = _Visit(self, engine_id, tokens)
+        visit = self.fleet.visit(engine_id, tokens)
         answer: EngineAnswer | None = None
         opened: Opened | None = None
         try:
@@ -198,7 +192,7 @@ class Upstream:
             if opened is None:
                 if answer is not None:
                     answer.close()
-                visit.end()
+                visit.close()
         return opened
 
     async def _learn(

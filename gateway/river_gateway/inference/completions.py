@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from river_gateway.context import context_of
 from river_gateway.disconnect import WhileClientStays
-from river_gateway.engines.http_client import EngineLostError
 from river_gateway.errors import (
     ClientGoneError,
     TooLargeError,
@@ -161,12 +160,7 @@ class Completions:
             return
         async with WhileClientStays(receive):
             opened = await self._open(exchange, body, fields)
-            try:
-                answer = await opened.answer.read()
-            except EngineLostError:
-                raise UnavailableError("the engine was lost in the middle of the answer") from None
-            finally:
-                opened.close()
+            answer = await opened.read()
         await exchange.answer(opened, keeper.whole(answer) if keeper else answer, send)
 
     async def _open(
@@ -263,9 +257,7 @@ class _Exchange:
         if self._settled:
             return
         # The meter has the event from here on, even if this request is cancelled while it waits.
-        self._settled = True
-        self.ticket.settle(sum(quantities.values()))
-        await self.services.meter.record(self._event(opened, quantities))
+        await self.services.meter.record(self._bill(opened, quantities))
 
     async def _keep(self) -> None:
         """Stores the completion, if that was asked for and is not done."""
@@ -282,14 +274,14 @@ class _Exchange:
             await self.services.completions.add(row)
 
     def _settle_later(self, opened: Opened, usage: StreamReader) -> None:
-        if self._settled:
-            return
-        self._settled = True
-        quantities = usage.quantities()
-        self.ticket.settle(sum(quantities.values()))
-        self.services.meter.record_later(self._event(opened, quantities))
+        if not self._settled:
+            self.services.meter.record_later(self._bill(opened, usage.quantities()))
 
-    def _event(self, opened: Opened, quantities: dict[UsageKind, int]) -> UsageEvent | None:
+    def _bill(self, opened: Opened, quantities: dict[UsageKind, int]) -> UsageEvent | None:
+        """What is to be recorded of the request; made once."""
+        assert not self._settled
+        self._settled = True
+        self.ticket.settle(sum(quantities.values()))
         return usage_event(
             request_id=self.request_id,
             principal=self.principal,

@@ -33,7 +33,6 @@ from river_gateway.codec import (
 )
 from river_gateway.context import context_of
 from river_gateway.disconnect import unless_client_leaves
-from river_gateway.engines.http_client import EngineLostError
 from river_gateway.errors import (
     ConflictError,
     GatewayError,
@@ -382,13 +381,7 @@ async def _ask_engine(
         content_type=MSGPACK,
         tokens=prompts * asked.num_samples * asked.max_tokens,
     )
-    try:
-        answer = await opened.answer.read()
-    except EngineLostError:
-        raise UnavailableError("the engine was lost in the middle of the answer") from None
-    finally:
-        opened.close()
-    result = msgspec.msgpack.decode(answer, type=EngineSampleResult)
+    result = msgspec.msgpack.decode(await opened.read(), type=EngineSampleResult)
     return result, opened.engine.context_length
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from river_engine.protocol import HEARTBEAT_LOST_AFTER_S, EngineRecord
-from river_gateway.engines.fleet import Fleet
+from river_gateway.engines.fleet import Fleet, Visit
 from river_gateway.engines.routing import Question
 from river_gateway.limits import COMPLETION_GUESS_TOKENS, ROUTING_PREFIX_BYTES
 from river_ops.bench.routing.engine import BASE
@@ -51,7 +51,7 @@ class ByFleet(Chooser):
     def __init__(self, directory: Directory, *, with_reasons: bool) -> None:
         self._fleet = Fleet(directory, lambda: directory.now_s)
         self._with_reasons = with_reasons
-        self._visits: dict[Request, tuple[str, int]] = {}
+        self._visits: dict[Request, Visit] = {}
 
     def choose(self, request: Request, excluded: Collection[str], /) -> str | None:
         question = Question(BASE)
@@ -63,12 +63,10 @@ class ByFleet(Chooser):
 
     def sent(self, request: Request, engine_id: str, /) -> None:
         tokens = request.prompt_tokens + COMPLETION_GUESS_TOKENS
-        self._fleet.enter(engine_id, tokens)
-        self._visits[request] = engine_id, tokens
+        self._visits[request] = self._fleet.visit(engine_id, tokens)
 
     def over(self, request: Request, /) -> None:
-        engine_id, tokens = self._visits.pop(request)
-        self._fleet.leave(engine_id, tokens)
+        self._visits.pop(request).close()
 
     def failed(self, request: Request, engine_id: str, /) -> None:
         self._fleet.failed(engine_id, request.adapter)

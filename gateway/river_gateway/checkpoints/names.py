@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +16,7 @@ from river_gateway.bus import BusError
 from river_gateway.checkpoints import aliases, catalog
 from river_gateway.errors import NotFoundError, UnavailableError
 from river_gateway.limits import LIVE_FRESH_S, NAME_CACHE_ENTRIES_MAX, NAME_CACHE_FRESH_S
+from river_gateway.lru import Lru
 from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Names:
     def __init__(self, database: Database, bus: Bus) -> None:
         self._database = database
         self._bus = bus
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._entries: Lru[tuple[str, str], _Entry] = Lru(NAME_CACHE_ENTRIES_MAX)
         self._forgotten = 0
 
     async def listen(self) -> None:
@@ -118,19 +118,14 @@ class Names:
             logger.warning("others were not told of a change: %r", error)
 
     async def _find(self, key: tuple[str, str], find: Callable[[], Awaitable[Any]]) -> Any:
-        entry = self._entries.get(key)
+        entry = self._entries.use(key)
         if entry is not None and self._is_current(entry):
-            self._entries.move_to_end(key)
             return entry.value
         forgotten, losses = self._forgotten, self._bus.losses
         value = await find()
-        if (
-            self._forgotten == forgotten
-        ):  # Else it may have been read before what was written meanwhile.
-            self._entries[key] = _Entry(value, time.monotonic(), losses)
-            self._entries.move_to_end(key)
-            while len(self._entries) > NAME_CACHE_ENTRIES_MAX:
-                self._entries.popitem(last=False)
+        # Else it may have been read before what was written meanwhile.
+        if self._forgotten == forgotten:
+            self._entries.put(key, _Entry(value, time.monotonic(), losses))
         return value
 
     def _is_current(self, entry: _Entry) -> bool:
@@ -158,7 +153,7 @@ class LiveVersions:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._known: OrderedDict[str, _Entry] = OrderedDict()
+        self._known: Lru[str, _Entry] = Lru(NAME_CACHE_ENTRIES_MAX)
 
     async def listen(self) -> None:
         """Begins to hear what trainers write."""
@@ -201,7 +196,4 @@ class LiveVersions:
         self._keep(run_id, live, self._bus.losses)
 
     def _keep(self, run_id: str, live: LiveVersion, losses: int) -> None:
-        self._known[run_id] = _Entry(live, time.monotonic(), losses)
-        self._known.move_to_end(run_id)
-        while len(self._known) > NAME_CACHE_ENTRIES_MAX:
-            self._known.popitem(last=False)
+        self._known.put(run_id, _Entry(live, time.monotonic(), losses))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +13,7 @@ from river_gateway.limits import (
     PLACEMENT_REMEMBERED_S,
     PLACEMENTS_MAX,
 )
+from river_gateway.lru import Lru
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -62,7 +62,7 @@ class Fleet:
         self._tokens: dict[str, int] = {}
         self._breakers: dict[str, Breaker] = {}
         self._resident: dict[str, tuple[EngineRecord, frozenset[str]]] = {}
-        self._placements: OrderedDict[str, _Placement] = OrderedDict()
+        self._placements: Lru[str, _Placement] = Lru(PLACEMENTS_MAX)
         self.visits = 0  # how many requests are on engines
         self.placed = 0  # how often an adapter got a place
 
@@ -156,10 +156,7 @@ class Fleet:
     def _place(self, adapter: str, engine_id: str) -> None:
         self.placed += 1
         until = self._clock() + PLACEMENT_REMEMBERED_S
-        self._placements[adapter] = _Placement(engine_id, until)
-        self._placements.move_to_end(adapter)
-        if len(self._placements) > PLACEMENTS_MAX:
-            self._placements.popitem(last=False)
+        self._placements.put(adapter, _Placement(engine_id, until))
 
     def _placed(self, adapter: str | None) -> str | None:
         placement = self._placements.get(adapter) if adapter is not None else None

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +22,7 @@ from river_gateway.limits import (
     KEY_MAX_CHARS,
     KEY_RETRY_S,
 )
+from river_gateway.lru import Lru
 from river_gateway.tenancy.messages import AccountChanged
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class KeyCache:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._entries: Lru[bytes, _Entry] = Lru(KEY_CACHE_ENTRIES_MAX)
         self._asking: dict[bytes, asyncio.Future[_Entry | None]] = {}
         self._changes = 0
         """How often anything was said to have changed: an answer asked for before that may be old."""
@@ -108,7 +108,7 @@ class KeyCache:
             UnauthenticatedError: the key is missing, or known to be none, expired or revoked.
         """
         secret = _secret(authorization, api_key)
-        entry = self._entries.get(hashlib.sha256(secret.encode()).digest())
+        entry = self._entries.use(hash_secret(secret))
         if entry is None or time.monotonic() >= entry.fresh_until:
             return None
         return _checked(entry.principal)
@@ -191,10 +191,7 @@ class KeyCache:
         now = time.monotonic()
         fresh_s = KEY_CACHE_FRESH_S if changes == self._changes else 0.0
         entry = _Entry(_principal(row) if row else None, now, now + fresh_s)
-        self._entries[secret_hash] = entry
-        self._entries.move_to_end(secret_hash)
-        if len(self._entries) > KEY_CACHE_ENTRIES_MAX:
-            self._entries.popitem(last=False)
+        self._entries.put(secret_hash, entry)
         return entry
 
     @staticmethod

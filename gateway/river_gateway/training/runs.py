@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from river_gateway.checkpoints import catalog
 from river_gateway.limits import RUN_CACHE_ENTRIES_MAX, RUN_CACHE_FRESH_S
+from river_gateway.lru import Lru
 
 if TYPE_CHECKING:
     from river_gateway.checkpoints.catalog import RunRow
@@ -23,7 +23,7 @@ class RunCache:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._entries: OrderedDict[tuple[str, str], tuple[RunRow, float]] = OrderedDict()
+        self._entries: Lru[tuple[str, str], tuple[RunRow, float]] = Lru(RUN_CACHE_ENTRIES_MAX)
 
     async def find(self, run_id: str, tenant_id: str) -> RunRow:
         """One run.
@@ -31,17 +31,13 @@ class RunCache:
         Raises:
             NotFoundError: it is unknown.
         """
-        cached = self._entries.get((tenant_id, run_id))
+        cached = self._entries.use((tenant_id, run_id))
         if cached is None or time.monotonic() - cached[1] > RUN_CACHE_FRESH_S:
             return await self.current(run_id, tenant_id)
-        self._entries.move_to_end((tenant_id, run_id))
         return cached[0]
 
     async def current(self, run_id: str, tenant_id: str) -> RunRow:
         """The same, as Postgres has it now."""
         run = await catalog.find_run(self._database, run_id=run_id, tenant_id=tenant_id)
-        self._entries[tenant_id, run_id] = (run, time.monotonic())
-        self._entries.move_to_end((tenant_id, run_id))
-        while len(self._entries) > RUN_CACHE_ENTRIES_MAX:
-            self._entries.popitem(last=False)
+        self._entries.put((tenant_id, run_id), (run, time.monotonic()))
         return run

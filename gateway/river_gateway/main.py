@@ -16,6 +16,7 @@ from nats.errors import NoServersError
 from river_client.service import SettingsError, read_settings
 from river_engine.stores import check_store
 from river_gateway.app import create_app
+from river_gateway.http_protocol import GatewayProtocol
 from river_gateway.limits import GC_THRESHOLD, STOP_GRACE_S
 from river_gateway.reload import reload_settings
 from river_gateway.services import open_services
@@ -58,7 +59,7 @@ async def serve(settings: Settings) -> None:
             create_app(services),
             host=settings.host,
             port=settings.port,
-            http="httptools",
+            http=GatewayProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

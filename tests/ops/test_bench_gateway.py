@@ -285,6 +285,7 @@ def report(**changes: Any) -> GatewayReport:
     """A report that reaches every goal."""
     good: dict[str, Any] = {
         "throughput_ratio": 0.99,
+        "throughput_ratio_short": 0.9,
         "added_p50_ms": 0.5,
         "added_p99_ms": 1.0,
         "added_stream_p50_ms": 0.5,

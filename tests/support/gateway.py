@@ -29,6 +29,7 @@ from river_billing.events import EVENTS_STREAM, UsageEvent
 from river_client import wire
 from river_engine.protocol import ENGINES_BUCKET, EngineRecord
 from river_gateway.app import create_app
+from river_gateway.http_protocol import GatewayProtocol
 from river_gateway.services import Services, open_services
 from river_gateway.settings import Settings
 from river_gateway.tenancy.accounts import create_key, create_tenant
@@ -220,6 +221,7 @@ async def served_gateway(services: Services) -> AsyncGenerator[str]:
     config = uvicorn.Config(
         create_app(services),
         port=0,
+        http=GatewayProtocol,
         lifespan="off",
         ws="none",
         log_config=None,

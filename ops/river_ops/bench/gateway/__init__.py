@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from river_ops.bench.gateway.measurements import CONNECTIONS, RATE, STREAMS, Bench, Door, Sizes
+from river_ops.bench.gateway.measurements import (
+    CONNECTIONS,
+    RATE,
+    SHORT_TOKENS,
+    STREAMS,
+    USUAL_TOKENS,
+    Bench,
+    Door,
+    Sizes,
+)
 from river_ops.bench.gateway.peers import API_KEY, PEERS, peers_environment, running_peer
 from river_ops.bench.gateway.platform import (
     CUSTOMER_HAS,
@@ -61,16 +70,18 @@ def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
         say("requests on one core, and streams…")
         with running_peers(programs, platform, data, gateway_cores) as doors:
             found = bench.saturation({"river": bench.ours, **doors})
-        ratio = None
+        ratio = short_ratio = None
         if sizes.real_engine:
             say("a real engine…")
-            ratio = bench.throughput_ratio(set(cores))
+            ratio = bench.throughput_ratio(set(cores), max_tokens=USUAL_TOKENS)
+            short_ratio = bench.throughput_ratio(set(cores), max_tokens=SHORT_TOKENS)
         say("usage that was recorded…")
         recorded = recorded_requests(platform, bench.billable)
     river = found["river"]
     ours = river.medians()
     report = GatewayReport(
         throughput_ratio=ratio,
+        throughput_ratio_short=short_ratio,
         added_p50_ms=added[0],
         added_p99_ms=added[1],
         added_stream_p50_ms=added_stream[0],
@@ -91,6 +102,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> GatewayReport:
             "connections": CONNECTIONS,
             "litellm_connections": LITELLM_CONNECTIONS,
             "streams": STREAMS,
+            "engine_tokens": USUAL_TOKENS,
+            "engine_tokens_short": SHORT_TOKENS,
             "seconds": sizes.seconds,
             "rounds": sizes.rounds,
             "memory_requests": sizes.memory_requests,

@@ -21,7 +21,9 @@ LOAD_TIMEOUT_S = 300.0
 RATE = 200.0
 CONNECTIONS = 128
 STREAMS = 64
-ENGINE_CONNECTIONS, ENGINE_TOKENS = 64, 16
+ENGINE_CONNECTIONS = 64
+USUAL_TOKENS, SHORT_TOKENS = 128, 16
+"""Lengths of a real engine's answers: a chat's, and so short that the engine has little to do for each request."""
 WARM_UP_S = 1.0
 
 
@@ -154,7 +156,7 @@ class Bench:
         last_mb = resident_mb(self.ours.process)
         return significant(last_mb, 4), round(last_mb - first_mb, 1)
 
-    def throughput_ratio(self, cores: set[int]) -> float:
+    def throughput_ratio(self, cores: set[int], *, max_tokens: int) -> float:
         """Requests per second through the gateway over those straight to a real engine that has all it can do."""
         platform = self._platform
         pin(platform.gateway_process, cores)
@@ -168,7 +170,7 @@ class Bench:
                     model=TINY_MOE_NAME,
                     connections=ENGINE_CONNECTIONS,
                     seconds=self._sizes.seconds,
-                    max_tokens=ENGINE_TOKENS,
+                    max_tokens=max_tokens,
                 ).requests_per_s
                 for door in (doors if number % 2 == 0 else reversed(doors))
             }

@@ -5,7 +5,8 @@ BillingError
 ├── PriceError            a price that may not be set
 ├── AmountError           an amount that may not be booked or set
 ├── ReferenceTakenError   something else was booked under that reference
-└── UnknownAccountError   there is no such tenant or key
+├── UnknownAccountError   there is no such tenant or key
+└── ExportError           an export that cannot be made as it was asked for
 """
 
 from __future__ import annotations
@@ -33,3 +34,7 @@ class ReferenceTakenError(BillingError):
 
 class UnknownAccountError(BillingError):
     """There is no tenant or key of that name."""
+
+
+class ExportError(BillingError):
+    """A time, a range or a cursor of an export is not possible; begins with the field's name."""

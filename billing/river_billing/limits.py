@@ -56,3 +56,9 @@ REFERENCE_MAX_CHARS = 256
 NOTE_MAX_CHARS = 1024
 TRANSACTIONS_MAX = 1000
 WARNINGS_MAX = 1000
+
+# ---- Exports -----------------------------------------------------------------------------------
+
+EXPORT_DAYS_MAX = 400  # more than a year, so that one can be compared with the one before
+EXPORT_ROWS_MAX = 10_000  # of a page
+EXPORT_CSV_ROWS = 5_000  # of a piece

@@ -25,6 +25,7 @@ from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
 from river_gateway.tenancy.credit_api import CREDIT_HANDLERS
+from river_gateway.tenancy.usage_api import USAGE_HANDLERS
 from river_gateway.training.training_api import TRAINING_HANDLERS
 
 _TEXT = "text/plain; version=0.0.4"
@@ -69,6 +70,7 @@ def create_litestar(services: Services) -> Litestar:
             *IMPORT_HANDLERS,
             *ADMIN_HANDLERS,
             *CREDIT_HANDLERS,
+            *USAGE_HANDLERS,
         ],
         tags=["River"],
     )

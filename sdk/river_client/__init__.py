@@ -32,6 +32,7 @@ from river_client.exceptions import (
 )
 from river_client.feedback_wire import Feedback, FeedbackBatch
 from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
+from river_client.usage_wire import UsageRow
 from river_client.wire import (
     Alias,
     AliasTarget,
@@ -90,5 +91,6 @@ __all__ = [
     "TorchLoss",
     "TrainingResult",
     "UsageLine",
+    "UsageRow",
     "torch_loss",
 ]

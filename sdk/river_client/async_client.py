@@ -23,6 +23,7 @@ from river_client.async_feedback import (
 )
 from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
+from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
 from river_client.progress import waiting
 from river_client.results import (
@@ -34,6 +35,7 @@ from river_client.results import (
 )
 from river_client.settings import resolve_login
 from river_client.transport import JSON, Transport
+from river_client.usage_wire import UsageRow
 
 logger = logging.getLogger("river.client")
 
@@ -214,16 +216,21 @@ class AsyncClient:
     ) -> list[wire.UsageLine]:
         """What was used and what it cost, in whole hours; times without a zone are local.
 
-        `tenant` is for admins: a tenant's id, or `*` for all.
+        `tenant` is for admins: a tenant, by id or name, or `*` for all.
         """
-        params: dict[str, str] = {}
-        for name, moment in (("since", since), ("until", until)):
-            if moment is not None:
-                params[name] = moment.astimezone().isoformat()
-        if tenant is not None:
-            params["tenant"] = tenant
-        page = await self._transport.call("GET", "/usage", wire.Page, params=params)
-        return page.usage or []
+        return await usage_sums(self._transport, since, until, tenant)
+
+    def usage_rows(self, **asked: Unpack[UsageOptions]) -> AsyncGenerator[UsageRow]:
+        """What was used by hour or day (UTC), in the order of time; however many rows, a page at a time is in memory.
+
+        `group` is what rows are told apart by: some of model, tier, key, user, run. `since` and `until` are the start
+        of an hour, or of a day (UTC); without them it is this month so far.
+        """
+        return usage_rows(self._transport, **asked)
+
+    def usage_csv(self, **asked: Unpack[UsageOptions]) -> AsyncGenerator[str]:
+        """The same as CSV, in pieces of text as they come."""
+        return usage_csv(self._transport, **asked)
 
     async def prices(self) -> list[wire.Price]:
         """Every price that is or was in force."""

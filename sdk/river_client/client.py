@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
 
 from river_client import limits, wire
 from river_client.async_aliases import AsyncAliases
@@ -18,8 +18,10 @@ from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
+from river_client.async_usage import UsageOptions
 from river_client.chat import ChatMessages
 from river_client.results import TrainingResult
+from river_client.usage_wire import UsageRow
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -62,7 +64,7 @@ class Portal:
             return self._loop
 
 
-async def _next_or_none(pieces: AsyncGenerator[str]) -> str | None:
+async def _next_or_none(pieces: AsyncGenerator[Result]) -> Result | None:
     return await anext(pieces, None)
 
 
@@ -380,6 +382,17 @@ class Client(_Blocking):
         pieces = self._twin.chat_stream(
             messages, model=model, max_tokens=max_tokens, temperature=temperature, **options
         )
+        yield from self._iterate(pieces)
+
+    def usage_rows(self, **asked: Unpack[UsageOptions]) -> Generator[UsageRow]:
+        """What was used by hour or day, as the asynchronous client's `usage_rows` says."""
+        yield from self._iterate(self._twin.usage_rows(**asked))
+
+    def usage_csv(self, **asked: Unpack[UsageOptions]) -> Generator[str]:
+        """The same as CSV, in pieces of text as they come."""
+        yield from self._iterate(self._twin.usage_csv(**asked))
+
+    def _iterate(self, pieces: AsyncGenerator[Result]) -> Generator[Result]:
         try:
             while (piece := self._portal.run(_next_or_none(pieces))) is not None:
                 yield piece

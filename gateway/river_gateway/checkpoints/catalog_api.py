@@ -1,4 +1,4 @@
-"""The training API under `/river/v1`: checkpoints and their files, models, usage, prices."""
+"""The training API under `/river/v1`: checkpoints and their files, models, prices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from litestar.params import Parameter
 from litestar.response import Stream
 
 from river_billing.prices import list_prices
-from river_billing.usage import usage_lines
 from river_client import wire
 from river_gateway.checkpoints import catalog
 from river_gateway.checkpoints.files import (
@@ -25,9 +24,8 @@ from river_gateway.checkpoints.files import (
 )
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
-from river_gateway.errors import GatewayError, PermissionDeniedError
+from river_gateway.errors import GatewayError
 from river_gateway.services import Services, services_of
-from river_gateway.tenancy.accounts import parse_time
 from river_gateway.tenancy.auth import principal_of, requires
 
 logger = logging.getLogger("river.gateway")
@@ -105,7 +103,7 @@ async def get_checkpoint_file(
     )
 
 
-# ---- Models, usage, prices -------------------------------------------------------------------------------------------
+# ---- Models, prices --------------------------------------------------------------------------------------------------
 
 
 @get("/models", guards=_EITHER)
@@ -133,30 +131,6 @@ def _base_model(services: Services, name: str) -> wire.BaseModel:
     )
 
 
-@get("/usage", guards=[requires("train", "infer", "admin")])
-async def get_usage(
-    request: WireRequest,
-    since: str | None = None,
-    until: str | None = None,
-    tenant: str | None = None,
-) -> Response[wire.Page]:
-    """What was used and what it cost, in whole hours. `tenant` is for admins: a tenant's id, or `*` for all."""
-    principal = principal_of(request)
-    tenant_id: str | None = principal.tenant_id
-    if tenant is not None:
-        if "admin" not in principal.scopes:
-            raise PermissionDeniedError("only the scope `admin` may ask for another tenant's usage")
-        tenant_id = None if tenant == "*" else tenant
-    async with services_of(request).pool.acquire() as connection:
-        lines = await usage_lines(
-            connection,
-            tenant_id=tenant_id,
-            since=parse_time(since, "since") if since else None,
-            until=parse_time(until, "until") if until else None,
-        )
-    return reply(request, wire.Page(usage=lines))
-
-
 @get("/prices", guards=[requires("train", "infer", "admin")])
 async def get_prices(request: WireRequest) -> Response[wire.Page]:
     """Every price that is or was in force."""
@@ -171,6 +145,5 @@ CATALOG_HANDLERS: list[Any] = [
     get_checkpoint_files,
     get_checkpoint_file,
     get_models,
-    get_usage,
     get_prices,
 ]

@@ -1,4 +1,4 @@
-"""Who may do what, and what it costs: login, tenants, keys, prices, usage."""
+"""Who may do what, and what it costs: login, tenants, keys, prices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from msgspec import UNSET, UnsetType
 
 from river_client import wire
-from river_client.cli.output import dollars, json_option, moment, say, show
+from river_client.cli.output import json_option, moment, say, show
 from river_client.client import Client
 from river_client.settings import DEFAULT_BASE_URL, Login, save_login
 
@@ -73,44 +73,6 @@ def login(base_url: str, api_key: str) -> None:
         client.models()  # A wrong key or address is told now, not later.
         path = save_login(Login(api_key=client.api_key, base_url=client.base_url))
     click.echo(f"Stored in {path}.")
-
-
-@click.command()
-@click.option("--since", type=TIME, help="From this hour on (local time).")
-@click.option("--until", type=TIME, help="Up to this hour.")
-@click.option("--tenant", help="A tenant's id (for admins).")
-@click.option("--all", "all_tenants", is_flag=True, help="All tenants (for admins).")
-@json_option
-def usage(
-    since: datetime | None,
-    until: datetime | None,
-    tenant: str | None,
-    all_tenants: bool,
-    as_json: bool,
-) -> None:
-    """Show tokens and dollars per tenant, model and kind."""
-    with Client() as client:
-        lines = client.usage(since, until, tenant="*" if all_tenants else tenant)
-    total = dollars(sum(line.amount_nano_usd for line in lines))
-    show(
-        lines,
-        as_json=as_json,
-        columns=("TENANT", "MODEL", "KIND", "QUANTITY", "USD"),
-        rows=[
-            *(
-                (
-                    line.tenant,
-                    line.model,
-                    line.kind,
-                    f"{line.quantity:,}",
-                    dollars(line.amount_nano_usd),
-                )
-                for line in lines
-            ),
-            *([("total", "", "", "", total)] if lines else []),
-        ],
-        empty="Nothing was used.",
-    )
 
 
 @click.command()
@@ -286,4 +248,4 @@ def _new_limits(given: dict[str, Any]) -> wire.Limits | None:
     return None if limits == wire.Limits() else limits
 
 
-COMMANDS = (login, usage, prices, tenants, keys)
+COMMANDS = (login, prices, tenants, keys)

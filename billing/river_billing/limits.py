@@ -13,9 +13,12 @@ PUBLISH_TIMEOUT_S = 5.0
 
 # ---- The recorder ------------------------------------------------------------------------------
 
-BATCH_EVENTS_MAX = 500
-# Above one batch, because a fetch of more than may be unacknowledged would wait out its whole time.
-ACK_PENDING_MAX = 2 * BATCH_EVENTS_MAX
+# A batch is about so many events: larger ones cost no less each, and hold their tenants for longer.
+BATCH_EVENTS_MAX = 4000
+BATCH_MESSAGES_MAX = 1000
+# Of all recorders together; a fetch of more than may be unacknowledged would wait out its whole time.
+RECORDERS_MAX = 32
+ACK_PENDING_MAX = RECORDERS_MAX * BATCH_MESSAGES_MAX
 FETCH_TIMEOUT_S = 1.0
 BATCH_PAUSE_S = 0.05
 ACK_WAIT_S = 10.0  # after this, what a killed recorder had in hand is delivered again

@@ -17,15 +17,13 @@ import logging
 import signal
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
 
 import msgspec
 import nats
 import nats.errors
 import nats.js.errors
-from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 from prometheus_client import generate_latest
@@ -34,7 +32,6 @@ from river_billing import limits, metrics
 from river_billing.budgets import report_warning
 from river_billing.catalog import advance_run, record_checkpoint
 from river_billing.database import OUTAGES, REFUSALS, Connection, connected
-from river_billing.errors import RejectedEventError
 from river_billing.events import (
     EVENTS_STREAM,
     RECORDER_CONSUMER,
@@ -45,10 +42,11 @@ from river_billing.events import (
     operation_id,
     training_event_id,
 )
+from river_billing.intake import Delivery, Intake, give_back, reject, report
 from river_billing.leases import end_holds, note_progress
 from river_billing.prices import seed_prices
-from river_billing.streams import decode, ensure_streams
-from river_billing.usage import check, ensure_partitions, moment, months_ahead, record_usage
+from river_billing.streams import ensure_streams
+from river_billing.usage import ensure_partitions, moment, months_ahead, record_usage
 from river_client.service import health_server, read_settings
 
 logger = logging.getLogger("river.recorder")
@@ -61,14 +59,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: str
     host: str = "127.0.0.1"
     port: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message and the events that it brought."""
-
-    message: Msg
-    events: list[AnyEvent]
 
 
 def main() -> None:
@@ -149,17 +139,18 @@ async def _prepare(
     await seed_prices(connection)
     await ensure_partitions(connection, months_ahead(datetime.now(UTC)))
     await ensure_streams(js)
-    return await js.pull_subscribe(
-        "",
-        durable=RECORDER_CONSUMER,
-        stream=EVENTS_STREAM,
-        config=ConsumerConfig(
+    # Creates it, or brings an older one up to these settings.
+    await js.add_consumer(
+        EVENTS_STREAM,
+        ConsumerConfig(
+            durable_name=RECORDER_CONSUMER,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=limits.ACK_WAIT_S,
             max_ack_pending=limits.ACK_PENDING_MAX,
             max_deliver=-1,
         ),
     )
+    return await js.pull_subscribe_bind(RECORDER_CONSUMER, stream=EVENTS_STREAM)
 
 
 async def _consume(
@@ -170,24 +161,15 @@ async def _consume(
 ) -> None:
     """Batches, one after another, until `stop` is set or a server is lost."""
     noted_at = -limits.PROGRESS_INTERVAL_S
-    while not stop.is_set():
-        if time.monotonic() - noted_at >= limits.PROGRESS_INTERVAL_S:
-            noted_at = time.monotonic()
-            if (until := await recorded_until(js)) is not None:
-                await note_progress(connection, until)
-        try:
-            messages = await subscription.fetch(
-                limits.BATCH_EVENTS_MAX, timeout=limits.FETCH_TIMEOUT_S
-            )
-        except TimeoutError:
-            continue  # Nothing to do, or a server that is about to be found lost.
-        deliveries = [delivery for message in messages if (delivery := await _accept(message))]
-        with metrics.BATCH_SECONDS.time():
-            await record_deliveries(connection, deliveries)
-        if len(messages) < limits.BATCH_EVENTS_MAX:
-            # A transaction costs much the same for one event as for a hundred: let some gather.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), limits.BATCH_PAUSE_S)
+    async with aclosing(Intake(subscription, stop).batches()) as batches:
+        async for deliveries in batches:
+            if time.monotonic() - noted_at >= limits.PROGRESS_INTERVAL_S:
+                noted_at = time.monotonic()
+                if (until := await recorded_until(js)) is not None:
+                    await note_progress(connection, until)
+            if deliveries:
+                with metrics.BATCH_SECONDS.time():
+                    await record_deliveries(connection, deliveries)
 
 
 async def recorded_until(js: JetStreamContext) -> datetime | None:
@@ -202,45 +184,10 @@ async def recorded_until(js: JetStreamContext) -> datetime | None:
         return None
 
 
-async def _accept(message: Msg) -> Delivery | None:
-    """The message's events without those that can never be recorded; None if that leaves none: it is then removed."""
-    try:
-        events = decode(message.data)
-    except RejectedEventError as error:
-        await _reject(message, str(error))
-        return None
-    fit = [event for event in events if _fits(message, event)]
-    if not fit:
-        await message.term()
-        return None
-    return Delivery(message, fit)
-
-
-def _fits(message: Msg, event: AnyEvent) -> bool:
-    try:
-        if isinstance(event, UsageEvent):
-            check(event)
-    except RejectedEventError as error:
-        _report(message, str(error))
-        return False
-    return True
-
-
-async def _reject(message: Msg, reason: str) -> None:
-    _report(message, reason)
-    await message.term()
-
-
-def _report(message: Msg, reason: str) -> None:
-    metrics.REJECTED.inc()
-    extra = {"subject": message.subject, "stream_sequence": message.metadata.sequence.stream}
-    logger.error("an event was rejected for good: %s", reason, extra=extra)
-
-
 async def record_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> None:
     """Commits the events of all messages, then acknowledges them.
 
-    When Postgres refuses a value, they are recorded one by one, and the one it refuses is rejected.
+    When Postgres refuses a value, they are recorded by halves, and the one it refuses is rejected.
     """
     if not deliveries:
         return
@@ -250,17 +197,17 @@ async def record_deliveries(connection: Connection, deliveries: Sequence[Deliver
         )
     except REFUSALS as error:
         if len(deliveries) > 1:
-            for delivery in deliveries:
-                await record_deliveries(connection, [delivery])
+            middle = len(deliveries) // 2
+            await record_deliveries(connection, deliveries[:middle])
+            await record_deliveries(connection, deliveries[middle:])
         elif len(deliveries[0].events) > 1:
             await _record_one_by_one(connection, deliveries[0])
         else:
-            await _reject(deliveries[0].message, str(error))
+            await reject(deliveries[0].message, str(error))
         return
     except OUTAGES:
         # Given back at once, so that nobody waits for the acknowledgement to time out.
-        for delivery in deliveries:
-            await delivery.message.nak()
+        await give_back(deliveries)
         raise
     for delivery in deliveries:
         if any(event in unknown for event in delivery.events):
@@ -275,7 +222,7 @@ async def _record_one_by_one(connection: Connection, delivery: Delivery) -> None
         try:
             await record_events(connection, [event])
         except REFUSALS as error:
-            _report(delivery.message, str(error))
+            report(delivery.message, str(error))
     await delivery.message.ack()
 
 
@@ -284,7 +231,7 @@ async def _retry_unknown_run(delivery: Delivery) -> None:
     if delivery.message.metadata.num_delivered < limits.UNKNOWN_RUN_DELIVERIES_MAX:
         await delivery.message.nak(delay=limits.UNKNOWN_RUN_DELAY_S)
     else:
-        await _reject(delivery.message, "its run is unknown")
+        await reject(delivery.message, "its run is unknown")
 
 
 async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> list[AnyEvent]:

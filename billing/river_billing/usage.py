@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from msgspec import Struct
 
@@ -13,41 +14,65 @@ from river_billing import limits
 from river_billing.budgets import warn_of_budgets
 from river_billing.database import Connection
 from river_billing.errors import RejectedEventError
-from river_billing.events import UsageEvent
+from river_billing.events import UsageEvent, UsageKind
 from river_client.credit_wire import BudgetWarning
 from river_client.wire import UsageLine
 
-# Whoever writes what a tenant used or may use waits here for its turn, always in the same order.
-_LOCK_TENANTS = "select lock_tenants($1::text[])"
-
 # One statement, so that events, sums and books cannot part. Only rows that were really new count, so
-# a replay changes nothing. All is written in a fixed order, so that two recorders cannot deadlock.
-# What an event had set aside is given free as it is charged: in between, nobody sees it twice or not at all.
+# a replay changes nothing. What an event had set aside is given free as it is charged: in between,
+# nobody sees it twice or not at all.
+#
+# Several recorders at once: first come the events, which hinder nobody, then the tenants are locked,
+# and what is the tenants' own follows. Both are taken in a fixed order, so that nobody waits in a circle.
+#
+# A price holds from one moment at which any price begins or ends to the next: `epoch` is the number of
+# such moments that an event has behind it, and prices are looked up once for each that occurs.
 _RECORD = """
-with input as (
-  select * from unnest(
-    $1::uuid[], $2::text[], $3::timestamptz[], $4::text[], $5::text[], $6::text[], $7::text[],
-    $8::text[], $9::text[], $10::text[], $11::integer[], $12::bigint[], $13::uuid[], $14::bigint[]
-  ) as i (event_id, kind, occurred_at, tenant_id, key_id, run_id, session_id,
-          end_user, base_model, policy_version, context_length, quantity, lease_id, reserved)
+with input as materialized (
+  select i.*, width_bucket(i.occurred_at, (select price_moments())) as epoch
+  from unnest(
+    $1::uuid[], $2::timestamptz[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
+    $8::text[], $9::text[], $10::integer[], $11::uuid[], $12::bigint[],
+    $13::bigint[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[]
+  ) as i (event_id, occurred_at, tenant_id, key_id, run_id, session_id, end_user,
+          base_model, policy_version, context_length, lease_id, reserved,
+          prompt, cached_prompt, completion, training, storage)
+), priced as materialized (
+  select t.*, k.kind, p.price_id, p.nano_usd_per_unit
+  from (select base_model, context_length, epoch, min(occurred_at) as at from input group by 1, 2, 3) t
+  cross join (values ('prompt'), ('cached_prompt'), ('completion'), ('training'), ('storage')) as k (kind)
+  left join lateral price_in_force(t.base_model, t.context_length, k.kind, t.at) p on true
 ), inserted as (
   insert into usage_event (event_id, kind, occurred_at, tenant_id, key_id, run_id, session_id,
                            end_user, base_model, policy_version, context_length, quantity,
                            price_id, amount_nano_usd)
-  select i.event_id, i.kind, i.occurred_at, i.tenant_id, i.key_id, i.run_id, i.session_id,
-         i.end_user, i.base_model, i.policy_version, i.context_length, i.quantity,
-         p.price_id, coalesce(round_half_even(i.quantity * p.nano_usd_per_unit), 0)::bigint
-  from input i
-  left join lateral price_in_force(i.base_model, i.context_length, i.kind, i.occurred_at) p on true
-  order by i.event_id, i.kind
+  select l.event_id, l.kind, l.occurred_at, l.tenant_id, l.key_id, l.run_id, l.session_id,
+         l.end_user, l.base_model, l.policy_version, l.context_length, l.quantity,
+         p.price_id, coalesce(round_half_even(l.quantity * p.nano_usd_per_unit), 0)::bigint
+  from (
+    select i.*, u.kind, u.quantity
+    from input i cross join lateral (values
+      ('prompt', i.prompt), ('cached_prompt', i.cached_prompt), ('completion', i.completion),
+      ('training', i.training), ('storage', i.storage)
+    ) as u (kind, quantity)
+    where u.quantity > 0
+    offset 0  -- Before the join, which would else multiply the rows.
+  ) l
+  join priced p using (base_model, context_length, epoch, kind)
+  order by l.event_id, l.kind
   on conflict do nothing
-  returning *
+  returning event_id, kind, occurred_at, tenant_id, key_id, base_model, context_length, quantity,
+            price_id, amount_nano_usd
+), locked as materialized (
+  select lock_tenants(array(select distinct tenant_id from inserted))
+), new as materialized (
+  select inserted.* from locked cross join inserted
 ), summed as (
   insert into usage_hour as h (tenant_id, hour, base_model, context_length, kind, key_id,
                                quantity, amount_nano_usd, events)
   select tenant_id, date_trunc('hour', occurred_at, 'UTC'), base_model, context_length, kind,
          key_id, sum(quantity), sum(amount_nano_usd), count(*)
-  from inserted group by 1, 2, 3, 4, 5, 6 order by 1, 2, 3, 4, 5, 6
+  from new group by 1, 2, 3, 4, 5, 6
   on conflict (tenant_id, hour, base_model, context_length, kind, key_id) do update set
     quantity        = h.quantity + excluded.quantity,
     amount_nano_usd = h.amount_nano_usd + excluded.amount_nano_usd,
@@ -56,14 +81,14 @@ with input as (
   insert into usage_month as m (tenant_id, month, key_id, amount_nano_usd)
   select tenant_id, date_trunc('month', occurred_at at time zone 'UTC')::date, key_id,
          sum(amount_nano_usd)
-  from inserted group by 1, 2, 3 order by 1, 2, 3
+  from new group by 1, 2, 3
   on conflict (tenant_id, month, key_id) do update set
     amount_nano_usd = m.amount_nano_usd + excluded.amount_nano_usd
 ), charged as (
-  select i.tenant_id, sum(i.amount_nano_usd)::bigint as amount,
-         case t.billing when 'prepaid' then 'credit' else 'receivable' end as account
-  from inserted i left join tenant t using (tenant_id)
-  group by i.tenant_id, t.billing having sum(i.amount_nano_usd) > 0
+  select n.tenant_id, n.amount, case t.billing when 'prepaid' then 'credit' else 'receivable' end as account
+  from (select tenant_id, sum(amount_nano_usd)::bigint as amount from new group by 1) n
+  left join tenant t using (tenant_id)
+  where n.amount > 0
 ), begun as (
   insert into ledger_transaction (tenant_id, kind)
   select tenant_id, 'usage' from charged order by tenant_id
@@ -76,17 +101,26 @@ with input as (
 ), of_lease as (
   update credit_lease l set posted_nano_usd = l.posted_nano_usd + used.amount
   from (
-    select i.lease_id, i.tenant_id, sum(i.reserved)::bigint as amount
-    from input i join inserted using (event_id, kind)
-    where i.reserved > 0 group by 1, 2
+    select lease_id, tenant_id, sum(reserved)::bigint as amount
+    from input where reserved > 0 and event_id in (select event_id from new) group by 1, 2
   ) used
   where (l.lease_id, l.tenant_id) = (used.lease_id, used.tenant_id)
 ), of_hold as (
-  delete from credit_hold where event_id in (select event_id from inserted)
+  delete from credit_hold where event_id in (select event_id from new where kind = 'training')
 )
 select base_model, kind, count(*) as lines, bool_or(price_id is null) as unpriced
-from inserted group by 1, 2
+from new group by 1, 2
 """
+
+_KINDS = (
+    UsageKind.PROMPT,
+    UsageKind.CACHED_PROMPT,
+    UsageKind.COMPLETION,
+    UsageKind.TRAINING,
+    UsageKind.STORAGE,
+)
+assert set(_KINDS) == set(UsageKind)
+"""Those of `_RECORD`, in its order."""
 
 _LINES = """
 select tenant_id, base_model, kind, context_length, sum(quantity)::bigint as quantity,
@@ -142,20 +176,18 @@ async def record_usage(connection: Connection, events: Sequence[UsageEvent]) -> 
     kept, at zero.
     """
     # Of an event that comes twice, one is enough.
-    rows = [
-        row
+    unique = [
+        event
         for event in {event.event_id: event for event in events}.values()
-        for row in _rows(event)
+        if any(event.quantities.values())
     ]
-    if not rows:
+    if not unique:
         return Recorded(lines=0, unpriced=[], warnings=[])
-    tenants = sorted({event.tenant_id for event in events})
-    await connection.execute(_LOCK_TENANTS, tenants)
-    counts = await connection.fetch(_RECORD, *(list(column) for column in zip(*rows, strict=True)))
+    counts = await connection.fetch(_RECORD, *_columns(unique))
     return Recorded(
         lines=sum(row["lines"] for row in counts),
         unpriced=[(row["base_model"], row["kind"]) for row in counts if row["unpriced"]],
-        warnings=await warn_of_budgets(connection, tenants),
+        warnings=await warn_of_budgets(connection, sorted({event.tenant_id for event in unique})),
     )
 
 
@@ -200,27 +232,21 @@ def check(event: UsageEvent) -> None:
             raise RejectedEventError(f"quantities[{kind}]={quantity} is out of range")
 
 
-def _rows(event: UsageEvent) -> list[tuple[object, ...]]:
-    """A row of `input` for each kind that was used at all; what was set aside goes with the first."""
-    used = [(kind, quantity) for kind, quantity in event.quantities.items() if quantity]
-    lease_id = None if event.lease_id is None else uuid.UUID(event.lease_id)
+def _columns(events: Sequence[UsageEvent]) -> list[list[Any]]:
+    """The events as the arrays of `_RECORD`."""
     return [
-        (
-            uuid.UUID(event.event_id),
-            kind.value,
-            moment(event),
-            event.tenant_id,
-            event.key_id,
-            event.run_id,
-            event.session_id,
-            # Postgres holds no NUL, and what a client calls its user must not make its usage free.
-            None if event.user is None else event.user.replace("\0", ""),
-            event.base_model,
-            event.policy_version,
-            event.context_length,
-            quantity,
-            lease_id,
-            event.reserved_nano_usd if number == 0 and lease_id is not None else 0,
-        )
-        for number, (kind, quantity) in enumerate(used)
+        [event.event_id for event in events],
+        [moment(event) for event in events],
+        [event.tenant_id for event in events],
+        [event.key_id for event in events],
+        [event.run_id for event in events],
+        [event.session_id for event in events],
+        # Postgres holds no NUL, and what a client calls its user must not make its usage free.
+        [event.user and event.user.replace("\0", "") for event in events],
+        [event.base_model for event in events],
+        [event.policy_version for event in events],
+        [event.context_length for event in events],
+        [event.lease_id for event in events],
+        [event.reserved_nano_usd if event.lease_id else 0 for event in events],
+        *([event.quantities.get(kind, 0) for event in events] for kind in _KINDS),
     ]

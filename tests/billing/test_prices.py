@@ -73,6 +73,36 @@ async def test_a_new_price_never_changes_the_past(connection: Any) -> None:
     assert (await totals(connection))[2] == 6000
 
 
+async def test_a_price_changes_within_a_batch(connection: Any) -> None:
+    """Events on both sides of many changes, to the microsecond and in one batch, each cost what held at their time."""
+    began = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    changes = [began + timedelta(seconds=10 * number) for number in range(6)]
+    for number, moment in enumerate(changes):
+        for kind in (UsageKind.PROMPT, UsageKind.COMPLETION):
+            await set_price(
+                connection,
+                model=TINY,
+                context_length=1024,
+                kind=kind,
+                nano_usd_per_unit=Decimal(100 + number),
+                valid_from=moment,
+            )
+    step = timedelta(microseconds=1)
+    moments = [change + away for change in changes for away in (-step, timedelta(), step)]
+    events = [
+        make_event(number, occurred_at=moment.timestamp(), prompt=1, completion=2)
+        for number, moment in enumerate(moments)
+    ]
+    await record_events(connection, events[::-1])
+    charged = await connection.fetch(
+        "select kind, amount_nano_usd from usage_event order by occurred_at, kind desc"
+    )
+    wanted = [("prompt", 10), ("completion", 60)]
+    for number in range(len(changes)):
+        wanted += 3 * [("prompt", 100 + number), ("completion", 2 * (100 + number))]
+    assert [tuple(row) for row in charged] == wanted[:-2]
+
+
 async def test_a_price_may_not_reach_into_the_past(connection: Any) -> None:
     """A change takes effect from now on or later, and leaves the old price when it is refused."""
     with pytest.raises(PriceError):

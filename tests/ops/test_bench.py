@@ -135,6 +135,19 @@ def test_gateway() -> None:
     assert found["throughput_ratio"] is None  # there is no time for a real engine
 
 
+@pytest.mark.slow
+def test_billing() -> None:
+    """Nothing is lost or doubled by kills that hit events on their way, and the speed-up is over the best peer."""
+    found = report("billing")
+    zero = ("lost", "doubled", "wrong_nano_usd", "ledger_differences", "deadlocks")
+    assert all(found[name] == 0 for name in zero)
+    assert found["killed_mid_work"]
+    assert found["lines_per_s"] > found["events_per_s"] > 0
+    assert all(is_positive(cost) for cost in found["cpu_us_per_event"].values())
+    best = max(found["peers"].values())
+    assert found["speedup"] == pytest.approx(found["events_per_s"] / best, rel=1e-2)
+
+
 def test_routing() -> None:
     """Ours loads adapters less than half as often as others, answers sooner, and loses nothing when engines die."""
     found = report("routing")

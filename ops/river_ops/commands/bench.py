@@ -9,7 +9,16 @@ import msgspec
 
 from river_ops.children import ChildError
 
-BENCHMARKS = ("training", "hotload", "gateway", "routing", "consistency", "kernels", "layers")
+BENCHMARKS = (
+    "training",
+    "hotload",
+    "gateway",
+    "routing",
+    "billing",
+    "consistency",
+    "kernels",
+    "layers",
+)
 
 
 @click.command()

@@ -207,6 +207,8 @@ def request_bytes(settings: LoadSettings) -> bytes:
     }
     if settings.stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    if settings.whole_length:
+        fields["ignore_eos"] = True
     if settings.paced:
         fields["user"] = PACED_USER
     body = msgspec.json.encode(fields)

@@ -171,6 +171,7 @@ class Bench:
                     connections=ENGINE_CONNECTIONS,
                     seconds=self._sizes.seconds,
                     max_tokens=max_tokens,
+                    whole_length=True,
                 ).requests_per_s
                 for door in (doors if number % 2 == 0 else reversed(doors))
             }

@@ -23,7 +23,8 @@ class Listening(Struct, frozen=True, kw_only=True):
 class LoadSettings(Struct, frozen=True, kw_only=True):
     """`rate` in requests per second; ends after `requests` of them or `seconds`, whatever is given.
 
-    `stream` asks for streams, `paced` for those whose tokens come one by one. `max_tokens` is for a real engine.
+    `stream` asks for streams, `paced` for those whose tokens come one by one. `max_tokens` is for a real engine,
+    which with `whole_length` produces them all.
     """
 
     port: int
@@ -36,6 +37,7 @@ class LoadSettings(Struct, frozen=True, kw_only=True):
     stream: bool = False
     paced: bool = False
     max_tokens: int = 64
+    whole_length: bool = False
 
 
 class LoadResult(Struct, frozen=True, kw_only=True):

@@ -169,6 +169,15 @@ class AsyncClient:
         )
         await give_feedback(self._transport, [given])
 
+    async def feedback_many(self, given: Sequence[feedback_wire.Feedback]) -> None:
+        """Says what many choices were worth, in one request: all of it is kept, or none.
+
+        Raises:
+            NotFoundError: a completion is unknown; `param` names it, as `feedback[3].completion_id`.
+            InvalidRequestError: a reward is no finite number, or there is no such choice; `param` names it.
+        """
+        await give_feedback(self._transport, given)
+
     async def feedback_batch(
         self,
         alias: str,

@@ -403,6 +403,7 @@ class Client(_Blocking):
     chat = blocking(AsyncClient.chat)
     models = blocking(AsyncClient.models)
     feedback = blocking(AsyncClient.feedback)
+    feedback_many = blocking(AsyncClient.feedback_many)
     feedback_batch = blocking(AsyncClient.feedback_batch)
     acknowledge = blocking(AsyncClient.acknowledge)
     usage = blocking(AsyncClient.usage)

@@ -6,7 +6,8 @@ BillingError
 ├── AmountError           an amount that may not be booked or set
 ├── ReferenceTakenError   something else was booked under that reference
 ├── UnknownAccountError   there is no such tenant or key
-└── ExportError           an export that cannot be made as it was asked for
+├── ExportError           an export that cannot be made as it was asked for
+└── ClosingError          an invoice that may not be closed
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class UnknownAccountError(BillingError):
 
 class ExportError(BillingError):
     """A time, a range or a cursor of an export is not possible; begins with the field's name."""
+
+
+class ClosingError(BillingError):
+    """The month is none, is not over, or may not be recorded yet; begins with the field's name."""

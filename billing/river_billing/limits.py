@@ -65,3 +65,8 @@ WARNINGS_MAX = 1000
 EXPORT_DAYS_MAX = 400  # more than a year, so that one can be compared with the one before
 EXPORT_ROWS_MAX = 10_000  # of a page
 EXPORT_CSV_ROWS = 5_000  # of a piece
+
+# ---- Invoices ----------------------------------------------------------------------------------
+
+INVOICE_GRACE_S = 48 * 3600.0  # for what is spooled somewhere at the end of a month
+INVOICES_MAX = 1000

@@ -21,6 +21,7 @@ from river_client.async_feedback import (
     claim_feedback,
     give_feedback,
 )
+from river_client.async_invoices import AsyncInvoices
 from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
@@ -70,6 +71,7 @@ class AsyncClient:
         self.admin = AsyncAdmin(self._transport)
         self.credit = AsyncCredit(self._transport)
         self.budgets = AsyncBudgets(self._transport)
+        self.invoices = AsyncInvoices(self._transport)
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ from river_client import limits, wire
 from river_client.async_aliases import AsyncAliases
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
+from river_client.async_invoices import AsyncInvoices
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
@@ -317,6 +318,20 @@ class Budgets(_Blocking):
     set = blocking(AsyncBudgets.set)
 
 
+class Invoices(_Blocking):
+    """`client.invoices`: of each month."""
+
+    def __init__(self, portal: Portal, twin: AsyncInvoices) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncInvoices.list)
+    open = blocking(AsyncInvoices.open)
+    get = blocking(AsyncInvoices.get)
+    page = blocking(AsyncInvoices.page)
+    close = blocking(AsyncInvoices.close)
+
+
 class Client(_Blocking):
     """A River server, as seen with one API key.
 
@@ -344,6 +359,7 @@ class Client(_Blocking):
         self.admin = Admin(self._portal, self._twin.admin)
         self.credit = Credit(self._portal, self._twin.credit)
         self.budgets = Budgets(self._portal, self._twin.budgets)
+        self.invoices = Invoices(self._portal, self._twin.invoices)
 
     def __enter__(self) -> Self:
         return self

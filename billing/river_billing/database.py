@@ -51,7 +51,9 @@ class Connection(Protocol):
 
 
 @asynccontextmanager
-async def connected(postgres_url: str) -> AsyncGenerator[Connection]:
+async def connected(
+    postgres_url: str, *, statement_timeout_s: float = limits.STATEMENT_TIMEOUT_S
+) -> AsyncGenerator[Connection]:
     """A connection for the block, without waiting for a server that hangs.
 
     Raises:
@@ -60,7 +62,7 @@ async def connected(postgres_url: str) -> AsyncGenerator[Connection]:
     connection = await asyncpg.connect(
         postgres_url,
         timeout=limits.CONNECT_TIMEOUT_S,  # pyright: ignore[reportArgumentType] - any number will do
-        command_timeout=limits.STATEMENT_TIMEOUT_S,
+        command_timeout=statement_timeout_s,
     )
     try:
         yield connection

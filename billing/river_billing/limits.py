@@ -70,3 +70,8 @@ EXPORT_CSV_ROWS = 5_000  # of a piece
 
 INVOICE_GRACE_S = 48 * 3600.0  # for what is spooled somewhere at the end of a month
 INVOICES_MAX = 1000
+
+# ---- The audit ---------------------------------------------------------------------------------
+
+DIFFERENCES_MAX = 1000  # listed of each kind
+AUDIT_TIMEOUT_S = 3600.0  # of a statement

@@ -50,6 +50,7 @@ class StackInfo(msgspec.Struct, frozen=True, kw_only=True):
     process_id: int
     base_url: str
     admin_key: str
+    postgres_url: str
     bases: list[str]
     engine_metrics_urls: list[str]
     trainer_metrics_urls: list[str]

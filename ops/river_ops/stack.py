@@ -85,6 +85,7 @@ class Stack:
             process_id=os.getpid(),
             base_url=base_url,
             admin_key=admin_key,
+            postgres_url=self._postgres_url,
             bases=[base.name for base in self._options.bases],
             engine_metrics_urls=self._engine_metrics_urls,
             trainer_metrics_urls=self._trainer_metrics_urls,

@@ -20,6 +20,7 @@ from river_ops.settings import Base, StackInfo, parse_base
 from river_ops.stack_file import StackRunsError, claimed, read_stack_file, write_stack_file
 
 INFO = StackInfo(
+    postgres_url="postgresql://127.0.0.1/river",
     process_id=os.getpid(),
     base_url="http://127.0.0.1:1",
     admin_key="rv-secret",

@@ -20,7 +20,7 @@ def data_directory() -> Path:
 
 def register(group: click.Group) -> None:
     """Entry point `river.commands`: adds our commands, and points all others at a stack that runs here."""
-    from river_ops.commands import bench, demo, serve, stack, test  # noqa: PLC0415 (only when asked for)
+    from river_ops.commands import bench, billing, demo, serve, stack, test  # noqa: PLC0415 (only when asked for)
 
     commands = (
         stack.up,
@@ -30,6 +30,7 @@ def register(group: click.Group) -> None:
         demo.demo,
         bench.bench,
         test.test,
+        billing.billing,
     )
     for command in commands:
         group.add_command(command)

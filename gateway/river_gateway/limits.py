@@ -119,6 +119,11 @@ STORE_GROUP_MAX = 64
 STORE_GROUP_MAX_BYTES = 8 * 1024 * 1024
 STORE_BACKLOG_MAX_BYTES = 256 * 1024 * 1024
 STORE_RETRY_S = 0.5
+SWEEP_COMPLETIONS_BATCH = 500
+"""How many rows one statement deletes: a fraction of a second, whatever they hold."""
+SWEEP_PAUSE_S = 0.01
+"""Between two such statements, for everybody else's."""
+COMPLETIONS_KEPT_MAX_S = 10 * 365 * 24 * 3600
 STORED_PAGE_DEFAULT = 20
 STORED_PAGE_MAX = 100
 FEEDBACK_BATCH_MAX = 4096

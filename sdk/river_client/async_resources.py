@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from river_client import exceptions, limits, wire
+from river_client import exceptions, feedback_wire, limits, wire
 from river_client.progress import Bar, downloading, waiting
 from river_client.transport import Transport
 
@@ -218,6 +218,13 @@ class AsyncAdmin:
     async def change_tenant_limits(self, tenant: str, change: wire.ChangeLimits) -> wire.Tenant:
         """Changes those limits of a tenant, given by id or name, that are given; None ends one."""
         path = f"/tenants/{quote(tenant, safe='')}/limits"
+        return await self._transport.call("PATCH", path, wire.Tenant, body=change)
+
+    async def change_retention(
+        self, tenant: str, change: feedback_wire.ChangeRetention
+    ) -> wire.Tenant:
+        """Changes for how long a tenant's stored completions are kept, if that is given; those there are count too."""
+        path = f"/tenants/{quote(tenant, safe='')}/retention"
         return await self._transport.call("PATCH", path, wire.Tenant, body=change)
 
     async def keys(self, tenant: str | None = None) -> list[wire.ApiKey]:

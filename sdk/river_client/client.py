@@ -288,6 +288,7 @@ class Admin(_Blocking):
     tenants = blocking(AsyncAdmin.tenants)
     create_tenant = blocking(AsyncAdmin.create_tenant)
     change_tenant_limits = blocking(AsyncAdmin.change_tenant_limits)
+    change_retention = blocking(AsyncAdmin.change_retention)
     keys = blocking(AsyncAdmin.keys)
     create_key = blocking(AsyncAdmin.create_key)
     change_key_limits = blocking(AsyncAdmin.change_key_limits)

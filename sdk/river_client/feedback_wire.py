@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from msgspec import UNSET, UnsetType
+
 from river_client.wire import Datum, Wire
 
 
@@ -45,3 +47,9 @@ class FeedbackBatch(Wire, frozen=True):
     data: list[Datum]
     feedback: list[Feedback]
     policy_versions: list[str]
+
+
+class ChangeRetention(Wire, frozen=True):
+    """For how many seconds a tenant's stored completions are kept: 0 keeps none, None is the server's own time."""
+
+    completions_kept_s: int | UnsetType | None = UNSET

@@ -423,10 +423,13 @@ class CreateTenant(Wire, frozen=True):
 
 
 class Tenant(Wire, frozen=True):
+    """`completions_kept_s` is how long its stored completions are kept: 0 is not at all, None the server's time."""
+
     tenant_id: str
     name: str
     created_at: str
     limits: Limits | None = None
+    completions_kept_s: int | None = None
 
 
 class CreateKey(Wire, frozen=True):

@@ -25,6 +25,7 @@ class Things:
     key_id: str
     completion_id: str
     batch_id: str
+    text_id: str
 
 
 async def _owned(rig: Rig) -> Things:
@@ -36,6 +37,9 @@ async def _owned(rig: Rig) -> Things:
     chat = await rig.tenant.openai.chat.completions.create(
         model="mine", messages=[{"role": "user", "content": "x"}], store=True
     )
+    text = await rig.tenant.openai.completions.create(
+        model="mine", prompt="x", extra_body={"store": True}
+    )
     for engine in rig.engines:
         engine.requests.clear()
     given = feedback_wire.GiveFeedback(
@@ -45,7 +49,9 @@ async def _owned(rig: Rig) -> Things:
     claimed = await rig.tenant.post("/feedback/batches", feedback_wire.ClaimFeedback(model="mine"))
     batch_id = claimed.json()["batch_id"]
     assert batch_id is not None
-    return Things(run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id, batch_id)
+    return Things(
+        run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id, batch_id, text.id
+    )
 
 
 Attempt = Callable[[Tenant, Things], Awaitable[list[httpx.Response]]]
@@ -85,6 +91,7 @@ def _models(path: str, **body: object) -> Attempt:
 
 _FORWARD = {"seq": 1, "operation": {"kind": "forward", "data": [{"input_ids": [1, 2]}]}}
 _STORED = "/v1/chat/completions"
+_TEXTS = "/v1/completions"
 _MESSAGES = [{"role": "user", "content": "x"}]
 
 # (method, route) -> a stranger's attempt at the owner's thing; every answer must be 404.
@@ -98,6 +105,11 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("GET", f"{_STORED}/{{completion_id:str}}/messages"): _call(
         "GET", _STORED + "/{completion_id}/messages"
     ),
+    ("GET", f"{_TEXTS}/{{completion_id:str}}"): _call("GET", _TEXTS + "/{text_id}"),
+    ("POST", f"{_TEXTS}/{{completion_id:str}}"): _call(
+        "POST", _TEXTS + "/{text_id}", {"metadata": {}}
+    ),
+    ("DELETE", f"{_TEXTS}/{{completion_id:str}}"): _call("DELETE", _TEXTS + "/{text_id}"),
     ("POST", f"{River}/feedback"): _call(
         "POST",
         f"{River}/feedback",
@@ -155,6 +167,7 @@ NOTHING_TO_GUESS = {
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("GET", "/v1/chat/completions"),
+    ("GET", "/v1/completions"),
     ("POST", "/v1/embeddings"),
     ("POST", f"{River}/sessions"),
     ("POST", f"{River}/checkpoints/import"),
@@ -163,6 +176,7 @@ NOTHING_TO_GUESS = {
     ("POST", f"{River}/feedback/batches"),
     ("GET", f"{River}/models"),
     ("GET", f"{River}/usage"),
+    ("GET", f"{River}/usage/series"),
     ("GET", f"{River}/prices"),
     ("GET", f"{River}/credit"),
     ("GET", f"{River}/credit/entries"),
@@ -176,6 +190,9 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
     ("POST", f"{River}/keys"): _call("POST", f"{River}/keys", {"tenant": "tenant"}),
     ("PATCH", f"{River}/tenants/{{tenant:str}}/limits"): _call(
         "PATCH", f"{River}/tenants/tenant/limits", {"requests_per_minute": 1}
+    ),
+    ("PATCH", f"{River}/tenants/{{tenant:str}}/retention"): _call(
+        "PATCH", f"{River}/tenants/tenant/retention", {"completions_kept_s": 0}
     ),
     ("PATCH", f"{River}/keys/{{key_id:str}}/limits"): _call(
         "PATCH", River + "/keys/{key_id}/limits", {"requests_per_minute": 1}
@@ -214,7 +231,9 @@ async def test_every_route_is_tested_here(rig: Rig) -> None:
 async def test_a_stranger_gets_404_everywhere(rig: Rig) -> None:
     """On every route that takes an id, path or name, another tenant's is answered exactly as one nobody has."""
     things = await _owned(rig)
-    nothing = Things("ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0", "bat_0")
+    nothing = Things(
+        "ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0", "bat_0", "cmpl-0"
+    )
     for (method, route), attempt in ATTEMPTS.items():
         theirs = await attempt(rig.stranger, things)
         nobodys = await attempt(rig.stranger, nothing)

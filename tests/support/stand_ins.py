@@ -244,17 +244,28 @@ def _tell_tokens(
     answer: dict[str, Any], body: dict[str, Any], tokens: list[int], *, first: bool
 ) -> None:
     """What vLLM adds where token ids and log-probabilities are asked for; the choice is copied for each of `n`."""
+    prompt = list(range(1, PROMPT_TOKENS + 1))
     for choice in answer.get("choices", ()):
-        if body.get("logprobs") is True:
+        chat = "text" not in choice
+        if chat and body.get("logprobs") is True:
             entries = [
                 {"token": f"t{token}", "logprob": -token / 100, "bytes": None, "top_logprobs": []}
                 for token in tokens
             ]
             choice["logprobs"] = {"content": entries}
+        if not chat and body.get("logprobs") is not None:
+            choice["logprobs"] = {
+                "text_offset": [0] * len(tokens),
+                "token_logprobs": [-token / 100 for token in tokens],
+                "tokens": [f"t{token}" for token in tokens],
+                "top_logprobs": [{f"t{token}": -token / 100} for token in tokens],
+            }
         if body.get("return_token_ids"):
             choice["token_ids"] = tokens
-    if body.get("return_token_ids") and first:
-        answer["prompt_token_ids"] = list(range(1, PROMPT_TOKENS + 1))
+            if not chat:
+                choice["prompt_token_ids"] = prompt if first else None
+            elif first:
+                answer["prompt_token_ids"] = prompt
     if body.get("n", 1) > 1 and "choices" in answer:
         answer["choices"] = [answer["choices"][0] | {"index": index} for index in range(body["n"])]
 

@@ -1,4 +1,4 @@
-"""What `store: true` makes of a chat completion: the engine also tells its tokens, the client sees no difference.
+"""What `store: true` makes of a completion: the engine also tells its tokens, the client sees no difference.
 
 The engine is asked for token ids and log-probabilities. Here they are taken out of its answer, unless the client has
 asked for them too, and gathered with the whole answer, streamed or not, for `CompletionStore`.
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from river_gateway.errors import InvalidFieldError
+from river_gateway.errors import InvalidFieldError, UnsupportedFieldError
 from river_gateway.inference.sse import DONE, payload_of
 from river_gateway.limits import METADATA_ENTRIES_MAX, METADATA_KEY_MAX_CHARS, METADATA_MAX_CHARS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from river_billing.events import UsageKind
     from river_gateway.inference.dialects import StreamReader
@@ -28,7 +28,8 @@ _metadata_decoder: msgspec.json.Decoder[dict[str, str] | None] = msgspec.json.De
 )
 _TRUE = b"true"
 _NULL = b"null"
-_ASKED_OF_ENGINE = {"logprobs": msgspec.Raw(b"true"), "return_token_ids": msgspec.Raw(b"true")}
+_FALSE = (b"false", _NULL)
+_TOKEN_IDS = {"return_token_ids": msgspec.Raw(b"true")}
 # Of a stream's deltas: texts that grow; what else there is comes whole.
 _GROWING = ("content", "refusal", "reasoning", "reasoning_content")
 
@@ -55,26 +56,40 @@ def wants_keeping(fields: Mapping[str, msgspec.Raw]) -> bool:
 
 
 class Keeper:
-    """Gathers one completion."""
+    """Gathers one completion. What chats and texts differ in is for the classes below."""
+
+    kind: str
+    object: str
 
     def __init__(self, fields: Mapping[str, msgspec.Raw]) -> None:
         """Of a request's fields.
 
         Raises:
-            InvalidFieldError: the metadata are not what can be stored.
+            InvalidFieldError: the metadata are not what can be stored, or the request asks for what cannot be.
         """
-        self.messages = bytes(fields.get("messages", _NULL))
+        self.asked = b"null"
         self.metadata = read_metadata(fields.get("metadata", msgspec.Raw(_NULL)))
-        self._show_logprobs = bytes(fields.get("logprobs", _NULL)) == _TRUE
+        self._show_logprobs = bytes(fields.get("logprobs", _NULL)) not in _FALSE
         self._show_tokens = bytes(fields.get("return_token_ids", _NULL)) == _TRUE
         self._prompt: list[int] | None = None
         self._tokens: dict[int, tuple[list[int], list[float]]] = {}
         self.answer: Json | None = None
 
-    @staticmethod
-    def engine_fields(fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+    def engine_fields(self, fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
         """The fields of the request to the engine."""
-        return {**fields, **_ASKED_OF_ENGINE}
+        raise NotImplementedError
+
+    def _logprobs(self, told: Json) -> Iterable[float]:
+        """The log-probabilities in what a choice tells of them."""
+        raise NotImplementedError
+
+    def _new_choice(self) -> Json:
+        """A choice of which nothing is there yet."""
+        raise NotImplementedError
+
+    def _grow(self, choice: Json, part: Json) -> None:
+        """Adds a part of a stream to its choice."""
+        raise NotImplementedError
 
     @property
     def tokens(self) -> Tokens | None:
@@ -111,24 +126,28 @@ class Keeper:
 
     def _take(self, answer: Json) -> None:
         """Takes tokens and log-probabilities out of an answer or a part of one."""
-        if answer.get("prompt_token_ids") is not None:
-            self._prompt = answer["prompt_token_ids"]
-            if not self._show_tokens:
-                answer["prompt_token_ids"] = None
+        self._take_prompt(answer)
         for choice in cast("list[Json]", answer["choices"]):
+            self._take_prompt(choice)
             tokens, logprobs = self._tokens.setdefault(choice.get("index", 0), ([], []))
             tokens += choice.get("token_ids") or ()
-            told = cast("Json", choice.get("logprobs") or {})
-            logprobs += [entry["logprob"] for entry in told.get("content") or ()]
+            logprobs += self._logprobs(choice.get("logprobs") or {})
             if not self._show_tokens and "token_ids" in choice:
                 choice["token_ids"] = None
             if not self._show_logprobs:
                 choice["logprobs"] = None
 
+    def _take_prompt(self, told: Json) -> None:
+        """Of a chat the answer tells the prompt's tokens, of a text each choice does."""
+        if told.get("prompt_token_ids") is not None:
+            self._prompt = told["prompt_token_ids"]
+            if not self._show_tokens:
+                told["prompt_token_ids"] = None
+
     def _gather(self, chunk: Json) -> None:
         """Adds a part of a stream to the whole answer."""
         if self.answer is None:
-            whole: Json = {"object": "chat.completion", "choices": [], "usage": None}
+            whole: Json = {"object": self.object, "choices": [], "usage": None}
             self.answer = {name: chunk[name] for name in ("id", "created", "model")} | whole
         if chunk.get("usage"):
             self.answer["usage"] = chunk["usage"]
@@ -137,16 +156,99 @@ class Keeper:
             index = part.get("index", 0)
             choice = next((one for one in choices if one["index"] == index), None)
             if choice is None:
-                message = {"role": "assistant", "content": None}
-                choice = {
-                    "index": index,
-                    "message": message,
-                    "finish_reason": None,
-                    "logprobs": None,
-                }
+                choice = {"index": index, "finish_reason": None, "logprobs": None}
+                choice |= self._new_choice()
                 choices.append(choice)
                 choices.sort(key=lambda one: one["index"])
-            _grow(choice, part)
+            self._grow(choice, part)
+            if part.get("finish_reason"):
+                choice["finish_reason"] = part["finish_reason"]
+
+
+class ChatKeeper(Keeper):
+    """Of `/v1/chat/completions`."""
+
+    kind = "chat"
+    object = "chat.completion"
+
+    def __init__(self, fields: Mapping[str, msgspec.Raw]) -> None:
+        super().__init__(fields)
+        self.asked = bytes(fields.get("messages", _NULL))
+
+    def engine_fields(self, fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+        return {**fields, **_TOKEN_IDS, "logprobs": msgspec.Raw(_TRUE)}
+
+    def _logprobs(self, told: Json) -> Iterable[float]:
+        return [entry["logprob"] for entry in told.get("content") or ()]
+
+    def _new_choice(self) -> Json:
+        return {"message": {"role": "assistant", "content": None}}
+
+    def _grow(self, choice: Json, part: Json) -> None:
+        message, delta = cast("Json", choice["message"]), cast("Json", part.get("delta") or {})
+        for name in _GROWING:
+            if delta.get(name):
+                message[name] = (message.get(name) or "") + delta[name]
+        for call in cast("list[Json]", delta.get("tool_calls") or []):
+            _grow_call(message.setdefault("tool_calls", []), call)
+        told = part.get("logprobs")
+        if told and told.get("content"):
+            if choice["logprobs"] is None:
+                choice["logprobs"] = {"content": [], "refusal": None}
+            choice["logprobs"]["content"] += told["content"]
+
+
+class TextKeeper(Keeper):
+    """Of `/v1/completions`: one prompt, without its echo, since a stored completion is learnt from as one sequence."""
+
+    kind = "text"
+    object = "text_completion"
+
+    def __init__(self, fields: Mapping[str, msgspec.Raw]) -> None:
+        super().__init__(fields)
+        self.asked = bytes(fields.get("prompt", _NULL))
+        if bytes(fields.get("echo", _NULL)) not in _FALSE:
+            raise UnsupportedFieldError(
+                "echo: a completion that repeats its prompt cannot be stored; leave `echo` or `store` out",
+                param="echo",
+            )
+        prompts = cast("Any", msgspec.json.decode(self.asked))
+        if isinstance(prompts, list):
+            count = len(cast("list[Any]", prompts))
+            if count > 1 and not isinstance(prompts[0], int):
+                raise UnsupportedFieldError(
+                    f"prompt: {count} of them, a stored completion is of 1; ask for each by itself",
+                    param="prompt",
+                )
+
+    def engine_fields(self, fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+        # 0 is the sampled token's own, which comes with any number of others too.
+        logprobs = fields["logprobs"] if self._show_logprobs else msgspec.Raw(b"0")
+        return {**fields, **_TOKEN_IDS, "logprobs": logprobs}
+
+    def _logprobs(self, told: Json) -> Iterable[float]:
+        return told.get("token_logprobs") or ()
+
+    def _new_choice(self) -> Json:
+        return {"text": ""}
+
+    def _grow(self, choice: Json, part: Json) -> None:
+        choice["text"] += part.get("text") or ""
+        told = cast("Json | None", part.get("logprobs"))
+        if told:
+            if choice["logprobs"] is None:
+                choice["logprobs"] = {name: [] for name in told}
+            for name, values in told.items():
+                choice["logprobs"].setdefault(name, []).extend(values)
+
+
+def keeper_of(path: str, fields: Mapping[str, msgspec.Raw]) -> Keeper:
+    """What keeps a completion of a route.
+
+    Raises:
+        InvalidFieldError: the metadata are not what can be stored, or the request asks for what cannot be.
+    """
+    return ChatKeeper(fields) if path.endswith("/chat/completions") else TextKeeper(fields)
 
 
 class KeptStream:
@@ -195,22 +297,6 @@ def read_metadata(raw: msgspec.Raw) -> dict[str, str]:
                     param="metadata",
                 )
     return metadata
-
-
-def _grow(choice: Json, part: Json) -> None:
-    message, delta = cast("Json", choice["message"]), cast("Json", part.get("delta") or {})
-    for name in _GROWING:
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for call in cast("list[Json]", delta.get("tool_calls") or []):
-        _grow_call(message.setdefault("tool_calls", []), call)
-    if part.get("finish_reason"):
-        choice["finish_reason"] = part["finish_reason"]
-    told = part.get("logprobs")
-    if told and told.get("content"):
-        if choice["logprobs"] is None:
-            choice["logprobs"] = {"content": [], "refusal": None}
-        choice["logprobs"]["content"] += told["content"]
 
 
 def _grow_call(calls: list[Json], part: Json) -> None:

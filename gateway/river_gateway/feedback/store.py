@@ -22,7 +22,8 @@ from river_gateway.limits import (
     STORE_GROUP_MAX,
     STORE_GROUP_MAX_BYTES,
     STORE_RETRY_S,
-    SWEEP_BATCH,
+    SWEEP_COMPLETIONS_BATCH,
+    SWEEP_PAUSE_S,
 )
 
 if TYPE_CHECKING:
@@ -37,21 +38,23 @@ _NUL, _REPLACEMENT = b"\\u0000", b"\\ufffd"
 
 _INSERT = """
 insert into stored_completion
-  (completion_id, tenant_id, expires_at, model, base_model, policy_version, messages, answer, metadata, tokens)
-select new.completion_id, new.tenant_id,
-  now() + make_interval(secs => coalesce(t.completions_kept_s, $10)::double precision),
-  new.model, new.base_model, new.policy_version, new.messages, new.answer, new.metadata, new.tokens
-from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[],
-            $6::jsonb[], $7::jsonb[], $8::jsonb[], $9::bytea[])
-  as new (completion_id, tenant_id, model, base_model, policy_version, messages, answer, metadata, tokens)
+  (completion_id, tenant_id, kind, expires_at, model, base_model, policy_version, asked, answer, metadata, tokens)
+select new.completion_id, new.tenant_id, new.kind,
+  now() + make_interval(secs => coalesce(t.completions_kept_s, $11::double precision)),
+  new.model, new.base_model, new.policy_version, new.asked, new.answer, new.metadata, new.tokens
+from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[],
+            $7::jsonb[], $8::jsonb[], $9::jsonb[], $10::bytea[])
+  as new (completion_id, tenant_id, kind, model, base_model, policy_version, asked, answer, metadata, tokens)
 join tenant t using (tenant_id)
+where coalesce(t.completions_kept_s, $11::double precision) > 0
 on conflict (completion_id) do nothing
 """
 _LIVE = "tenant_id = $1 and expires_at > now()"
-_FIND = f"select * from stored_completion where {_LIVE} and completion_id = $2"  # noqa: S608 - built from constants
+_ONE = f"{_LIVE} and completion_id = $2 and kind = $3"
+_FIND = f"select * from stored_completion where {_ONE}"  # noqa: S608 - built from constants
 _LIST = f"""
 select * from stored_completion c
-where {_LIVE} and ($2::text is null or model = $2) and metadata @> $3::jsonb
+where {_LIVE} and kind = $6 and ($2::text is null or model = $2) and metadata @> $3::jsonb
   and ($4::text is null or (created_at, completion_id) {{after}}
        (select a.created_at, a.completion_id from stored_completion a where a.completion_id = $4 and a.tenant_id = $1))
 order by created_at {{order}}, completion_id {{order}} limit $5
@@ -61,24 +64,48 @@ _LISTS = {
     "desc": _LIST.format(after="<", order="desc"),
 }
 _UPDATE = f"""
-update stored_completion set metadata = $3::jsonb where {_LIVE} and completion_id = $2 returning *
+update stored_completion set metadata = $4::jsonb where {_ONE} returning *
 """  # noqa: S608 - built from constants
-_DELETE = "delete from stored_completion where tenant_id = $1 and completion_id = $2 returning 1"
+_DELETE = """
+delete from stored_completion
+where tenant_id = $1 and completion_id = $2 and kind = $3 returning 1
+"""
+# Rows that another gateway is sweeping are its affair.
 _SWEEP = """
-delete from stored_completion where completion_id in
-  (select completion_id from stored_completion where expires_at <= now() limit $1)
+with due as (
+  select completion_id from stored_completion where expires_at <= now()
+  limit $1 for update skip locked
+), gone as (
+  delete from stored_completion using due
+  where stored_completion.completion_id = due.completion_id returning 1
+)
+select count(*) from gone
+"""
+# What was to be kept longer is not kept longer than its tenant says now; what was to go earlier still does.
+_SHORTEN = """
+with old as (
+  select completion_id from stored_completion
+  where tenant_id = $1 and expires_at > greatest(now(), created_at + make_interval(secs => $2::double precision))
+  limit $3 for update
+), shortened as (
+  update stored_completion c
+  set expires_at = greatest(now(), c.created_at + make_interval(secs => $2::double precision))
+  from old where c.completion_id = old.completion_id returning 1
+)
+select count(*) from shortened
 """
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
-    """A completion on its way into Postgres; the texts are JSON."""
+    """A completion on its way into Postgres. `asked`, the messages or the prompt, and what follows it are JSON."""
 
     completion_id: str
     tenant_id: str
+    kind: str
     model: str
     base_model: str
     policy_version: str
-    messages: str
+    asked: str
     answer: str
     metadata: str
     tokens: bytes | None
@@ -86,7 +113,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def size_bytes(self) -> int:
         """About how much memory it takes."""
-        return len(self.messages) + len(self.answer) + len(self.metadata) + len(self.tokens or b"")
+        return len(self.asked) + len(self.answer) + len(self.metadata) + len(self.tokens or b"")
 
 
 def stored(keeper: Keeper, *, tenant_id: str, model: str, target: Target) -> Stored | None:
@@ -98,10 +125,11 @@ def stored(keeper: Keeper, *, tenant_id: str, model: str, target: Target) -> Sto
     return Stored(
         completion_id=answer["id"],
         tenant_id=tenant_id,
+        kind=keeper.kind,
         model=model,
         base_model=target.base_model,
         policy_version=target.policy_version,
-        messages=_storable(keeper.messages),
+        asked=_storable(keeper.asked),
         answer=_storable(msgspec.json.encode(answer)),
         metadata=msgspec.json.encode(keeper.metadata).decode(),
         tokens=None if tokens is None else msgspec.msgpack.encode(tokens),
@@ -207,13 +235,13 @@ class CompletionStore:
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
-async def find(database: Database, *, completion_id: str, tenant_id: str) -> Row:
-    """One stored completion.
+async def find(database: Database, *, completion_id: str, tenant_id: str, kind: str) -> Row:
+    """One stored completion; `kind` is `chat` or `text`.
 
     Raises:
         NotFoundError: there is none.
     """
-    row = await database.fetchrow(_FIND, tenant_id, completion_id)
+    row = await database.fetchrow(_FIND, tenant_id, completion_id, kind)
     if row is None:
         raise no_completion(completion_id)
     return row
@@ -223,6 +251,7 @@ async def page(
     database: Database,
     *,
     tenant_id: str,
+    kind: str,
     model: str | None,
     metadata: dict[str, str],
     after: str | None,
@@ -231,11 +260,11 @@ async def page(
 ) -> list[Row]:
     """Stored completions by age."""
     wanted = msgspec.json.encode(metadata).decode()
-    return list(await database.fetch(_LISTS[order], tenant_id, model, wanted, after, limit))
+    return list(await database.fetch(_LISTS[order], tenant_id, model, wanted, after, limit, kind))
 
 
 async def set_metadata(
-    database: Database, *, completion_id: str, tenant_id: str, metadata: dict[str, str]
+    database: Database, *, completion_id: str, tenant_id: str, kind: str, metadata: dict[str, str]
 ) -> Row:
     """Replaces the metadata of a completion.
 
@@ -243,28 +272,35 @@ async def set_metadata(
         NotFoundError: there is none.
     """
     wanted = msgspec.json.encode(metadata).decode()
-    row = await database.fetchrow(_UPDATE, tenant_id, completion_id, wanted)
+    row = await database.fetchrow(_UPDATE, tenant_id, completion_id, kind, wanted)
     if row is None:
         raise no_completion(completion_id)
     return row
 
 
-async def delete(database: Database, *, completion_id: str, tenant_id: str) -> None:
+async def delete(database: Database, *, completion_id: str, tenant_id: str, kind: str) -> None:
     """Deletes a completion, and what was thought of it.
 
     Raises:
         NotFoundError: there is none.
     """
-    if await database.fetchval(_DELETE, tenant_id, completion_id) is None:
+    if await database.fetchval(_DELETE, tenant_id, completion_id, kind) is None:
         raise no_completion(completion_id)
 
 
+async def shorten(database: Database, *, tenant_id: str, kept_s: float) -> None:
+    """Lets a tenant's completions go `kept_s` after they were made, if they would have been kept longer."""
+    while await database.fetchval(_SHORTEN, tenant_id, kept_s, SWEEP_COMPLETIONS_BATCH):
+        pass  # A batch at a time, so that nobody waits long for a row.
+
+
 async def sweep_forever(database: Database, *, interval_s: float) -> None:
-    """Deletes completions whose time is up, every `interval_s`."""
+    """Deletes completions whose time is up: all there are, every `interval_s`."""
     while True:
         await asyncio.sleep(interval_s)
         try:
-            await database.execute(_SWEEP, SWEEP_BATCH)
+            while await database.fetchval(_SWEEP, SWEEP_COMPLETIONS_BATCH):  # noqa: ASYNC110 - it is no event
+                await asyncio.sleep(SWEEP_PAUSE_S)
         except POSTGRES_FAILED as error:
             logger.warning("stored completions were not swept: %r", error)
 
@@ -275,9 +311,12 @@ def no_completion(completion_id: str, param: str = "completion_id") -> NotFoundE
 
 
 def answer_of(row: Row) -> dict[str, Any]:
-    """A stored completion as OpenAI shows it."""
+    """A stored completion as OpenAI shows one, a text with its prompt, which has no route of its own."""
     answer = msgspec.json.decode(row["answer"], type=dict[str, Any])
-    return answer | {"metadata": msgspec.json.decode(row["metadata"])}
+    answer |= {"metadata": msgspec.json.decode(row["metadata"])}
+    return (
+        answer if row["kind"] == "chat" else answer | {"prompt": msgspec.json.decode(row["asked"])}
+    )
 
 
 def _storable(text: bytes) -> str:

@@ -1,10 +1,13 @@
-"""OpenAI's stored chat completions: `/v1/chat/completions` and what is below it, but for making them."""
+"""OpenAI's stored completions: `/v1/chat/completions` and what is below it, but for making them.
+
+Text completions, which OpenAI does not store, are below `/v1/completions` in the same way.
+"""
 
 from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from litestar import Request, Response, delete, get, post
@@ -15,6 +18,9 @@ from river_gateway.feedback.keeping import read_metadata
 from river_gateway.limits import STORED_PAGE_DEFAULT, STORED_PAGE_MAX
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
+
+if TYPE_CHECKING:
+    from river_gateway.database import Row
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -27,80 +33,76 @@ class _Update(msgspec.Struct, frozen=True):
     metadata: msgspec.Raw
 
 
-@get("/chat/completions", guards=_INFER)
-async def list_stored(request: AnyRequest) -> Response[bytes]:
-    """The tenant's stored chat completions, filtered by model and metadata."""
-    query = request.query_params
-    limit, order = _page(request)
-    metadata: dict[str, str] = {}
-    for name, value in query.items():
-        match = _METADATA_PARAMETER.fullmatch(name)
-        if match is not None:
-            metadata[match["key"]] = value
-    rows = await store.page(
-        services_of(request).pool,
-        tenant_id=principal_of(request).tenant_id,
-        model=query.get("model"),
-        metadata=metadata,
-        after=query.get("after"),
-        order=order,
-        limit=limit + 1,
-    )
-    return _list([store.answer_of(row) for row in rows], limit)
+def _handlers(path: str, kind: str, deleted: str) -> list[Any]:
+    """The routes of one kind of completion; `deleted` is what its objects are called once they are gone."""
 
+    @get(path, guards=_INFER)
+    async def list_stored(request: AnyRequest) -> Response[bytes]:
+        """The tenant's stored completions, filtered by model and metadata."""
+        query = request.query_params
+        limit, order = _page(request)
+        metadata: dict[str, str] = {}
+        for name, value in query.items():
+            match = _METADATA_PARAMETER.fullmatch(name)
+            if match is not None:
+                metadata[match["key"]] = value
+        rows = await store.page(
+            services_of(request).pool,
+            tenant_id=principal_of(request).tenant_id,
+            kind=kind,
+            model=query.get("model"),
+            metadata=metadata,
+            after=query.get("after"),
+            order=order,
+            limit=limit + 1,
+        )
+        return _list([store.answer_of(row) for row in rows], limit)
 
-@get("/chat/completions/{completion_id:str}", guards=_INFER)
-async def get_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
-    """One stored chat completion."""
-    row = await store.find(
-        services_of(request).pool,
-        completion_id=completion_id,
-        tenant_id=principal_of(request).tenant_id,
-    )
-    return _json(store.answer_of(row))
+    @get(f"{path}/{{completion_id:str}}", guards=_INFER)
+    async def get_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
+        """One stored completion."""
+        return _json(store.answer_of(await _find(request, completion_id, kind)))
 
+    @post(f"{path}/{{completion_id:str}}", guards=_INFER, status_code=HTTPStatus.OK)
+    async def update_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
+        """Replaces the metadata of a stored completion."""
+        try:
+            update = msgspec.json.decode(await request.body(), type=_Update)
+        except msgspec.ValidationError as error:
+            raise InvalidFieldError(str(error), param="metadata") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
+        row = await store.set_metadata(
+            services_of(request).pool,
+            completion_id=completion_id,
+            tenant_id=principal_of(request).tenant_id,
+            kind=kind,
+            metadata=read_metadata(update.metadata),
+        )
+        return _json(store.answer_of(row))
 
-@post("/chat/completions/{completion_id:str}", guards=_INFER, status_code=HTTPStatus.OK)
-async def update_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
-    """Replaces the metadata of a stored chat completion."""
-    try:
-        update = msgspec.json.decode(await request.body(), type=_Update)
-    except msgspec.ValidationError as error:
-        raise InvalidFieldError(str(error), param="metadata") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedBodyError(f"the body is not valid JSON: {error}") from None
-    row = await store.set_metadata(
-        services_of(request).pool,
-        completion_id=completion_id,
-        tenant_id=principal_of(request).tenant_id,
-        metadata=read_metadata(update.metadata),
-    )
-    return _json(store.answer_of(row))
+    @delete(f"{path}/{{completion_id:str}}", guards=_INFER, status_code=HTTPStatus.OK)
+    async def delete_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
+        """Deletes a stored completion and what was thought of it."""
+        await store.delete(
+            services_of(request).pool,
+            completion_id=completion_id,
+            tenant_id=principal_of(request).tenant_id,
+            kind=kind,
+        )
+        return _json({"object": deleted, "id": completion_id, "deleted": True})
 
-
-@delete("/chat/completions/{completion_id:str}", guards=_INFER, status_code=HTTPStatus.OK)
-async def delete_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
-    """Deletes a stored chat completion and what was thought of it."""
-    await store.delete(
-        services_of(request).pool,
-        completion_id=completion_id,
-        tenant_id=principal_of(request).tenant_id,
-    )
-    return _json({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
+    return [list_stored, get_stored, update_stored, delete_stored]
 
 
 @get("/chat/completions/{completion_id:str}/messages", guards=_INFER)
 async def list_stored_messages(request: AnyRequest, completion_id: str) -> Response[bytes]:
     """The messages that a stored chat completion answers."""
-    row = await store.find(
-        services_of(request).pool,
-        completion_id=completion_id,
-        tenant_id=principal_of(request).tenant_id,
-    )
+    row = await _find(request, completion_id, "chat")
     limit, order = _page(request)
     messages = [
         _message(f"{completion_id}-{index}", message)
-        for index, message in enumerate(msgspec.json.decode(row["messages"]))
+        for index, message in enumerate(msgspec.json.decode(row["asked"]))
     ]
     if order == "desc":
         messages.reverse()
@@ -109,6 +111,15 @@ async def list_stored_messages(request: AnyRequest, completion_id: str) -> Respo
     if after is not None:
         messages = messages[places[0] + 1 :] if places else []
     return _list(messages, limit)
+
+
+async def _find(request: AnyRequest, completion_id: str, kind: str) -> Row:
+    return await store.find(
+        services_of(request).pool,
+        completion_id=completion_id,
+        tenant_id=principal_of(request).tenant_id,
+        kind=kind,
+    )
 
 
 def _message(message_id: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +162,7 @@ def _json(value: Any) -> Response[bytes]:
 
 
 STORED_HANDLERS: list[Any] = [
-    list_stored,
-    get_stored,
-    update_stored,
-    delete_stored,
+    *_handlers("/chat/completions", "chat", "chat.completion.deleted"),
+    *_handlers("/completions", "text", "text_completion.deleted"),
     list_stored_messages,
 ]

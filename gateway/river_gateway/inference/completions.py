@@ -19,7 +19,7 @@ from river_gateway.errors import (
     as_gateway_error,
     error_answer,
 )
-from river_gateway.feedback.keeping import Keeper, KeptStream, wants_keeping
+from river_gateway.feedback.keeping import KeptStream, keeper_of, wants_keeping
 from river_gateway.feedback.store import stored
 from river_gateway.inference.asked import read_fields
 from river_gateway.inference.messages_api import COUNT_TOKENS_PATH
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from river_billing.events import UsageEvent, UsageKind
     from river_gateway.context import RequestContext
     from river_gateway.engines.upstream import Opened
+    from river_gateway.feedback.keeping import Keeper
     from river_gateway.inference.asked import Asked
     from river_gateway.inference.dialects import Dialect, StreamReader
     from river_gateway.inference.models import Target
@@ -148,7 +149,7 @@ class Completions:
         keeper = None
         if wants_keeping(fields):
             exchange.services.completions.admit()
-            exchange.keeper = keeper = Keeper(fields)
+            exchange.keeper = keeper = keeper_of(self._dialect.path, fields)
             fields = keeper.engine_fields(fields)
         if asked.stream:
             usage = self._dialect.stream_reader(asked)

@@ -109,7 +109,10 @@ CHAT_COMPLETIONS = Fields(
 )
 
 COMPLETIONS = Fields(
-    passed=_SAMPLING | _HINTS | _ENGINE_EXTRAS | _names("prompt max_tokens logprobs echo suffix"),
+    passed=_SAMPLING
+    | _HINTS
+    | _ENGINE_EXTRAS
+    | _names("prompt max_tokens logprobs echo suffix store"),
     refused={
         "best_of": Refusal(
             "choosing the best of several is not offered: leave `best_of` out or set it to 1",

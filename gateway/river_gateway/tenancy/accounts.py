@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from river_client import feedback_wire
 from river_client.wire import ApiKey, ChangeLimits, Limits, Tenant
 from river_gateway.bus import BusError
 from river_gateway.database import NameTakenError
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError
 from river_gateway.ids import new_id
-from river_gateway.limits import LIMIT_MAX, NAME_MAX_CHARS, PAGE_ROWS_MAX
+from river_gateway.limits import (
+    COMPLETIONS_KEPT_MAX_S,
+    LIMIT_MAX,
+    NAME_MAX_CHARS,
+    PAGE_ROWS_MAX,
+)
 from river_gateway.tenancy.auth import KEY_PREFIXES, SCOPES, hash_secret, limits_of
 from river_gateway.tenancy.messages import ACCOUNTS_SUBJECT, AccountChanged
 
@@ -58,6 +64,10 @@ _CHANGE_KEY = f"update api_key set {_CHANGED_LIMITS} where key_id = $1 returning
 _CHANGE_TENANT = f"""
 update tenant set {_CHANGED_LIMITS} where tenant_id = $1 or name = $1 returning *
 """  # noqa: S608 - constants
+_RETAIN = """
+update tenant set completions_kept_s = case when $2 then $3 else completions_kept_s end
+where tenant_id = $1 or name = $1 returning *
+"""
 
 
 async def announce(services: Services, change: AccountChanged) -> None:
@@ -175,6 +185,27 @@ async def change_key_limits(database: Database, key_id: str, change: ChangeLimit
     return _api_key(row)
 
 
+async def change_retention(
+    database: Database, tenant: str, change: feedback_wire.ChangeRetention
+) -> Tenant:
+    """Changes for how long the completions of a tenant, given by id or name, are kept from now on.
+
+    Raises:
+        InvalidFieldError: it is no possible time.
+        NotFoundError: there is no such tenant.
+    """
+    kept_s, is_set = change.completions_kept_s, change.completions_kept_s is not msgspec.UNSET
+    if isinstance(kept_s, int) and not 0 <= kept_s <= COMPLETIONS_KEPT_MAX_S:
+        raise InvalidFieldError(
+            f"completions_kept_s: {kept_s}, must be 0 to {COMPLETIONS_KEPT_MAX_S}; 0 keeps none, null is the default",
+            param="completions_kept_s",
+        )
+    row = await database.fetchrow(_RETAIN, tenant, is_set, kept_s if is_set else None)
+    if row is None:
+        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
+    return _tenant(row)
+
+
 async def change_tenant_limits(database: Database, tenant: str, change: ChangeLimits) -> Tenant:
     """Changes those limits of a tenant, given by id or name, that are given; None ends one.
 
@@ -239,6 +270,7 @@ def _tenant(row: Row) -> Tenant:
         name=row["name"],
         created_at=row["created_at"].isoformat(),
         limits=limits_of(row),
+        completions_kept_s=row["completions_kept_s"],
     )
 
 

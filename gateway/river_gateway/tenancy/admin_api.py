@@ -5,10 +5,12 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from litestar import Response, delete, get, patch, post
 
-from river_client import wire
+from river_client import feedback_wire, wire
 from river_gateway.codec import WireRequest, reply
+from river_gateway.feedback import store
 from river_gateway.services import services_of
 from river_gateway.tenancy import accounts
 from river_gateway.tenancy.auth import requires
@@ -81,10 +83,28 @@ async def change_tenant_limits(
     return reply(request, changed)
 
 
+@patch("/tenants/{tenant:str}/retention", guards=_ADMIN)
+async def change_retention(
+    request: WireRequest, tenant: str, data: feedback_wire.ChangeRetention
+) -> Response[wire.Tenant]:
+    """Changes for how long a tenant's completions are kept, those that are there included; never for longer again."""
+    services = services_of(request)
+    changed = await accounts.change_retention(services.pool, tenant, data)
+    if data.completions_kept_s is not msgspec.UNSET:
+        kept_s = data.completions_kept_s
+        await store.shorten(
+            services.pool,
+            tenant_id=changed.tenant_id,
+            kept_s=services.settings.completions_kept_s if kept_s is None else kept_s,
+        )
+    return reply(request, changed)
+
+
 ADMIN_HANDLERS: list[Any] = [
     create_tenant,
     get_tenants,
     change_tenant_limits,
+    change_retention,
     create_key,
     get_keys,
     revoke_key,

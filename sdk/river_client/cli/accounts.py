@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
-from typing import Any, TypeVar
+from datetime import datetime, timedelta
+from typing import Any, ClassVar, TypeVar
 
 import click
 from msgspec import UNSET, UnsetType
 
-from river_client import wire
+from river_client import feedback_wire, wire
 from river_client.cli.output import json_option, moment, say, show
 from river_client.client import Client
 from river_client.settings import DEFAULT_BASE_URL, Login, save_login
@@ -39,6 +39,26 @@ class LimitType(click.ParamType[int | UnsetType | None]):
         if limit <= 0:
             self.fail(f"{value!r} is neither a positive number nor `none`", param, ctx)
         return limit
+
+
+class KeptType(click.ParamType[int | UnsetType | None]):
+    """A time such as `30d`, `off` for none at all, or `default` for the server's own; in seconds."""
+
+    name = "time|off|default"
+    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | UnsetType | None:
+        """What was typed, in seconds; None for the server's own time."""
+        if value is UNSET:
+            return UNSET
+        if value in ("off", "default"):
+            return 0 if value == "off" else None
+        number, unit = value[:-1], value[-1:]
+        if not number.isdecimal() or unit not in self._UNITS:
+            self.fail(f"{value!r} is no time such as `30d`, `12h`, `off` or `default`", param, ctx)
+        return int(number) * self._UNITS[unit]
 
 
 def limit_options(command: Command) -> Command:
@@ -148,6 +168,18 @@ def tenant_limits(tenant: str, as_json: bool, **limits: Any) -> None:
     say(changed, limits_text(changed.limits), as_json=as_json)
 
 
+@tenants.command("completions")
+@click.argument("tenant")
+@click.option("--kept", type=KeptType(), default=UNSET, help="For how long from when one is made.")
+@json_option
+def tenant_completions(tenant: str, kept: Any, as_json: bool) -> None:
+    """Change for how long stored completions of a TENANT are kept, or show it."""
+    with Client() as client:
+        change = feedback_wire.ChangeRetention(completions_kept_s=kept)
+        changed = client.admin.change_retention(tenant, change)
+    say(changed, _kept_text(changed.completions_kept_s), as_json=as_json)
+
+
 @click.group()
 def keys() -> None:
     """API keys (for admins)."""
@@ -241,6 +273,14 @@ def revoke_key(key_id: str, as_json: bool) -> None:
     with Client() as client:
         client.admin.revoke_key(key_id)
     say({"revoked": key_id}, f"{key_id} is revoked.", as_json=as_json)
+
+
+def _kept_text(kept_s: int | None) -> str:
+    if kept_s is None:
+        return "Completions are kept for the server's own time."
+    if kept_s == 0:
+        return "Completions are not kept."
+    return f"Completions are kept for {timedelta(seconds=kept_s)}."
 
 
 def _new_limits(given: dict[str, Any]) -> wire.Limits | None:

@@ -212,7 +212,7 @@ class TextKeeper(Keeper):
                 "echo: a completion that repeats its prompt cannot be stored; leave `echo` or `store` out",
                 param="echo",
             )
-        prompts = cast("Any", msgspec.json.decode(self.asked))
+        prompts = msgspec.json.decode(self.asked)
         if isinstance(prompts, list):
             count = len(cast("list[Any]", prompts))
             if count > 1 and not isinstance(prompts[0], int):
@@ -234,12 +234,12 @@ class TextKeeper(Keeper):
 
     def _grow(self, choice: Json, part: Json) -> None:
         choice["text"] += part.get("text") or ""
-        told = cast("Json | None", part.get("logprobs"))
+        told = cast("dict[str, list[Any]] | None", part.get("logprobs"))
         if told:
-            if choice["logprobs"] is None:
-                choice["logprobs"] = {name: [] for name in told}
+            grown = cast("dict[str, list[Any]]", choice["logprobs"] or {})
+            choice["logprobs"] = grown
             for name, values in told.items():
-                choice["logprobs"].setdefault(name, []).extend(values)
+                grown.setdefault(name, []).extend(values)
 
 
 def keeper_of(path: str, fields: Mapping[str, msgspec.Raw]) -> Keeper:

@@ -25,6 +25,12 @@ OUTAGES = (
 REFUSALS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 """What a statement raises when its own values are wrong; it will never work."""
 
+CHECK_VIOLATED = asyncpg.CheckViolationError
+"""What an insert raises that breaks a constraint, or, with no `constraint_name`, that finds no partition."""
+
+CANCELLED = asyncpg.QueryCanceledError
+"""What a statement raises that took longer than it was given."""
+
 
 class Connection(Protocol):
     """An asyncpg connection, of its own or from a pool."""
@@ -48,6 +54,11 @@ class Connection(Protocol):
     def transaction(self) -> AbstractAsyncContextManager[Any]:
         """A transaction, or a savepoint inside one."""
         ...
+
+
+def violated_constraint(error: Exception) -> str | None:
+    """The name of the constraint that a statement broke, if it has one."""
+    return getattr(error, "constraint_name", None)
 
 
 @asynccontextmanager

@@ -38,6 +38,9 @@ CONTEXT_LENGTH_MAX = 2**31 - 1
 OCCURRED_AT_MIN_S = 1_577_836_800.0  # 2020-01-01
 OCCURRED_AT_MAX_S = 4_102_444_800.0  # 2100-01-01
 PARTITION_MONTHS_AHEAD = 2
+MAINTENANCE_INTERVAL_S = 3600.0
+DETACH_TIMEOUT_S = 5.0
+DETACHED_ATTEMPTS_MAX = 10
 
 # ---- Credit ------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
 import nats
@@ -31,7 +32,14 @@ from prometheus_client import generate_latest
 from river_billing import limits, metrics
 from river_billing.budgets import report_warning
 from river_billing.catalog import advance_run, record_checkpoint
-from river_billing.database import OUTAGES, REFUSALS, Connection, connected
+from river_billing.database import (
+    CHECK_VIOLATED,
+    OUTAGES,
+    REFUSALS,
+    Connection,
+    connected,
+    violated_constraint,
+)
 from river_billing.events import (
     EVENTS_STREAM,
     RECORDER_CONSUMER,
@@ -44,21 +52,26 @@ from river_billing.events import (
 )
 from river_billing.intake import Delivery, Intake, give_back, reject, report
 from river_billing.leases import end_holds, note_progress
+from river_billing.partitions import ensure_partitions, maintain_partitions
 from river_billing.prices import seed_prices
 from river_billing.streams import ensure_streams
-from river_billing.usage import ensure_partitions, moment, months_ahead, record_usage
+from river_billing.usage import Recorded, moment, record_usage
 from river_client.service import health_server, read_settings
 
 logger = logging.getLogger("river.recorder")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """`RIVER_*` variables of the recorder; port 0 asks for a free one."""
+    """`RIVER_*` variables of the recorder; port 0 asks for a free one.
+
+    `usage_attached_months` is how many whole months of usage events stay where queries look for them; without it, all.
+    """
 
     postgres_url: str
     nats_url: str
     host: str = "127.0.0.1"
     port: int = 0
+    usage_attached_months: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 def main() -> None:
@@ -100,7 +113,7 @@ class Recorder:
                         subscription = await _prepare(connection, js)
                         self._ready = True
                         backoff_s = limits.BACKOFF_MIN_S
-                        await _consume(connection, js, subscription, stop)
+                        await self._consume(connection, js, subscription, stop)
                 except (*OUTAGES, nats.errors.Error) as error:
                     self._ready = False
                     metrics.OUTAGES.inc()
@@ -109,6 +122,34 @@ class Recorder:
                         await asyncio.wait_for(stop.wait(), backoff_s)
                     backoff_s = min(2 * backoff_s, limits.BACKOFF_MAX_S)
         self._ready = False
+
+    async def _consume(
+        self,
+        connection: Connection,
+        js: JetStreamContext,
+        subscription: JetStreamContext.PullSubscription,
+        stop: asyncio.Event,
+    ) -> None:
+        """Batches, one after another, until `stop` is set or a server is lost; other work in between."""
+        noted_at = maintained_at = float("-inf")
+        async with aclosing(Intake(subscription, stop).batches()) as batches:
+            async for deliveries in batches:
+                now = time.monotonic()
+                if now - maintained_at >= limits.MAINTENANCE_INTERVAL_S:
+                    maintained_at = now
+                    await self._maintain(connection)
+                if now - noted_at >= limits.PROGRESS_INTERVAL_S:
+                    noted_at = now
+                    if (until := await recorded_until(js)) is not None:
+                        await note_progress(connection, until)
+                if deliveries:
+                    with metrics.BATCH_SECONDS.time():
+                        await record_deliveries(connection, deliveries)
+
+    async def _maintain(self, connection: Connection) -> None:
+        """What is due now and then."""
+        attached_months = self._settings.usage_attached_months
+        await maintain_partitions(connection, datetime.now(UTC), attached_months)
 
 
 @asynccontextmanager
@@ -137,7 +178,6 @@ async def _prepare(
 ) -> JetStreamContext.PullSubscription:
     """Everything that recording relies on: prices, partitions, the stream and the consumer."""
     await seed_prices(connection)
-    await ensure_partitions(connection, months_ahead(datetime.now(UTC)))
     await ensure_streams(js)
     # Creates it, or brings an older one up to these settings.
     await js.add_consumer(
@@ -151,25 +191,6 @@ async def _prepare(
         ),
     )
     return await js.pull_subscribe_bind(RECORDER_CONSUMER, stream=EVENTS_STREAM)
-
-
-async def _consume(
-    connection: Connection,
-    js: JetStreamContext,
-    subscription: JetStreamContext.PullSubscription,
-    stop: asyncio.Event,
-) -> None:
-    """Batches, one after another, until `stop` is set or a server is lost."""
-    noted_at = -limits.PROGRESS_INTERVAL_S
-    async with aclosing(Intake(subscription, stop).batches()) as batches:
-        async for deliveries in batches:
-            if time.monotonic() - noted_at >= limits.PROGRESS_INTERVAL_S:
-                noted_at = time.monotonic()
-                if (until := await recorded_until(js)) is not None:
-                    await note_progress(connection, until)
-            if deliveries:
-                with metrics.BATCH_SECONDS.time():
-                    await record_deliveries(connection, deliveries)
 
 
 async def recorded_until(js: JetStreamContext) -> datetime | None:
@@ -244,6 +265,32 @@ async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> l
     # In the order of their runs, so that two recorders cannot deadlock.
     catalog = [event for event in events if isinstance(event, RunAdvanced | CheckpointSaved)]
     catalog.sort(key=lambda event: event.run_id)
+    for _ in range(limits.DETACHED_ATTEMPTS_MAX):
+        try:
+            recorded, unknown = await _write(connection, usage, catalog)
+            break
+        except CHECK_VIOLATED as error:
+            if violated_constraint(error) is not None:
+                raise
+            # Its month has just been detached, and the next attempt brings it back.
+    else:
+        raise TimeoutError("a month of usage is detached again and again")
+    for warning in recorded.warnings:
+        report_warning(warning)
+    for model, kind in recorded.unpriced:
+        logger.error("no price for %s of %s; recorded at zero", kind, model)
+    metrics.EVENTS.inc(len(events) - len(unknown))
+    metrics.LINES.inc(recorded.lines)
+    metrics.UNPRICED.inc(len(recorded.unpriced))
+    return unknown
+
+
+async def _write(
+    connection: Connection,
+    usage: Sequence[UsageEvent],
+    catalog: Sequence[RunAdvanced | CheckpointSaved],
+) -> tuple[Recorded, list[AnyEvent]]:
+    """One transaction with everything; what it recorded, and what is left out."""
     unknown: list[AnyEvent] = []
     # Apart, because a new partition locks the whole table until its transaction ends.
     await ensure_partitions(connection, [moment(event) for event in usage])
@@ -257,14 +304,7 @@ async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> l
             if not known:
                 unknown.append(event)
         await end_holds(connection, _operations_done(catalog))
-    for warning in recorded.warnings:
-        report_warning(warning)
-    for model, kind in recorded.unpriced:
-        logger.error("no price for %s of %s; recorded at zero", kind, model)
-    metrics.EVENTS.inc(len(events) - len(unknown))
-    metrics.LINES.inc(recorded.lines)
-    metrics.UNPRICED.inc(len(recorded.unpriced))
-    return unknown
+    return recorded, unknown
 
 
 def _operations_done(events: Sequence[AnyEvent]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from msgspec import Struct
@@ -189,22 +189,6 @@ async def record_usage(connection: Connection, events: Sequence[UsageEvent]) -> 
         unpriced=[(row["base_model"], row["kind"]) for row in counts if row["unpriced"]],
         warnings=await warn_of_budgets(connection, sorted({event.tenant_id for event in unique})),
     )
-
-
-async def ensure_partitions(connection: Connection, months: Sequence[datetime]) -> None:
-    """Makes sure that the table has a partition for each month that one of `months` lies in."""
-    for month in sorted({(moment.year, moment.month) for moment in months}):
-        await connection.execute("select create_usage_partition(make_date($1, $2, 1))", *month)
-
-
-def months_ahead(now: datetime) -> list[datetime]:
-    """A moment in this month and in each of the next ones."""
-    first = now.replace(day=1)
-    months = [first]
-    for _ in range(limits.PARTITION_MONTHS_AHEAD):
-        first = (first + timedelta(days=32)).replace(day=1)
-        months.append(first)
-    return months
 
 
 def moment(event: UsageEvent) -> datetime:

@@ -15,7 +15,8 @@ from support.gateway import Rig, error_of, eventually
 from support.stand_ins import BASE, CONTEXT_LENGTH, VOCAB_SIZE
 
 from river_billing.events import UsageEvent, UsageKind
-from river_billing.usage import ensure_partitions, record_usage
+from river_billing.partitions import ensure_partitions
+from river_billing.usage import record_usage
 from river_client import wire
 from river_trainer import protocol
 

@@ -19,8 +19,8 @@ from nats.js.api import StreamState
 
 from river_billing.database import Connection
 from river_billing.events import EVENTS_STREAM
+from river_billing.partitions import ensure_partitions, months_ahead
 from river_billing.prices import seed_prices
-from river_billing.usage import ensure_partitions, months_ahead
 from river_ops.bench.billing.traffic import tenant_ids
 from river_ops.bench.gateway.processes import processor_s
 from river_ops.bench.programs import ProgramError

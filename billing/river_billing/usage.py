@@ -61,8 +61,8 @@ with input as materialized (
   join priced p using (base_model, context_length, epoch, kind)
   order by l.event_id, l.kind
   on conflict do nothing
-  returning event_id, kind, occurred_at, tenant_id, key_id, base_model, context_length, quantity,
-            price_id, amount_nano_usd
+  returning event_id, kind, occurred_at, tenant_id, key_id, run_id, base_model, context_length,
+            quantity, price_id, amount_nano_usd
 ), locked as materialized (
   select lock_tenants(array(select distinct tenant_id from inserted))
 ), new as materialized (
@@ -84,6 +84,13 @@ with input as materialized (
   from new group by 1, 2, 3
   on conflict (tenant_id, month, key_id) do update set
     amount_nano_usd = m.amount_nano_usd + excluded.amount_nano_usd
+), of_run as (
+  insert into usage_run as r (tenant_id, run_id, kind, quantity, amount_nano_usd)
+  select tenant_id, run_id, kind, sum(quantity), sum(amount_nano_usd)
+  from new where run_id is not null group by 1, 2, 3
+  on conflict (tenant_id, run_id, kind) do update set
+    quantity        = r.quantity + excluded.quantity,
+    amount_nano_usd = r.amount_nano_usd + excluded.amount_nano_usd
 ), charged as (
   select n.tenant_id, n.amount, case t.billing when 'prepaid' then 'credit' else 'receivable' end as account
   from (select tenant_id, sum(amount_nano_usd)::bigint as amount from new group by 1) n
@@ -106,7 +113,7 @@ with input as materialized (
   ) used
   where (l.lease_id, l.tenant_id) = (used.lease_id, used.tenant_id)
 ), of_hold as (
-  delete from credit_hold where event_id in (select event_id from new where kind = 'training')
+  delete from credit_hold where event_id in (select event_id from new)
 )
 select base_model, kind, count(*) as lines, bool_or(price_id is null) as unpriced
 from new group by 1, 2

@@ -29,6 +29,7 @@ def make_event(
     occurred_at: float = OCCURRED_AT,
     tenant_id: str = "ten_a",
     key_id: str = "key_1",
+    run_id: str | None = None,
     **quantities: int,
 ) -> UsageEvent:
     """The event of a request called `number`: the same arguments give the same event."""
@@ -37,6 +38,7 @@ def make_event(
         occurred_at=occurred_at,
         tenant_id=tenant_id,
         key_id=key_id,
+        run_id=run_id,
         base_model=base_model,
         context_length=context_length,
         quantities={UsageKind(kind): count for kind, count in quantities.items()},
@@ -51,6 +53,7 @@ def random_events(count: int, *, seed: int) -> list[UsageEvent]:
         make_event(
             1_000_000 * seed + number,
             tenant_id=f"ten_{draw.randrange(5)}",
+            run_id=draw.choice([None, "run_1", "run_2"]),
             occurred_at=start + draw.randrange(3 * 86_400),
             prompt=draw.randrange(4_000),
             cached_prompt=draw.randrange(100),
@@ -94,6 +97,14 @@ async def totals(connection: Any) -> tuple[int, int, int]:
         "coalesce(sum(amount_nano_usd), 0)::bigint from usage_hour"
     )
     assert tuple(events) == tuple(hours)
+    runs = "select run_id, kind, sum(quantity) as quantity, sum(amount_nano_usd) as amount from {} "
+    of_runs = [
+        await connection.fetch(
+            runs.format(table) + "where run_id is not null group by 1, 2 order by 1, 2"
+        )
+        for table in ("usage_event", "usage_run")
+    ]
+    assert of_runs[0] == of_runs[1]
     wrong = await connection.fetchval(
         "select count(*) from usage_event left join price using (price_id) "
         "where amount_nano_usd <> coalesce(round_half_even(quantity * nano_usd_per_unit), 0)"

@@ -17,6 +17,8 @@ from river_gateway.checkpoints.catalog_api import CATALOG_HANDLERS
 from river_gateway.checkpoints.import_api import IMPORT_HANDLERS
 from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
+from river_gateway.dashboard.app import dashboard_router
+from river_gateway.dashboard.pages import LiveStreams
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
@@ -77,11 +79,11 @@ def create_litestar(services: Services) -> Litestar:
         tags=["River"],
     )
     return Litestar(
-        route_handlers=[healthz, readyz, metrics, openai_router, river_router],
+        route_handlers=[healthz, readyz, metrics, openai_router, river_router, dashboard_router],
         request_class=WireRequest,
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=BODY_MAX_BYTES,
-        state=State({"services": services}),
+        state=State({"services": services, "live_streams": LiveStreams()}),
         openapi_config=OpenAPIConfig(
             title="River",
             version="1",

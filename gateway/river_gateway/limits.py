@@ -219,3 +219,8 @@ GC_THRESHOLD = 20_000
 # ---- Stopping --------------------------------------------------------------------------------------------------------
 
 STOP_GRACE_S = 6
+
+DASHBOARD_LIVE_S = 1.0
+"""How often the parts of an open page are looked at."""
+DASHBOARD_KEEP_ALIVE_S = 10.0
+DASHBOARD_STREAMS_MAX = 200

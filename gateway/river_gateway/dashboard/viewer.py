@@ -1,0 +1,112 @@
+"""Who looks at the dashboard: an API key in a cookie, checked as every other key is.
+
+The cookie is HttpOnly and SameSite=Strict, and only sent to `/admin`. What changes something is a form with a token
+that nobody can know who cannot read the page, and is refused when the browser says that another site sent it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from litestar.datastructures import Cookie
+
+from river_gateway.context import context_of
+from river_gateway.errors import PermissionDeniedError, UnauthenticatedError
+from river_gateway.services import services_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from litestar import Request
+
+    from river_gateway.tenancy.auth import Principal
+
+COOKIE = "river_key"
+PATH = "/admin"
+TOKEN_FIELD = "csrf_token"  # noqa: S105 - a field's name
+_OWN_SITE = ("same-origin", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """A signed-in key. `tenant_id` is whose things it sees; None, for admins only, is everybody's."""
+
+    principal: Principal
+    tenant_id: str | None
+    csrf_token: str
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether the key may see and change what belongs to others."""
+        return "admin" in self.principal.scopes
+
+
+async def viewer_of(request: Request[Any, Any, Any]) -> Viewer:
+    """The viewer of a request to a page.
+
+    Raises:
+        UnauthenticatedError: nobody is signed in, or the key is no longer valid.
+        UnavailableError: keys cannot be checked at the moment.
+    """
+    secret = request.cookies.get(COOKIE)
+    if not secret:
+        raise UnauthenticatedError("nobody is signed in")
+    principal = await services_of(request).keys.authenticate(f"Bearer {secret}")
+    context_of(request.scope).tenant_id = principal.tenant_id
+    admin = "admin" in principal.scopes
+    asked = request.query_params.get("tenant") or None
+    return Viewer(
+        principal=principal,
+        tenant_id=asked if admin else principal.tenant_id,
+        csrf_token=_csrf_token(secret),
+    )
+
+
+def check_form(request: Request[Any, Any, Any], viewer: Viewer, form: Mapping[str, Any]) -> None:
+    """Raises PermissionDeniedError unless a form comes from a page of ours that this viewer was shown."""
+    check_origin(request)
+    token = str(form.get(TOKEN_FIELD, ""))
+    if not hmac.compare_digest(token.encode(), viewer.csrf_token.encode()):
+        raise PermissionDeniedError("the form is out of date: reload the page and try again")
+
+
+def check_origin(request: Request[Any, Any, Any]) -> None:
+    """Raises PermissionDeniedError if the browser says that another site sent the request."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        own = site in _OWN_SITE
+    else:
+        origin = request.headers.get("origin")
+        own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if not own:
+        raise PermissionDeniedError("the form was sent by another site")
+
+
+def sign_in_cookie(request: Request[Any, Any, Any], secret: str) -> Cookie:
+    """Keeps a key for as long as the browser runs."""
+    return Cookie(
+        key=COOKIE,
+        value=secret,
+        path=PATH,
+        httponly=True,
+        samesite="strict",
+        secure=_is_https(request),
+    )
+
+
+def sign_out_cookie() -> Cookie:
+    """Makes the browser forget the key."""
+    return Cookie(key=COOKIE, value="", path=PATH, max_age=0, httponly=True, samesite="strict")
+
+
+def _is_https(request: Request[Any, Any, Any]) -> bool:
+    """Whether the browser's own connection is, be it to a proxy in front of us."""
+    return request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
+
+
+def _csrf_token(secret: str) -> str:
+    return hmac.new(secret.encode(), b"river dashboard form", hashlib.sha256).hexdigest()

@@ -1,0 +1,89 @@
+"""How numbers, times and names are written on the dashboard: with their unit, short, and exact in the tooltip."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+NANO_USD_PER_USD = 10**9
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+_BYTES = ((2**40, "TB"), (2**30, "GB"), (2**20, "MB"), (2**10, "kB"))
+_SPANS_S = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+_SMALL = 0.001
+_LARGE = 10_000.0
+
+
+def count(value: float) -> Markup:
+    """A number of things: `1.2M`, with all its digits in the tooltip."""
+    for scale, letter in _SCALES:
+        if abs(value) >= scale:
+            short = f"{value / scale:.3g}{letter}"
+            return Markup('<span title="{}">{}</span>').format(f"{value:,.0f}", short)
+    return Markup.escape(f"{value:,.0f}")
+
+
+def usd(nano_usd: int) -> Markup:
+    """An amount of money: dollars, to the cent or as small as it is; the exact amount in the tooltip."""
+    dollars = nano_usd / NANO_USD_PER_USD
+    small = dollars != 0 and abs(dollars) < 1
+    short = f"${dollars:,.4g}" if small else f"${dollars:,.2f}"
+    exact = f"${nano_usd // NANO_USD_PER_USD}.{nano_usd % NANO_USD_PER_USD:09d}"
+    return Markup('<span title="{}">{}</span>').format(
+        exact if nano_usd >= 0 else f"{nano_usd:,} nano-dollars", short
+    )
+
+
+def size(size_bytes: int) -> str:
+    """A size in bytes: `12.3 MB`."""
+    for scale, unit in _BYTES:
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.3g} {unit}"
+    return f"{size_bytes} B"
+
+
+def span(seconds: float) -> str:
+    """A length of time in its largest unit: `3 min`."""
+    for scale, unit in _SPANS_S:
+        if seconds >= scale:
+            return f"{int(seconds // scale)} {unit}"
+    return "0 s"
+
+
+def ago(moment: datetime, now: datetime | None = None) -> Markup:
+    """How long ago something was, with the moment in the tooltip."""
+    now = now or datetime.now(UTC)
+    exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    words = f"{span(max(0.0, (now - moment).total_seconds()))} ago"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.isoformat(), exact, words
+    )
+
+
+def number(value: float) -> str:
+    """A measured value: four digits that count."""
+    if value != 0 and not _SMALL <= abs(value) < _LARGE:
+        return f"{value:.3e}"
+    return f"{value:.4g}"
+
+
+def spark(values: list[float]) -> list[tuple[float, float]]:
+    """The points of a sparkline in a box of 100 by 24, zero at its bottom."""
+    top = max(values, default=0.0)
+    width = 100 / max(1, len(values) - 1)
+    return [
+        (round(index * width, 2), round(23 - 22 * (value / top if top > 0 else 0.0), 2))
+        for index, value in enumerate(values)
+    ]
+
+
+FILTERS: dict[str, Any] = {
+    "count": count,
+    "usd": usd,
+    "size": size,
+    "span": span,
+    "ago": ago,
+    "number": number,
+    "spark": spark,
+}

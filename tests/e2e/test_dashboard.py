@@ -1,0 +1,169 @@
+"""The dashboard in a real browser, on a platform that trains."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import river_client as river
+from river_ops.chromium import ARGUMENTS, ChromiumMissingError, ensure_chromium
+from river_ops.models import TINY_MOE_NAME
+from river_ops.settings import StackInfo
+
+SERIOUS = ("serious", "critical")
+PHONE = {"width": 390, "height": 844}
+DESKTOP = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser."""
+    try:
+        path = ensure_chromium()
+    except ChromiumMissingError as error:
+        pytest.skip(str(error))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page of a browser that remembers what went wrong and whom it asked."""
+
+    def __init__(self, page: Page, stack: StackInfo) -> None:
+        self.page = page
+        self._host = urlsplit(stack.base_url).netloc
+        self.problems: list[str] = []
+        page.on("console", lambda message: self.problems.append(message.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self._asked(request.url))
+
+    def _asked(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "data" and parts.netloc != self._host:
+            self.problems.append(f"asked {url}")
+
+    def sign_in(self, base_url: str, key: str) -> None:
+        self.page.goto(f"{base_url}/admin")
+        self.page.get_by_label("API key").fill(key)
+        self.page.get_by_role("button", name="Sign in").click()
+        expect(self.page.get_by_role("heading", name="Overview")).to_be_visible()
+
+    def check(self) -> None:
+        """Nothing serious for those who see, hear or touch otherwise; nothing on the console."""
+        found = Axe().run(self.page).response["violations"]
+        serious = [(each["id"], each["help"]) for each in found if each["impact"] in SERIOUS]
+        assert serious == [], self.page.url
+        assert self.problems == [], self.page.url
+
+
+@pytest.fixture(params=["light", "dark"])
+def visit(chromium: Browser, stack: StackInfo, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """A fresh browser window in a colour scheme."""
+    context = chromium.new_context(color_scheme=request.param, viewport=DESKTOP)  # type: ignore[arg-type]
+    yield Visit(context.new_page(), stack)
+    context.close()
+
+
+@contextmanager
+def training(client: river.Client, **tags: str) -> Iterator[str]:
+    """A run that goes on stepping and logging a reward while the block runs; yields its id."""
+    stop = threading.Event()
+    with client.session(**tags) as session:
+        model = session.create_model(base_model=TINY_MOE_NAME, lora=river.LoraConfig(rank=4))
+
+        def steps() -> None:
+            number = 0
+            while not stop.wait(0.05):
+                row = {"input_ids": [3 + (number + place) % 40 for place in range(16)]}
+                model.train_step(data=[row], loss_fn="cross_entropy", lr=1e-3)
+                model.log({"reward": number / 100})
+                number += 1
+
+        thread = threading.Thread(target=steps)
+        thread.start()
+        try:
+            yield model.run_id
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_curve_grows_while_its_run_trains(
+    visit: Visit, stack: StackInfo, client: river.Client
+) -> None:
+    """Signed in with its own key, a tenant finds its run by a tag and watches it learn, without reloading."""
+    page = visit.page
+    with training(client, task="watched") as run_id:
+        visit.sign_in(stack.base_url, client.api_key)
+        visit.check()
+        page.get_by_role("link", name="Runs", exact=True).click()
+        page.get_by_label("Search").fill("watched")
+        page.get_by_role("button", name="Show").click()
+        visit.check()
+        page.get_by_role("link", name=run_id).click()
+        charts = page.locator("figure.chart")
+        expect(charts.first.locator("figcaption")).to_have_text("reward")
+        page.get_by_text("Numbers").first.click()
+        last = charts.first.locator("tbody td").last
+        before = float(last.inner_text())
+        expect(page.locator("#connection")).to_have_text("live")
+        page.wait_for_function(
+            "before => Number(document.querySelector('figure.chart tbody td:last-child').textContent) > before",
+            arg=before + 0.1,
+        )
+        # `loss_mean` comes next, whatever else is logged.
+        expect(charts.nth(1).locator("figcaption")).to_have_text("loss_mean")
+        visit.check()
+
+
+def test_several_runs_in_one_picture(visit: Visit, stack: StackInfo, client: river.Client) -> None:
+    """Another run's curves are laid over, and both are named."""
+    with training(client, task="one") as one, training(client, task="two") as two:
+        visit.sign_in(stack.base_url, client.api_key)
+        visit.page.goto(f"{stack.base_url}/admin/runs/{one}")
+        visit.page.get_by_label("Overlay").select_option(two)
+        visit.page.get_by_role("button", name="Show").click()
+        expect(visit.page.locator(".key li")).to_have_text([one, two])
+        expect(visit.page.locator("figure.chart").first.locator("tbody tr")).to_have_count(2)
+        visit.check()
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(
+    visit: Visit, stack: StackInfo, new_client: Callable[[], river.Client]
+) -> None:
+    """Tables scroll in their own boxes; the page does not. An admin sees every tenant's."""
+    visit.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    with training(new_client(), task="phone") as run_id:
+        visit.sign_in(stack.base_url, stack.admin_key)
+        for path in ("/admin", "/admin/runs", f"/admin/runs/{run_id}"):
+            visit.page.goto(stack.base_url + path)
+            expect(visit.page.locator("#connection")).to_have_text("live")
+            width = visit.page.evaluate("document.documentElement.scrollWidth")
+            assert width <= PHONE["width"], path
+            visit.check()
+
+
+def test_the_keyboard_is_enough(visit: Visit, stack: StackInfo) -> None:
+    """Signing in, going to the runs and signing out takes no pointer."""
+    page = visit.page
+    page.goto(f"{stack.base_url}/admin")
+    page.keyboard.type(stack.admin_key)  # The field has the focus.
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Overview")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.get_by_role("link", name="Runs", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Runs", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Sign out").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    assert visit.problems == []

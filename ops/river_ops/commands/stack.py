@@ -146,5 +146,6 @@ def print_info(info: StackInfo, *, as_json: bool) -> None:
         click.echo(msgspec.json.encode(info).decode())
         return
     click.echo(f"Base URL    {info.base_url}")
+    click.echo(f"Dashboard   {info.base_url}/admin")
     click.echo(f"Admin key   {info.admin_key}")
     click.echo(f"Models      {', '.join(info.bases)}")

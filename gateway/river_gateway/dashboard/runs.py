@@ -60,7 +60,7 @@ _COST = """
 select coalesce(sum(amount_nano_usd), 0)::bigint as nano_usd,
   coalesce(sum(quantity) filter (where kind = 'training'), 0)::bigint as trained,
   coalesce(sum(quantity) filter (where kind = 'completion'), 0)::bigint as sampled
-from usage_event where run_id = $1 and tenant_id = $2 and occurred_at >= $3
+from usage_run where run_id = $1 and tenant_id = $2
 """
 _CHECKPOINTS = """
 select checkpoint_id, mode, name, step, size_bytes, created_at, expires_at from checkpoint
@@ -143,7 +143,7 @@ async def find_run(database: Database, tenant_id: str | None, run_id: str) -> Sh
 
 async def run_cost(database: Database, run: ShownRun) -> RunCost:
     """What it has used and cost."""
-    row = await database.fetchrow(_COST, run.run_id, run.tenant_id, run.created_at)
+    row = await database.fetchrow(_COST, run.run_id, run.tenant_id)
     assert row is not None
     return RunCost(row["nano_usd"], row["trained"], row["sampled"])
 

@@ -40,6 +40,8 @@ OCCURRED_AT_MAX_S = 4_102_444_800.0  # 2100-01-01
 PARTITION_MONTHS_AHEAD = 2
 MAINTENANCE_INTERVAL_S = 3600.0
 DETACH_TIMEOUT_S = 5.0
+STORAGE_GRACE_S = 3600.0  # after midnight, for what is published late
+STORAGE_CHECKPOINTS_MAX = 200
 DETACHED_ATTEMPTS_MAX = 10
 
 # ---- Credit ------------------------------------------------------------------------------------

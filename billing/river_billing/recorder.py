@@ -54,6 +54,7 @@ from river_billing.intake import Delivery, Intake, give_back, reject, report
 from river_billing.leases import end_holds, note_progress
 from river_billing.partitions import ensure_partitions, maintain_partitions
 from river_billing.prices import seed_prices
+from river_billing.storage import charge_storage
 from river_billing.streams import ensure_streams
 from river_billing.usage import Recorded, moment, record_usage
 from river_client.service import health_server, read_settings
@@ -150,6 +151,7 @@ class Recorder:
         """What is due now and then."""
         attached_months = self._settings.usage_attached_months
         await maintain_partitions(connection, datetime.now(UTC), attached_months)
+        await charge_storage(connection)
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ name and path, a second version under an old name kills it, and so does a reques
 comes. Nothing is ever loaded in place or pinned.
 
 Whoever wants an adapter holds it first (`AdapterStore.hold`): it is fetched and checked once however many ask, and its
-bytes stay while anybody holds it. When a request's turn has come, it is loaded (`AdapterStore.loaded`): vLLM has it
+bytes stay while anybody holds it, and for a while after somebody could wait no longer. When a request's turn has come, it is loaded (`AdapterStore.loaded`): vLLM has it
 from then on until the request is over. At most `resident_max` are loaded, those in use among them, so that vLLM never
 drops one by itself; the least recently used makes room. What is slow is done in threads, and what has begun is
 finished, whoever still wants it: neither a thread nor vLLM can be told to forget a half of it.
@@ -31,8 +31,14 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from river_engine.adapter_files import Target, check_adapter, fetch_adapter
-from river_engine.errors import EngineBusy, EngineRefusal, InvalidAdapter
-from river_engine.limits import PRELOAD_INTEREST_S, PRELOAD_RUNS_MAX
+from river_engine.errors import AdapterLoading, EngineBusy, EngineRefusal, InvalidAdapter
+from river_engine.limits import (
+    ADAPTER_KEPT_S,
+    ADAPTER_RETRY_AFTER_S,
+    ADAPTER_WAIT_S,
+    PRELOAD_INTEREST_S,
+    PRELOAD_RUNS_MAX,
+)
 from river_engine.protocol import AdapterRef
 from river_engine.shared_experts import shared_directory, write_shared
 
@@ -61,6 +67,7 @@ class Version:
     resident: bool = False
     failure: EngineRefusal | None = None
     work: asyncio.Task[None] | None = None
+    keeping: asyncio.Task[None] | None = None
 
 
 class _ManifestEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +77,10 @@ class _ManifestEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterStore:
-    """The adapters of one engine process; `directory` outlives the process, see `restore`."""
+    """The adapters of one engine process; `directory` outlives the process, see `restore`.
+
+    Nobody waits longer than `wait_s` for an adapter to be fetched, nor for it to be loaded.
+    """
 
     def __init__(
         self,
@@ -81,6 +91,7 @@ class AdapterStore:
         max_loras: int,
         resident_max: int,
         rank_max: int,
+        wait_s: float = ADAPTER_WAIT_S,
         shared_experts: bool = False,
     ) -> None:
         assert resident_max >= max_loras >= 1
@@ -90,6 +101,7 @@ class AdapterStore:
         self._max_loras = max_loras
         self._resident_max = resident_max
         self._rank_max = rank_max
+        self._wait_s = wait_s
         self._shared_experts = shared_experts
         self._numbers = itertools.count(1)
         # Least recently used first.
@@ -105,12 +117,21 @@ class AdapterStore:
         """Names of the adapters that are loaded, least recently used first."""
         return [name for name, version in self._versions.items() if version.resident]
 
+    def loading(self) -> list[str]:
+        """Names of those that somebody waits for, or has just stopped waiting for."""
+        return [
+            name
+            for name, version in self._versions.items()
+            if version.holders and not version.resident
+        ]
+
     @asynccontextmanager
     async def hold(self, ref: AdapterRef) -> AsyncIterator[Version]:
         """The version of `ref`, found fit, whose bytes are here while the block runs.
 
         Raises:
             EngineRefusal: the adapter is missing or unfit.
+            AdapterLoading: it takes too long to get it.
         """
         self._want(ref, PRELOAD_INTEREST_S)
         async with self._held(ref) as version:
@@ -124,11 +145,12 @@ class AdapterStore:
 
         Raises:
             EngineRefusal: vLLM refuses the adapter, or is going down.
+            AdapterLoading: vLLM takes too long to load it.
         """
         assert version.holders
         version.users += 1
         try:
-            await self._done(version, lambda: version.resident, self._load)
+            await self._done(version, lambda: version.resident, self._load, "loaded")
             self._touch(version)
             yield version.request
         finally:
@@ -203,7 +225,7 @@ class AdapterStore:
         version = self._versions.get(ref.name) or self._new_version(ref)
         version.holders += 1
         try:
-            await self._done(version, lambda: version.fetched, self._fetch)
+            await self._done(version, lambda: version.fetched, self._fetch, "fetched")
             yield version
         finally:
             version.holders -= 1
@@ -224,16 +246,30 @@ class AdapterStore:
         version: Version,
         is_done: Callable[[], bool],
         work: Callable[[Version], Awaitable[None]],
+        done: str,
     ) -> None:
-        """Has `work` done on a held version, once however many ask.
+        """Has `work` done on a held version, which is `done` then, once however many ask.
 
         Raises:
             EngineRefusal: it failed.
+            AdapterLoading: it takes longer than anybody waits here; it goes on.
         """
-        while not is_done():
-            if version.failure is not None:
-                raise version.failure
-            await self._working(version, work)
+        if is_done():
+            return
+        try:
+            async with asyncio.timeout(self._wait_s) as bound:
+                while not is_done():
+                    if version.failure is not None:
+                        raise version.failure
+                    await self._working(version, work)
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            self._keep(version)
+            raise AdapterLoading(
+                f"waited {self._wait_s:g} s for adapter {version.ref.name} to be {done}, which goes on; try again",
+                retry_after_s=ADAPTER_RETRY_AFTER_S,
+            ) from None
 
     async def _working(self, version: Version, work: Callable[[Version], Awaitable[None]]) -> None:
         """Starts `work` unless some is being done, and waits for its end."""
@@ -249,6 +285,23 @@ class AdapterStore:
             self._fail(version, error)
         finally:
             version.work = None
+            version.holders -= 1
+            await self._forget_unless_needed(version)
+
+    def _keep(self, version: Version) -> None:
+        """Keeps a version that is still being worked on for those who come back for it."""
+        if version.keeping is None:
+            version.keeping = asyncio.create_task(self._kept(version))
+
+    async def _kept(self, version: Version) -> None:
+        version.holders += 1
+        try:
+            while version.work is not None:
+                await asyncio.wait([version.work])
+            if version.failure is None:
+                await asyncio.sleep(ADAPTER_KEPT_S)
+        finally:
+            version.keeping = None
             version.holders -= 1
             await self._forget_unless_needed(version)
 

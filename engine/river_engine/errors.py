@@ -4,6 +4,7 @@ EngineRefusal
 ├── InvalidField      422  a field is wrong; `param` names it with its index
 ├── InvalidAdapter    422  the adapter's files are not ones this engine can serve
 ├── AdapterNotFound   404  there are no such files
+├── AdapterLoading    503  it is still being loaded when the request has waited long enough
 ├── Unauthorized      401  no or wrong token
 ├── TooLarge          413  the body or a header is over its bound
 ├── EngineFull        429  too many requests are waiting
@@ -13,7 +14,7 @@ EngineRefusal
 
 from __future__ import annotations
 
-from river_engine.protocol import EngineError
+from river_engine.protocol import ADAPTER_LOADING, EngineError
 
 
 class EngineRefusal(Exception):  # noqa: N818 - the request's error, not the engine's
@@ -51,6 +52,11 @@ class InvalidAdapter(EngineRefusal):
 class AdapterNotFound(EngineRefusal):
     status = 404
     type_name = "not_found"
+
+
+class AdapterLoading(EngineRefusal):
+    status = 503
+    type_name = ADAPTER_LOADING
 
 
 class Unauthorized(EngineRefusal):

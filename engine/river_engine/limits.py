@@ -36,6 +36,11 @@ TENANTS_REMEMBERED_MAX = 10_000
 RETRY_AFTER_MAX_S = 30
 DRAIN_CHECK_INTERVAL_S = 0.05
 STREAM_CLOSE_TIMEOUT_S = 5.0
+ADAPTER_WAIT_S = 30.0
+"""How long a request waits for its adapter to be fetched, and again for it to be loaded, unless settings say otherwise."""
+ADAPTER_RETRY_AFTER_S = 5
+ADAPTER_KEPT_S = 60.0
+"""How long an adapter that came too late for a request is kept for the next one."""
 PRELOAD_QUEUE_MAX = 16
 PRELOAD_INTEREST_S = 600.0
 """How long after the last request to a run its new versions are loaded before anybody asks."""

@@ -26,6 +26,8 @@ HEARTBEAT_LOST_AFTER_S = 8.0
 ADAPTER_HEADER = "x-river-adapter"
 MODEL_HEADER = "x-river-model"
 TENANT_HEADER = "x-river-tenant"
+ADAPTER_LOADING = "adapter_loading"
+"""The `type` of a 503: the adapter is still being loaded when the request has waited for it long enough."""
 USAGE_COMMENT = b": river-usage "
 """Begins a comment in a stream of `/v1/responses` or `/v1/messages`; a `StreamUsage` as JSON follows."""
 EXPERT_LAYOUT_METADATA = "expert_layout"
@@ -59,6 +61,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
 
     `expert_routing` says whether the engine can answer `return_expert_routing`. `outstanding_tokens` are those of all
     requests, running or waiting, that are not yet computed: an estimate. A `draining` engine takes no new requests.
+    Adapters that are `loading` are on their way to being `resident`.
     """
 
     engine_id: str
@@ -70,6 +73,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     max_lora_rank: int
     heartbeat_at: float
     resident: list[str] = field(default_factory=list[str])
+    loading: list[str] = field(default_factory=list[str])
     running: int = 0
     outstanding_tokens: int = 0
     draining: bool = False

@@ -252,6 +252,7 @@ async def _build(
         max_loras=settings.max_loras,
         resident_max=settings.max_cpu_loras,
         rank_max=settings.max_lora_rank,
+        wait_s=settings.adapter_wait_s,
         shared_experts=settings.expert_layout == SHARED_OUTER,
     )
     await store.restore()
@@ -351,6 +352,7 @@ def _record_maker(
             max_lora_rank=settings.max_lora_rank,
             heartbeat_at=time.time(),
             resident=store.resident(),
+            loading=store.loading(),
             running=admission.turns_inside() + sum(admission.waiting().values()),
             outstanding_tokens=admission.outstanding_tokens(),
             draining=turnstile.draining,

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from river_client.service import SettingsError, read_settings, variable
-from river_engine.limits import LORA_RANKS
+from river_engine.limits import ADAPTER_WAIT_S, LORA_RANKS
 
 # Any of these files means a kernel driver for a GPU that vLLM can use.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
@@ -29,7 +29,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     `tool_parser` and `reasoning_parser` are vLLM's names: how the model writes tool calls (empty: by its `model_type`)
     and how it sets off its reasoning (empty: it does not).
     `max_num_seqs` sequences are inside vLLM at once (0: vLLM's own choice); `queue_max` prompts may wait for that, of
-    one tenant `queue_tenant_max`. When told to stop, running and waiting requests have `drain_s` seconds to end.
+    one tenant `queue_tenant_max`. A request waits at most `adapter_wait_s` for its adapter to be fetched, and as long
+    for it to be loaded when its turn has come. When told to stop, running and waiting requests have `drain_s` seconds
+    to end.
     """
 
     base_model: str
@@ -50,6 +52,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 0
     queue_max: int = 16384
     queue_tenant_max: int = 4096
+    adapter_wait_s: float = ADAPTER_WAIT_S
     drain_s: float = 15.0
     kv_cache_mb: int = 256
     cpu_threads: int = 1
@@ -100,6 +103,10 @@ def read_engine_settings() -> EngineSettings:
             raise SettingsError(f"{variable(name)}={value}: must be at least 1")
     if not 0 <= settings.drain_s < math.inf:
         raise SettingsError(f"RIVER_DRAIN_S={settings.drain_s}: must be 0 or more seconds")
+    if not 0 < settings.adapter_wait_s < math.inf:
+        raise SettingsError(
+            f"RIVER_ADAPTER_WAIT_S={settings.adapter_wait_s}: must be more than 0 seconds"
+        )
     if settings.max_num_seqs < 0:
         raise SettingsError(f"RIVER_MAX_NUM_SEQS={settings.max_num_seqs}: must not be negative")
     if not settings.engine_token:

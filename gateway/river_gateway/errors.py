@@ -18,6 +18,7 @@
     ├── EngineRefusedError        4xx  the engine's own refusal, passed on
     ├── NotSupportedError         501
     ├── UnavailableError          503  with Retry-After
+    │   ├── StillLoadingError     503  an engine is loading the model's weights for longer than a request waits
     │   └── UnloadableError       503  an engine cannot load the model's weights
     │       └── PrunedError       503  because they are gone, maybe for newer ones
     └── StorageFullError          507
@@ -185,6 +186,10 @@ class UnavailableError(GatewayError):
 
     def __init__(self, message: str, *, retry_after_s: float = RETRY_AFTER_S) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
+
+
+class StillLoadingError(UnavailableError):
+    code = "model_loading"
 
 
 class UnloadableError(UnavailableError):

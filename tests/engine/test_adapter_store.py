@@ -14,11 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.s3 import S3, use_s3
+from support.slow_store import OPTIONS, slow_store
 from vllm.lora.request import LoRARequest
 
 from river_engine.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Target, write_random_adapter
 from river_engine.adapters import AdapterStore
-from river_engine.errors import AdapterNotFound, EngineRefusal, InvalidAdapter
+from river_engine.errors import (
+    AdapterLoading,
+    AdapterNotFound,
+    EngineRefusal,
+    InvalidAdapter,
+)
 from river_engine.protocol import AdapterRef
 from river_engine.stores import OPTIONS_VARIABLE
 from river_trainer.store import FileSets
@@ -37,10 +43,13 @@ class Vllm:
         self.loaded: dict[int, LoRARequest] = {}
         self.loads = 0
         self.loading = asyncio.Event()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         self.loads += 1
         self.loading.set()
+        await self.may_load.wait()
         await asyncio.sleep(0.01)
         load_file(Path(lora_request.lora_path) / WEIGHTS_FILE)
         self.loaded[lora_request.lora_int_id] = lora_request
@@ -60,9 +69,17 @@ def store(vllm: Vllm, tmp_path: Path) -> AdapterStore:
     return make_store(vllm, tmp_path)
 
 
-def make_store(vllm: Vllm, tmp_path: Path, max_loras: int = 1) -> AdapterStore:
+def make_store(
+    vllm: Vllm, tmp_path: Path, max_loras: int = 1, wait_s: float = 30.0
+) -> AdapterStore:
     return AdapterStore(
-        vllm, tmp_path / "versions", TARGETS, max_loras=max_loras, resident_max=2, rank_max=8
+        vllm,
+        tmp_path / "versions",
+        TARGETS,
+        max_loras=max_loras,
+        resident_max=2,
+        rank_max=8,
+        wait_s=wait_s,
     )
 
 
@@ -336,6 +353,72 @@ async def test_a_cancelled_load_is_taken_over(
     first.cancel()
     await second
     assert store.resident() == ["run_a@1"]
+
+
+async def test_nobody_waits_for_ever_for_the_bytes(
+    vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who ask while a store is slow are told to come back; it is asked once, and what it sends is kept."""
+    monkeypatch.setenv(OPTIONS_VARIABLE, OPTIONS)
+    monkeypatch.setattr("river_engine.adapters.ADAPTER_KEPT_S", 0.5)
+    store = make_store(vllm, tmp_path, wait_s=0.2)
+    written(tmp_path, "run_a@1")
+    with slow_store(tmp_path / "source") as slow:
+        ref = AdapterRef(name="run_a@1", location=f"{slow.url}/run_a@1")
+
+        async def ask() -> None:
+            async with in_use(store, ref):
+                raise AssertionError("there are no bytes")
+
+        refusals = await asyncio.gather(*(ask() for _ in range(5)), return_exceptions=True)
+        assert [str(refusal) for refusal in refusals] == [
+            "waited 0.2 s for adapter run_a@1 to be fetched, which goes on; try again"
+        ] * 5
+        assert isinstance(refusals[0], AdapterLoading)
+        assert refusals[0].retry_after_s
+        assert store.loading() == ["run_a@1"]
+        slow.may_answer.set()
+        for _ in range(500):
+            if store.is_here(ref):
+                break
+            await asyncio.sleep(0.01)
+        async with in_use(store, ref) as lora:
+            assert lora.lora_int_id == 1
+        assert store.loading() == []
+        assert set(slow.asked.values()) == {1}
+
+
+async def test_bytes_that_nobody_comes_back_for_go(
+    vllm: Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while; until then an engine says that it is loading them."""
+    monkeypatch.setenv(OPTIONS_VARIABLE, OPTIONS)
+    monkeypatch.setattr("river_engine.adapters.ADAPTER_KEPT_S", 0.2)
+    store = make_store(vllm, tmp_path, wait_s=0.05)
+    written(tmp_path, "run_a@1")
+    with slow_store(tmp_path / "source") as slow:
+        with pytest.raises(AdapterLoading):
+            await store.preload(AdapterRef(name="run_a@1", location=f"{slow.url}/run_a@1"))
+        slow.may_answer.set()
+        for _ in range(500):
+            if not store.loading():
+                break
+            await asyncio.sleep(0.01)
+    assert store.resident() == store.loading() == []
+    assert not any(path.is_dir() for path in (tmp_path / "versions").iterdir())
+
+
+async def test_nobody_waits_for_ever_for_vllm(vllm: Vllm, tmp_path: Path) -> None:
+    """Who cannot wait for the load is told so; it goes on, and is there for the next one."""
+    store = make_store(vllm, tmp_path, wait_s=0.05)
+    ref = written(tmp_path, "run_a@1")
+    vllm.may_load.clear()
+    with pytest.raises(AdapterLoading, match="to be loaded"):
+        async with in_use(store, ref):
+            pass
+    vllm.may_load.set()
+    async with in_use(store, ref):
+        assert vllm.loads == 1
 
 
 async def test_a_new_process_loads_what_the_old_one_had(vllm: Vllm, tmp_path: Path) -> None:

@@ -18,15 +18,18 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import msgspec
 import pytest
+from support.slow_store import OPTIONS, slow_store
 
 from river_engine.adapter_files import WEIGHTS_FILE
-from river_engine.protocol import TENANT_HEADER, AdapterRef, EngineError
+from river_engine.protocol import ADAPTER_LOADING, TENANT_HEADER, AdapterRef, EngineError
+from river_engine.stores import OPTIONS_VARIABLE
 
 from .conftest import RunningEngine, adapter_headers, running_engine
 
 MakeAdapter = Callable[..., AdapterRef]
 PROMPT = [5 + 3 * i for i in range(20)]
 QUEUE, SEQUENCES = 40, 16
+ADAPTER_WAIT_S = 3.0
 WITHIN_S = 20.0
 
 
@@ -45,6 +48,8 @@ def small(
         RIVER_MAX_LORA_RANK="16",
         RIVER_MAX_NUM_SEQS=str(SEQUENCES),
         RIVER_QUEUE_TENANT_MAX=str(QUEUE),
+        RIVER_ADAPTER_WAIT_S=str(ADAPTER_WAIT_S),
+        **{OPTIONS_VARIABLE: OPTIONS},
         VLLM_ALLOW_RUNTIME_LORA_UPDATING="1",
         VLLM_SERVER_DEV_MODE="1",
     ) as running:
@@ -191,6 +196,41 @@ def test_nobody_reaches_past_the_door(small: RunningEngine, path: str) -> None:
     """The routes that load, drop or pin adapters are closed, whatever the environment asks for."""
     body = {"lora_name": "x", "lora_path": "/x", "method": "pin_lora", "args": [1]}
     assert small.client.post(path, json=body).status_code == 404
+
+
+# ---- Slow stores -----------------------------------------------------------------------------------------------------
+
+
+def test_first_requests_wait_for_an_adapter_so_long_and_no_longer(
+    small: RunningEngine, make_adapter: MakeAdapter
+) -> None:
+    """On either route, many at once: told to come back, and then answered by the adapter, which was fetched once."""
+    local = make_adapter(seed=180)
+    expected = tokens_of(small, local, 20)
+    with slow_store(directory_of(local).parent) as slow, ThreadPoolExecutor(8) as pool:
+        location = f"{slow.url}/{directory_of(local).name}"
+        ref = AdapterRef(name="run_slow@1", location=location)
+        body = {"prompt": PROMPT, "max_tokens": 4}
+        started = time.monotonic()
+        asking = [
+            pool.submit(
+                small.client.post, "/v1/completions", headers=adapter_headers(ref), json=body
+            )
+            for _ in range(4)
+        ]
+        status, error = small.refusal(prompt_token_ids=[PROMPT], adapter=ref, max_tokens=4)
+        assert ADAPTER_WAIT_S <= time.monotonic() - started < 2 * ADAPTER_WAIT_S
+        assert (status, error.type) == (503, ADAPTER_LOADING)
+        assert "waited 3 s for adapter run_slow@1" in error.message
+        for answer in asking:
+            response = answer.result()
+            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert tokens_of(small, None, 4), "others are served meanwhile"
+        again = pool.submit(tokens_of, small, ref, 20)
+        slow.may_answer.set()
+        assert again.result() == expected
+        assert set(slow.asked.values()) == {1}
+    assert small.client.get("/readyz").status_code == 200
 
 
 # ---- Starvation ------------------------------------------------------------------------------------------------------

@@ -313,6 +313,20 @@ def test_first_requests_for_an_adapter_go_to_one_place() -> None:
     assert _ask(fleet, question) == other
 
 
+def test_a_place_that_says_it_is_loading_is_believed() -> None:
+    """However long it takes: nobody else is asked to load the adapter meanwhile, crowded as the place may be."""
+    fleet, engines, now = _fleet("a", "b", "c")
+    question = Question(BASE, "run_1@1")
+    home = _ask(fleet, question)
+    now[0] += 10 * limits.PLACEMENT_REMEMBERED_S
+    engines.records = [
+        StandInEngine(name).record(loading=["run_1@1"] if name == home else []) for name in "abc"
+    ]
+    with closing(fleet.visit(home, BUSY_TOKENS)):
+        assert _ask(fleet, question) == home
+    assert fleet.placed == 1
+
+
 def test_a_place_where_loading_failed_is_forgotten() -> None:
     """The next request may go elsewhere."""
     fleet, _, _ = _fleet("a", "b")

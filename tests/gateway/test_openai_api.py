@@ -15,8 +15,10 @@ from support.stand_ins import BASE
 
 from river_billing.events import UsageEvent, UsageKind
 from river_client import wire
+from river_engine.protocol import ADAPTER_LOADING
 from river_gateway.engines.registry import Engines
 from river_gateway.ids import uuid7
+from river_gateway.limits import BREAKER_FAILURES
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 FULL_USAGE = {
@@ -270,6 +272,25 @@ async def test_weights_that_cannot_be_loaded(
     assert "retry-after" in refused.value.response.headers
     assert "file://" not in refused.value.message
     assert "file://" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_weights_that_take_long_to_load(rig: Rig, stream: bool) -> None:
+    """The client is told what was waited for and when to come back; no other engine begins anew, none is to blame."""
+    run = await rig.tenant.new_run()
+    for engine in rig.engines:
+        engine.unloadable[f"{run.run_id}@0"] = (ADAPTER_LOADING, _nothing)
+    for _ in range(2 * BREAKER_FAILURES):
+        with pytest.raises(openai.InternalServerError) as refused:
+            await rig.tenant.openai.chat.completions.create(
+                model=f"river://{run.run_id}", messages=MESSAGES, stream=stream
+            )
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"] == "5"
+        assert (refused.value.type, refused.value.code) == ("server_error", "model_loading")
+        assert "adapter" in refused.value.message
+    assert sorted(len(engine.requests) for engine in rig.engines) == [0, 2 * BREAKER_FAILURES]
+    assert not any(engine.failing for engine in rig.services.upstream.fleet.everybody())
 
 
 async def test_a_version_pruned_meanwhile(rig: Rig) -> None:

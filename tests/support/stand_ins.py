@@ -20,6 +20,7 @@ from support.stand_in_answers import CACHED_TOKENS, COMPLETION_TOKENS, PROMPT_TO
 from river_billing.events import CheckpointSaved
 from river_engine.protocol import (
     ADAPTER_HEADER,
+    ADAPTER_LOADING,
     MODEL_HEADER,
     AdapterRef,
     EngineError,
@@ -107,7 +108,11 @@ class StandInEngine:
         )
         unloadable = await self._unloadable(adapter)
         if unloadable is not None:
-            return web.Response(body=msgspec.json.encode(unloadable), status=404)
+            return web.Response(
+                body=msgspec.json.encode(unloadable),
+                status=503 if unloadable.type == ADAPTER_LOADING else 404,
+                headers={"retry-after": "5"},
+            )
         refusal = self._refusal()
         if refusal is not None:
             status, message = refusal

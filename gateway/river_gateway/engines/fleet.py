@@ -136,7 +136,7 @@ class Fleet:
     def _state(self, record: EngineRecord, adapter: str | None, placed: str | None) -> EngineState:
         engine_id = record.engine_id
         resident = adapter in self._residents(record)
-        loading = engine_id == placed and not resident
+        loading = not resident and (engine_id == placed or adapter in record.loading)
         return EngineState(
             record,
             outstanding_tokens=max(record.outstanding_tokens, self._tokens.get(engine_id, 0)),

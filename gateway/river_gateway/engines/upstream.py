@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
-from river_engine.protocol import ADAPTER_HEADER, MODEL_HEADER, TENANT_HEADER, EngineError
+from river_engine.protocol import (
+    ADAPTER_HEADER,
+    ADAPTER_LOADING,
+    MODEL_HEADER,
+    TENANT_HEADER,
+    EngineError,
+)
 from river_gateway.engines.fleet import Fleet
 from river_gateway.engines.fleet_metrics import FleetMetrics
 from river_gateway.engines.http_client import (
@@ -22,6 +28,7 @@ from river_gateway.engines.routing import Question
 from river_gateway.errors import (
     PrunedError,
     RateLimitedError,
+    StillLoadingError,
     UnavailableError,
     UnloadableError,
 )
@@ -127,6 +134,7 @@ class Upstream:
         Raises:
             EngineRefusedError: the engine found fault with the request.
             RateLimitedError: all engines are full, or too many requests are outstanding here.
+            StillLoadingError: the engine has not loaded the target's adapter in time.
             UnloadableError: the engine cannot load the target's adapter.
             UnavailableError: no engine answers.
         """
@@ -200,6 +208,12 @@ class Upstream:
     ) -> None:
         """What an answer that is no success means: returns if another engine should be asked, else raises."""
         status = answer.status
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            refusal = _parse_refusal(await answer.read())
+            if refusal.type == ADAPTER_LOADING:
+                # Another engine would have to begin it anew.
+                self.fleet.succeeded(engine_id)
+                raise StillLoadingError(refusal.message, retry_after_s=_retry_after_s(answer))
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self.fleet.failed(engine_id, question.adapter)
         else:

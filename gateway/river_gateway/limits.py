@@ -10,6 +10,8 @@ CLIENT_WATCHED_AFTER_S = 0.05
 UPSTREAM_CONCURRENT_MAX = 4096
 UPSTREAM_CONNECT_TIMEOUT_S = 5.0
 UPSTREAM_SILENCE_TIMEOUT_S = 600.0
+UPSTREAM_LOST_SILENCE_S = 2.0
+"""How long an engine may be silent on a connection once its heartbeat is lost; one that still streams is left alone."""
 UPSTREAM_KEEPALIVE_S = 4.0
 """Below the 5 s after which uvicorn, and so an engine, closes an idle connection."""
 UPSTREAM_BUFFER_BYTES = 256 * 1024
@@ -17,8 +19,13 @@ UPSTREAM_BUFFER_BYTES = 256 * 1024
 UPSTREAM_SWEEP_INTERVAL_S = 1.0
 UPSTREAM_REPLAY_S = 1.0
 """A kept connection that breaks later than this after a request was sent was not dead before: the engine was."""
+UPSTREAM_FIRST_BYTE_S = 10.0
+"""How long the beginning of an answer is waited for, when its head has come, before the client is given the head: so
+long another engine can take over, and no longer, so that keep-alives can begin."""
 UPSTREAM_ATTEMPTS = 4
 """How many engines are asked, one after another, before the first byte."""
+HEDGES_SHARE_MAX = 0.1
+"""Of the requests in progress, so many may have a copy: when all engines are slow, copies would make them slower."""
 UPSTREAM_LOSSES_MAX = 3
 """How many engines may break off on one request: it may be the request that kills them."""
 SSE_EVENT_MAX_BYTES = 16 * 1024 * 1024
@@ -46,7 +53,7 @@ BYTES_PER_TOKEN = 4
 COMPLETION_GUESS_TOKENS = 128
 """How long a completion will be, about."""
 ROUTING_PREFIX_BYTES = 512
-"""How much of a request's body says which prefix cache it belongs to."""
+"""How much of a request's prompt says which prefix cache it belongs to."""
 PLACEMENT_REMEMBERED_S = 10.0
 """How long a new place of an adapter is remembered while its engine has not reported it: a load and a heartbeat."""
 PLACEMENTS_MAX = 10_000

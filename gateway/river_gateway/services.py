@@ -114,7 +114,12 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         results=Results(bus),
         engines=engines,
         trainers=Trainers(bus),
-        upstream=Upstream(engines, telemetry, token=settings.engine_token),
+        upstream=Upstream(
+            engines,
+            telemetry,
+            token=settings.engine_token,
+            hedge_after_s=settings.hedge_after_ms / 1000,
+        ),
         meter=Meter(bus, telemetry),
         telemetry=telemetry,
     )

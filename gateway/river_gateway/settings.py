@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from river_gateway.limits import COMPLETIONS_KEPT_S, SWEEP_GRACE_S, SWEEP_INTERVAL_S
 
@@ -12,7 +14,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     The files of a checkpoint that has expired or was replaced go `sweep_grace_s` later; looked for every
     `sweep_interval_s`. `reload_file` is read on SIGHUP (`reload.py`). A stored completion is kept for
-    `completions_kept_s`, unless its tenant says otherwise.
+    `completions_kept_s`, unless its tenant says otherwise. A completion that an engine has not begun to answer after
+    `hedge_after_ms` is asked of a second one as well; 0 means never.
     """
 
     nats_url: str
@@ -23,5 +26,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     completions_kept_s: float = COMPLETIONS_KEPT_S
     sweep_interval_s: float = SWEEP_INTERVAL_S
     sweep_grace_s: float = SWEEP_GRACE_S
+    hedge_after_ms: Annotated[float, Meta(ge=0)] = 0.0
     host: str = "127.0.0.1"
     port: int = 8000

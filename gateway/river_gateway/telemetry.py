@@ -49,6 +49,11 @@ class Telemetry:
             "Requests sent to another engine because one did not answer.",
             registry=self.registry,
         )
+        self.hedges = Counter(
+            "river_gateway_hedges",
+            "Requests sent to a second engine because the first took long.",
+            registry=self.registry,
+        )
         self.usage_dropped = Counter(
             "river_gateway_usage_dropped",
             "Usage events that NATS refused for good.",

@@ -19,7 +19,12 @@ from river_gateway.engines.fleet import Fleet
 from river_gateway.engines.fleet_metrics import FleetMetrics
 from river_gateway.engines.health import Breaker
 from river_gateway.engines.registry import Engines
-from river_gateway.engines.routing import EngineState, Question, choose_engine
+from river_gateway.engines.routing import (
+    EngineState,
+    Question,
+    choose_engine,
+    choose_second,
+)
 
 BUSY_TOKENS = 100 * limits.ROUTING_SLACK_TOKENS
 
@@ -102,6 +107,35 @@ def test_without_affinity_the_least_loaded_answers() -> None:
     assert chosen(engines, Question(BASE)) == "a"
 
 
+@pytest.mark.parametrize(
+    ("engines", "expected"),
+    [
+        ([state("a", holds=True)], ""),
+        ([state("a", holds=True), state("b")], ""),
+        ([state("a", holds=True), state("b", holds=True)], "b"),
+        ([state("a", holds=True), state("b", holds=True, loading=True)], ""),
+        ([state("a", holds=True), state("b", holds=True, failing=True)], ""),
+        ([state("a", holds=True), state("b", holds=True, draining=True)], ""),
+        ([state("a", holds=True), state("b", holds=True, tokens=BUSY_TOKENS)], ""),
+        ([state("a", holds=True, tokens=BUSY_TOKENS), state("b", holds=True)], "b"),
+    ],
+    ids=[
+        "nobody else",
+        "would have to load",
+        "another holder",
+        "loading",
+        "failing",
+        "draining",
+        "busy",
+        "idle",
+    ],
+)
+def test_a_copy_goes_only_where_it_costs_little(engines: list[EngineState], expected: str) -> None:
+    """To an engine that could begin at once; else the request waits for the one that has it."""
+    engine = choose_second(engines, Question(BASE, "x", b"k"), excluded={"a"})
+    assert (engine.engine_id if engine else "") == expected
+
+
 snapshots = st.lists(
     st.builds(
         lambda tokens, holds, failing, draining: (tokens, holds, failing, draining),
@@ -137,6 +171,26 @@ def test_only_those_that_can_are_asked(
         return
     assert engine in able
     assert not engine.failing or all(candidate.failing for candidate in able)
+
+
+@given(engines=snapshots, question=questions, excluded=exclusions)
+def test_a_copy_is_never_a_burden(
+    engines: list[EngineState], question: Question, excluded: set[str]
+) -> None:
+    """Whoever gets one could have been asked first, holds what it takes, and has not more to do than others."""
+    engine = choose_second(engines, question, excluded=excluded)
+    if engine is None:
+        return
+    assert engine.engine_id not in excluded
+    assert not engine.failing
+    assert not engine.record.draining
+    ready = [other for other in engines if not (other.failing or other.record.draining)]
+    if question.adapter is not None:
+        assert engine.holds
+        ready = [other for other in ready if other.holds]
+    mean_tokens = sum(other.outstanding_tokens for other in ready) / len(ready)
+    slack = limits.ROUTING_SLACK_TOKENS
+    assert engine.outstanding_tokens <= limits.ROUTING_ROOM_FACTOR * mean_tokens + slack
 
 
 @given(engines=snapshots, question=questions, data=st.data())

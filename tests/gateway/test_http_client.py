@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from river_gateway import limits
+from river_gateway.engines import http_client
 from river_gateway.engines.http_client import EngineClient, EngineLostError
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nX-Custom: yes\r\n\r\nok"
@@ -225,6 +226,73 @@ async def test_silence_ends_a_request() -> None:
             await answer.next_chunk()
         answer.close()
         await asyncio.wait_for(server.gone.wait(), 5)
+        await client.close()
+
+
+async def test_a_lost_engine_s_silence_is_believed_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the first byte and after it; the connections of others wait on."""
+    monkeypatch.setattr(http_client, "UPSTREAM_LOST_SILENCE_S", 0.2)
+    lost = set[str]()
+    client = EngineClient(lambda urls: lost & set(urls))
+    async with serving(saying_ok_and_no_more) as vanished, serving(saying_ok_and_no_more) as other:
+        answers = [await client.post(server.url, "/x", [], b"") for server in (vanished, other)]
+        for answer in answers:
+            assert await answer.next_chunk() == b"ok"
+        lost.add(vanished.url)
+        with pytest.raises(EngineLostError, match="heartbeat"):
+            await answers[0].next_chunk()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(answers[1].next_chunk(), 2 * limits.UPSTREAM_SWEEP_INTERVAL_S)
+        await client.close()
+
+
+async def test_what_still_comes_from_a_lost_engine_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that NATS does not reach may well go on streaming."""
+    monkeypatch.setattr(http_client, "UPSTREAM_LOST_SILENCE_S", 1.0)
+    pieces = 15
+
+    def behaviour(server: Server) -> Behaviour:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await server.read_request(reader)
+            writer.write(CHUNKED)
+            for _ in range(pieces):
+                writer.write(b"2\r\nok\r\n")
+                await asyncio.sleep(0.2)
+            writer.write(b"0\r\n\r\n")
+
+        return talk
+
+    client = EngineClient(lambda urls: urls)
+    async with serving(behaviour) as server:
+        assert await post(client, server) == (200, b"ok" * pieces)
+        await client.close()
+
+
+async def test_the_beginning_of_an_answer_is_waited_for_so_long() -> None:
+    """It may be long after the head; what breaks off before is told at once."""
+
+    def behaviour(server: Server) -> Behaviour:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await server.read_request(reader)
+            writer.write(CHUNKED)
+            await asyncio.sleep(0.3)
+
+        return talk
+
+    client = EngineClient()
+    async with serving(behaviour) as server:
+        answer = await client.post(server.url, "/x", [], b"")
+        await answer.begun(0.05)
+        with pytest.raises(EngineLostError):
+            await answer.begun(5)
+        answer.close()
+    async with serving(saying_ok_and_no_more) as server:
+        answer = await client.post(server.url, "/x", [], b"")
+        await answer.begun(5)
+        assert await answer.next_chunk() == b"ok"
+        answer.close()
         await client.close()
 
 

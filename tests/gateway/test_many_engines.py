@@ -22,6 +22,9 @@ import pytest_asyncio
 from support import engine_process
 from support.gateway import Rig, eventually, running_rig
 
+from river_billing.events import UsageKind
+from river_engine.protocol import HEARTBEAT_LOST_AFTER_S
+
 ENGINES = 8
 RUNS = 20
 CLIENTS = 24
@@ -41,15 +44,17 @@ async def rig(postgres_url: str, nats_url: str, tmp_path: Path) -> AsyncIterator
 class Processes:
     """The engines."""
 
-    def __init__(self, nats_url: str) -> None:
+    def __init__(self, nats_url: str, word_s: float) -> None:
         self._nats_url = nats_url
+        self._word_s = word_s
         self._names = itertools.count()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._ended: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> str:
         name = f"engine-{next(self._names)}"
-        command = [sys.executable, engine_process.__file__, name, self._nats_url]
+        program = [sys.executable, engine_process.__file__]
+        command = [*program, name, self._nats_url, str(self._word_s)]
         self.running[name] = subprocess.Popen(command)
         return name
 
@@ -58,6 +63,10 @@ class Processes:
         process.send_signal(how)
         self._ended.append(process)
 
+    def stop(self, name: str) -> None:
+        """As if its machine were gone: it neither answers nor closes anything."""
+        self.running[name].send_signal(signal.SIGSTOP)
+
     def close(self) -> None:
         for process in [*self.running.values(), *self._ended]:
             process.kill()
@@ -65,9 +74,11 @@ class Processes:
 
 
 @asynccontextmanager
-async def engines(rig: Rig, nats_url: str, count: int) -> AsyncGenerator[Processes]:
+async def engines(
+    rig: Rig, nats_url: str, count: int, word_s: float = engine_process.WORD_S
+) -> AsyncGenerator[Processes]:
     """So many engines, registered."""
-    processes = Processes(nats_url)
+    processes = Processes(nats_url, word_s)
     try:
         for _ in range(count):
             processes.start()
@@ -87,9 +98,12 @@ class Tally:
     broken: list[str] = field(default_factory=list[str])
 
 
-async def ask(rig: Rig, model: str, version: str, tally: Tally, *, stream: bool) -> None:
+async def ask(
+    rig: Rig, model: str, version: str, tally: Tally, *, stream: bool, question: str = ""
+) -> None:
     """One request; fails unless it was answered by the right adapter, or broke after its first byte as it should."""
-    messages: Any = [{"role": "user", "content": f"question {random.random()}"}]
+    question = question or f"question {random.random()}"
+    messages: Any = [{"role": "user", "content": question}]
     answer = await rig.tenant.openai.chat.completions.create(
         model=model, messages=messages, stream=stream
     )
@@ -185,6 +199,39 @@ async def test_a_leaving_engine_ends_what_it_has_begun(rig: Rig, nats_url: str) 
             await ask(rig, engine_process.BASE, "", tally, stream=False)
     assert not tally.broken
     assert sum(tally.answers.values()) == 15
+
+
+async def test_an_engine_vanishes_without_a_word(rig: Rig, nats_url: str) -> None:
+    """As when its machine loses its power: no connection is reset, and requests would wait for ever.
+
+    Once its heartbeat is lost, those that have no byte of an answer get it from another engine; streams end with an
+    error and are billed for what came.
+    """
+    word_s = 1.0
+
+    def asking(tally: Tally, *, stream: bool) -> asyncio.Task[None]:
+        return asyncio.create_task(
+            ask(rig, engine_process.BASE, "", tally, stream=stream, question="the same")
+        )
+
+    early, late = Tally(), Tally()
+    async with engines(rig, nats_url, 2, word_s) as processes:
+        begun = asking(early, stream=True)
+        await asyncio.sleep(2.2 * word_s)
+        waiting = [asking(late, stream=stream) for stream in (True, False)]
+        await asyncio.sleep(0.4 * word_s)
+        (home,) = rig.services.upstream.fleet.outstanding_tokens()
+        processes.stop(home)
+        await eventually(lambda: len(rig.services.engines.alive()) == 1, 2 * HEARTBEAT_LOST_AFTER_S)
+        async with asyncio.timeout(HEARTBEAT_LOST_AFTER_S + 2 * engine_process.WORDS * word_s):
+            await asyncio.gather(begun, *waiting)
+    assert early.broken == ["the engine was lost in the middle of the answer"]
+    assert set(early.answers) == {home}
+    assert late.broken == []
+    assert set(late.answers) == set(processes.running) - {home}
+    used = sorted(event.quantities[UsageKind.COMPLETION] for event in await rig.usage(3))
+    assert used[0] in range(1, engine_process.WORDS)
+    assert used[1:] == [engine_process.WORDS] * 2
 
 
 @pytest.mark.parametrize("stream", [True, False])

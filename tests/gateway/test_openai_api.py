@@ -274,6 +274,23 @@ async def test_weights_that_cannot_be_loaded(
     assert "file://" in caplog.text
 
 
+async def test_prompts_that_begin_alike_go_to_one_engine(rig: Rig) -> None:
+    """Where their first blocks are cached, whatever else is asked for, and in whatever order; others spread."""
+    chat = rig.tenant.openai.chat.completions
+    system = {"role": "system", "content": "You answer. " * 50}
+    for number in range(8):
+        messages: Any = [system, {"role": "user", "content": f"{number}"}]
+        answer: Any = await chat.create(
+            model=BASE, messages=messages, stream=number % 2 == 0, temperature=0.1 * number
+        )
+        if number % 2 == 0:
+            assert [chunk async for chunk in answer]
+    assert sorted(len(engine.requests) for engine in rig.engines) == [0, 8]
+    for number in range(16):
+        await chat.create(model=BASE, messages=[{"role": "user", "content": f"{number}"}])
+    assert min(len(engine.requests) for engine in rig.engines) > 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_weights_that_take_long_to_load(rig: Rig, stream: bool) -> None:
     """The client is told what was waited for and when to come back; no other engine begins anew, none is to blame."""

@@ -1,4 +1,4 @@
-"""An engine that computes nothing, as a process of its own: `python engine_process.py NAME NATS_URL`.
+"""An engine that computes nothing, as a process of its own: `python engine_process.py NAME NATS_URL SECONDS_A_WORD`.
 
 It speaks the engine's protocol: registers, loads the adapters that it is asked for, which takes time, holds a few, and
 answers with its own name and the adapter's. On SIGTERM it takes nothing new, ends what is running, and leaves.
@@ -36,8 +36,9 @@ HEARTBEAT_S = 0.25
 class EngineProcess:
     """`loads` counts how often each adapter was loaded."""
 
-    def __init__(self, engine_id: str) -> None:
+    def __init__(self, engine_id: str, word_s: float) -> None:
         self.engine_id = engine_id
+        self.word_s = word_s
         self.url = ""
         self.running = 0
         self.draining = False
@@ -74,7 +75,7 @@ class EngineProcess:
             who = f"{self.engine_id}|{adapter.name if adapter else ''}"
             if body.get("stream"):
                 return await self._stream(request, who)
-            await asyncio.sleep(WORDS * WORD_S)
+            await asyncio.sleep(WORDS * self.word_s)
             message = {"role": "assistant", "content": who}
             return web.json_response(self._chunk(request, WORDS, message=message))
         finally:
@@ -100,9 +101,9 @@ class EngineProcess:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         for produced in range(1, WORDS + 1):
+            await asyncio.sleep(self.word_s)
             chunk = self._chunk(request, produced, delta={"content": f"{who} "})
             await response.write(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
-            await asyncio.sleep(WORD_S)
         last = self._chunk(request, WORDS) | {"choices": []}
         await response.write(b"data: " + msgspec.json.encode(last) + b"\n\ndata: [DONE]\n\n")
         return response
@@ -122,9 +123,9 @@ class EngineProcess:
         }
 
 
-async def main(engine_id: str, nats_url: str) -> None:
+async def main(engine_id: str, nats_url: str, word_s: str) -> None:
     """Serves until SIGTERM."""
-    engine = EngineProcess(engine_id)
+    engine = EngineProcess(engine_id, float(word_s))
     application = web.Application()
     application.router.add_post("/v1/chat/completions", engine.complete)
     application.router.add_get("/counts", engine.counts)

@@ -63,7 +63,9 @@ ROUTING = ExpertRouting(
 
 @dataclass
 class StandInEngine:
-    """Answers with fixed text and counts. `behaviour`: ok, refuse, busy, unready, break (mid-answer), hang.
+    """Answers with fixed text and counts. `behaviour`: ok, refuse, busy, unready, break (mid-answer), hang, mute.
+
+    One that is mute says nothing after the head of a stream, and does not even come to the head of a whole answer.
 
     The adapters that `unloadable` names are refused with a type of error, after something has been done.
     """
@@ -123,7 +125,7 @@ class StandInEngine:
                 typed = request.path in stand_in_answers.PATHS
                 stream = self._stream_typed if typed else self._stream
                 return await stream(request, body)
-            if self.behaviour == "hang":
+            if self.behaviour in ("hang", "mute"):
                 await asyncio.sleep(PATIENCE_S)
             whole = self._whole(request)
             _tell_tokens(whole, body, [10], first=True)
@@ -171,6 +173,8 @@ class StandInEngine:
         assert body["stream_options"]["continuous_usage_stats"]
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
+        if self.behaviour == "mute":
+            await asyncio.sleep(PATIENCE_S)
         for index in range(COMPLETION_TOKENS):
             chunk = self._chunk(request, f"w{index} ", index + 1)
             _tell_tokens(chunk, body, [10 + index], first=index == 0)
@@ -220,6 +224,8 @@ class StandInEngine:
         unloadable = await self._unloadable(asked.adapter)
         if unloadable is not None:
             return web.Response(body=msgspec.msgpack.encode(unloadable), status=404)
+        if self.behaviour == "mute":
+            await asyncio.sleep(PATIENCE_S)
         if self.behaviour == "refuse":
             error = EngineError(
                 type="invalid_request", message="prompts[0]: too long", param="prompts[0]"

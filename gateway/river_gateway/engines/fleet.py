@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from river_gateway.engines.health import Breaker
-from river_gateway.engines.routing import EngineState, Question, choose_engine
+from river_gateway.engines.routing import (
+    EngineState,
+    Question,
+    choose_engine,
+    choose_second,
+)
 from river_gateway.limits import (
     ENGINES_REMEMBERED_MAX,
     PLACEMENT_REMEMBERED_S,
@@ -77,6 +82,11 @@ class Fleet:
         if question.adapter is not None and not chosen.holds:
             self._place(question.adapter, chosen.record.engine_id)
         return chosen.record
+
+    def choose_second(self, question: Question, excluded: Collection[str]) -> EngineRecord | None:
+        """The engine for a copy of a request that the excluded ones have not answered, or None when there is none."""
+        chosen = choose_second(self.snapshot(question), question, excluded=excluded)
+        return None if chosen is None else chosen.record
 
     def snapshot(self, question: Question) -> list[EngineState]:
         """All engines of the base model in question."""

@@ -8,6 +8,7 @@ backpressure, and bounds on connecting and on silence.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, cast
@@ -19,13 +20,14 @@ from river_gateway.limits import (
     UPSTREAM_BUFFER_BYTES,
     UPSTREAM_CONNECT_TIMEOUT_S,
     UPSTREAM_KEEPALIVE_S,
+    UPSTREAM_LOST_SILENCE_S,
     UPSTREAM_REPLAY_S,
     UPSTREAM_SILENCE_TIMEOUT_S,
     UPSTREAM_SWEEP_INTERVAL_S,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 Header = tuple[bytes, bytes]
 
@@ -38,16 +40,26 @@ class EngineUnreachableError(EngineLostError):
     """The engine cannot be reached: it has not seen the request."""
 
 
+def _none_lost(urls: Collection[str]) -> Collection[str]:  # noqa: ARG001 - whoever they are
+    return ()
+
+
 class EngineClient:
-    """Requests to any number of engines; each gets a pool of kept connections, the last used first."""
+    """Requests to any number of engines; each gets a pool of kept connections, the last used first.
+
+    `lost_of` says which of some engines' URLs are of engines that seem to have vanished. A machine that loses its power
+    or its network resets no connection: their silence is believed much sooner.
+    """
 
     def __init__(
         self,
+        lost_of: Callable[[Collection[str]], Collection[str]] = _none_lost,
         *,
         connect_timeout_s: float = UPSTREAM_CONNECT_TIMEOUT_S,
         silence_timeout_s: float = UPSTREAM_SILENCE_TIMEOUT_S,
         keepalive_s: float = UPSTREAM_KEEPALIVE_S,
     ) -> None:
+        self._lost_of = lost_of
         self._connect_timeout_s = connect_timeout_s
         self._silence_timeout_s = silence_timeout_s
         self._keepalive_s = keepalive_s
@@ -127,11 +139,14 @@ class EngineClient:
         One look at all of them now and then costs less than a timer for each request.
         """
         now = loop.time()
+        lost = self._lost_of(self._origins.keys())
         for url, origin in tuple(self._origins.items()):
             for connection in tuple(origin.connections):
                 quiet_s = now - connection.heard_at
                 if connection.busy and quiet_s > self._silence_timeout_s:
-                    connection.time_out()
+                    connection.time_out("the engine fell silent")
+                elif connection.listening and url in lost and quiet_s > UPSTREAM_LOST_SILENCE_S:
+                    connection.time_out("the engine's heartbeat is lost")
                 elif not connection.busy and quiet_s > self._keepalive_s:
                     connection.abort()
             origin.forget_closed()
@@ -154,6 +169,17 @@ class EngineAnswer:
         self._closed = False
         self.status = connection.status
         self.headers = connection.headers
+
+    async def begun(self, within_s: float) -> None:
+        """Waits for the first bytes of the body or its end, or until `within_s` is over.
+
+        Raises:
+            EngineLostError: the answer will have no beginning.
+        """
+        if not self._connection.has_begun:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    await self._connection.begun()
 
     async def next_chunk(self) -> bytes | None:
         """What has come of the body since the last call, at least a byte; None at its end.
@@ -261,6 +287,20 @@ class _Connection(asyncio.Protocol):
             self.abort()
             raise
 
+    @property
+    def listening(self) -> bool:
+        """Whether there is a request whose answer is waited for, and read as it comes."""
+        return self.busy and not self.paused
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._chunks) or self._complete
+
+    async def begun(self) -> None:
+        while not self.has_begun:
+            self._raise_if_lost()
+            await self._wait()
+
     async def next_chunk(self) -> bytes | None:
         while not self._chunks:
             if self._complete:
@@ -275,12 +315,13 @@ class _Connection(asyncio.Protocol):
         self._buffered_bytes = 0
         if self.paused and self._transport is not None:
             self.paused = False
+            self.heard_at = self._loop.time()  # Until now nobody listened.
             self._transport.resume_reading()
         return data
 
-    def time_out(self) -> None:
+    def time_out(self, reason: str) -> None:
         self.timed_out = True
-        self._fail(EngineLostError("the engine fell silent"))
+        self._fail(EngineLostError(reason))
         self.abort()
 
     def abort(self) -> None:

@@ -17,7 +17,7 @@ from river_trainer.protocol import HEARTBEAT_LOST_AFTER_S as TRAINER_LOST_AFTER_
 from river_trainer.protocol import TRAINERS_BUCKET, TrainerRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, KeysView
+    from collections.abc import AsyncIterator, Collection, KeysView
 
     from river_gateway.bus import Bus, Change
 
@@ -70,6 +70,12 @@ class Registry(Generic[RecordType]):
             and base_model in (None, record.base_model)
         ]
 
+    @property
+    def deaf(self) -> bool:
+        """Whether heartbeats may be late because NATS is away, or has just come back."""
+        now = time.time()
+        return self._bus.heard_until(now, self._lost_after_s) != now
+
     def last_of(self, base_model: str) -> RecordType | None:
         """The newest record of a base model, whether its writer is alive or not."""
         return self._last_of_base.get(base_model)
@@ -119,12 +125,18 @@ class Registry(Generic[RecordType]):
 
 
 class Engines(Registry[EngineRecord]):
-    """The engines."""
+    """The engines, each known by its URL too."""
 
     def __init__(self, bus: Bus) -> None:
         super().__init__(
             bus, bucket=ENGINES_BUCKET, kind=EngineRecord, lost_after_s=ENGINE_LOST_AFTER_S
         )
+
+    def lost_of(self, urls: Collection[str]) -> set[str]:
+        """Those of the URLs where no engine has a recent heartbeat; none while that says nothing, as NATS was away."""
+        if not urls or not self.loaded or self.deaf:
+            return set()
+        return {*urls} - {record.url for record in self.alive()}
 
 
 class Trainers(Registry[TrainerRecord]):

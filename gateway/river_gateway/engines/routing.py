@@ -8,6 +8,9 @@
 3. Of several, the first with room in an order that follows from the prompt's beginning, whose blocks its prefix cache
    may hold.
 
+A request that takes long may be asked of a second engine as well (`choose_second`): only of one that could begin at
+once, for a copy must not cost more than it saves.
+
 An engine has room while it has no more than its share of the outstanding tokens and a bit: consistent hashing with
 bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), where the order is that of rendezvous hashing.
 """
@@ -73,11 +76,7 @@ def choose_engine(
 ) -> EngineState | None:
     """The engine to ask, or None when there is none."""
     able = [
-        engine
-        for engine in engines
-        if engine.record.base_model == question.base_model
-        and not engine.record.draining
-        and engine.record.engine_id not in excluded
+        engine for engine in _able(engines, question) if engine.record.engine_id not in excluded
     ]
     able = [engine for engine in able if not engine.failing] or able
     if len(able) <= 1:
@@ -91,6 +90,32 @@ def choose_engine(
     return _first_with_room(able, question.affinity)
 
 
+def choose_second(
+    engines: Iterable[EngineState], question: Question, *, excluded: Collection[str]
+) -> EngineState | None:
+    """The engine for a copy of a request that the `excluded` ones have not answered yet; None when there is none.
+
+    It holds the adapter, does not fail, and has room among all that could answer.
+    """
+    able = [
+        engine
+        for engine in _able(engines, question)
+        if not engine.failing
+        and (question.adapter is None or (engine.holds and not engine.loading))
+    ]
+    with_room = [engine for engine in _with_room(able) if engine.record.engine_id not in excluded]
+    return _first(with_room, question.affinity) if with_room else None
+
+
+def _able(engines: Iterable[EngineState], question: Question) -> list[EngineState]:
+    """Those that have the base model and take new requests."""
+    return [
+        engine
+        for engine in engines
+        if engine.record.base_model == question.base_model and not engine.record.draining
+    ]
+
+
 def _crowded(holders: Sequence[EngineState], others: Sequence[EngineState]) -> bool:
     """Whether it is worth loading an adapter once more: its holders have several times what others have to do."""
     if not others or any(engine.loading for engine in holders):
@@ -102,15 +127,21 @@ def _crowded(holders: Sequence[EngineState], others: Sequence[EngineState]) -> b
 
 def _first_with_room(engines: Sequence[EngineState], key: bytes) -> EngineState:
     """The first in the key's order that has no more than its share and a bit; the least loaded always has."""
-    if len(engines) == 1:
-        return engines[0]
+    return engines[0] if len(engines) == 1 else _first(_with_room(engines), key)
+
+
+def _with_room(engines: Sequence[EngineState]) -> list[EngineState]:
     total = sum(engine.outstanding_tokens for engine in engines)
-    room_tokens = ROUTING_ROOM_FACTOR * total / len(engines) + ROUTING_SLACK_TOKENS
-    with_room = [engine for engine in engines if engine.outstanding_tokens <= room_tokens]
+    room_tokens = ROUTING_ROOM_FACTOR * total / max(1, len(engines)) + ROUTING_SLACK_TOKENS
+    return [engine for engine in engines if engine.outstanding_tokens <= room_tokens]
+
+
+def _first(engines: Sequence[EngineState], key: bytes) -> EngineState:
+    """The first in the key's order; without a key, the least loaded."""
     if not key:
-        return min(with_room, key=lambda engine: (engine.outstanding_tokens, engine.engine_id))
+        return min(engines, key=lambda engine: (engine.outstanding_tokens, engine.engine_id))
     hashed = int.from_bytes(blake2b(key, digest_size=8).digest())
-    return max(with_room, key=lambda engine: _score(hashed, engine.engine_id))
+    return max(engines, key=lambda engine: _score(hashed, engine.engine_id))
 
 
 def _score(hashed: int, engine_id: str) -> tuple[int, str]:

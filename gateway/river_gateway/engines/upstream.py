@@ -1,4 +1,4 @@
-"""Asking an engine: choosing one, and others before the first byte if it does not answer."""
+"""Asking an engine: choosing one, and others before the first byte if it does not answer or takes long."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from river_engine.protocol import (
 )
 from river_gateway.engines.fleet import Fleet
 from river_gateway.engines.fleet_metrics import FleetMetrics
+from river_gateway.engines.hedging import first_answer
 from river_gateway.engines.http_client import (
     EngineClient,
     EngineLostError,
@@ -33,10 +34,12 @@ from river_gateway.errors import (
     UnloadableError,
 )
 from river_gateway.limits import (
+    HEDGES_SHARE_MAX,
     RETRY_AFTER_MAX_S,
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
     UPSTREAM_CONCURRENT_MAX,
+    UPSTREAM_FIRST_BYTE_S,
     UPSTREAM_LOSSES_MAX,
 )
 
@@ -94,14 +97,34 @@ class _Tries:
     retry_after_s: list[float] = field(default_factory=list[float])
 
 
-class Upstream:
-    """The engines as HTTP servers."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request as engines get it, and what has come of it."""
 
-    def __init__(self, engines: Engines, telemetry: Telemetry, *, token: str) -> None:
+    question: Question
+    path: str
+    headers: list[Header]
+    body: bytes
+    tokens: int
+    tries: _Tries = field(default_factory=_Tries)
+
+
+class Upstream:
+    """The engines as HTTP servers.
+
+    A request for which that is allowed goes to a second engine as well when the first has not begun to answer after
+    `hedge_after_s`; never if that is 0.
+    """
+
+    def __init__(
+        self, engines: Engines, telemetry: Telemetry, *, token: str, hedge_after_s: float = 0.0
+    ) -> None:
         self.fleet = Fleet(engines)
         telemetry.registry.register(FleetMetrics(self.fleet))
         self._telemetry = telemetry
-        self._client = EngineClient()
+        self._client = EngineClient(engines.lost_of)
+        self._hedge_after_s = hedge_after_s
+        self._hedges = 0
         self.authorize(token)
 
     def authorize(self, token: str) -> None:
@@ -124,12 +147,13 @@ class Upstream:
         model_name: str | None = None,
         affinity: bytes = b"",
         tokens: int = 0,
+        may_hedge: bool = False,
     ) -> Opened:
-        """Posts to an engine of the target's base model and returns its answer once that is a success.
+        """Posts to an engine of the target's base model and returns its answer once that is a success and has begun.
 
         Requests with the same `affinity` may share cached blocks; `tokens` is about how much work this one is. Engines
         that cannot be reached, are full, or take nothing new are replaced by others. One that breaks off may have been
-        killed by the request, so that is tried again a few times only.
+        killed by the request, so that is tried again a few times only. One that `may_hedge` may be asked twice.
 
         Raises:
             EngineRefusedError: the engine found fault with the request.
@@ -153,7 +177,19 @@ class Upstream:
         question = Question(
             target.base_model, target.adapter.name if target.adapter else None, affinity
         )
-        tries = _Tries()
+        asked = _Asked(question, path, headers, body, tokens)
+        if not (may_hedge and self._hedge_after_s):
+            return await self._ask(asked)
+        return await first_answer(
+            self._ask(asked),
+            lambda: self._ask_second(asked),
+            after_s=self._hedge_after_s,
+            discard=Opened.close,
+        )
+
+    async def _ask(self, asked: _Asked) -> Opened:
+        """The answer of the first engine that gives one."""
+        question, tries = asked.question, asked.tries
         while len(tries.excluded) < UPSTREAM_ATTEMPTS and tries.losses < UPSTREAM_LOSSES_MAX:
             engine = self.fleet.choose(question, tries.excluded)
             if engine is None:
@@ -161,41 +197,48 @@ class Upstream:
             if tries.excluded:
                 self._telemetry.retries.inc()
             tries.excluded.add(engine.engine_id)
-            opened = await self._attempt(engine, question, path, body, headers, tokens, tries)
+            opened = await self._attempt(engine, asked)
             if opened is not None:
                 return opened
         if tries.retry_after_s:
             raise RateLimitedError("all engines are busy", retry_after_s=min(tries.retry_after_s))
         raise UnavailableError(
-            f"no engine of {target.base_model!r} answers at the moment; try again"
+            f"no engine of {question.base_model!r} answers at the moment; try again"
         )
 
-    async def _attempt(
-        self,
-        engine: EngineRecord,
-        question: Question,
-        path: str,
-        body: bytes,
-        headers: list[Header],
-        tokens: int,
-        tries: _Tries,
-    ) -> Opened | None:
+    async def _ask_second(self, asked: _Asked) -> Opened | None:
+        """The answer of one engine more, if there is one that could give it and not too many are asked so already."""
+        if self._hedges >= max(1, HEDGES_SHARE_MAX * self.fleet.visits):
+            return None
+        engine = self.fleet.choose_second(asked.question, asked.tries.excluded)
+        if engine is None:
+            return None
+        asked.tries.excluded.add(engine.engine_id)
+        self._telemetry.hedges.inc()
+        self._hedges += 1
+        try:
+            return await self._attempt(engine, asked)
+        finally:
+            self._hedges -= 1
+
+    async def _attempt(self, engine: EngineRecord, asked: _Asked) -> Opened | None:
         """One engine's successful answer, or None when another should be asked."""
-        engine_id = engine.engine_id
-        visit = self.fleet.visit(engine_id, tokens)
+        engine_id, adapter = engine.engine_id, asked.question.adapter
+        visit = self.fleet.visit(engine_id, asked.tokens)
         answer: EngineAnswer | None = None
         opened: Opened | None = None
         try:
-            answer = await self._client.post(engine.url, path, headers, body)
+            answer = await self._client.post(engine.url, asked.path, asked.headers, asked.body)
             if answer.status == HTTPStatus.OK:
+                await answer.begun(UPSTREAM_FIRST_BYTE_S)
                 self.fleet.succeeded(engine_id)
                 opened = Opened(answer, engine, visit)
             else:
-                await self._learn(answer, engine_id, question, tries)
+                await self._learn(answer, engine_id, asked)
         except EngineLostError as error:
             logger.warning("engine %s is lost: %s", engine_id, error)
-            self.fleet.failed(engine_id, question.adapter)
-            tries.losses += not isinstance(error, EngineUnreachableError)
+            self.fleet.failed(engine_id, adapter)
+            asked.tries.losses += not isinstance(error, EngineUnreachableError)
         finally:
             if opened is None:
                 if answer is not None:
@@ -203,9 +246,7 @@ class Upstream:
                 visit.close()
         return opened
 
-    async def _learn(
-        self, answer: EngineAnswer, engine_id: str, question: Question, tries: _Tries
-    ) -> None:
+    async def _learn(self, answer: EngineAnswer, engine_id: str, asked: _Asked) -> None:
         """What an answer that is no success means: returns if another engine should be asked, else raises."""
         status = answer.status
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -215,13 +256,13 @@ class Upstream:
                 self.fleet.succeeded(engine_id)
                 raise StillLoadingError(refusal.message, retry_after_s=_retry_after_s(answer))
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            self.fleet.failed(engine_id, question.adapter)
+            self.fleet.failed(engine_id, asked.question.adapter)
         else:
             self.fleet.succeeded(engine_id)
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             logger.warning("engine %s takes no requests", engine_id)
         elif status == HTTPStatus.TOO_MANY_REQUESTS:
-            tries.retry_after_s.append(_retry_after_s(answer))
+            asked.tries.retry_after_s.append(_retry_after_s(answer))
         else:
             await _raise_refusal(answer)
 

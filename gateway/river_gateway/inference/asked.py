@@ -9,7 +9,12 @@ import msgspec
 from river_gateway.codec import storable
 from river_gateway.errors import InvalidFieldError, InvalidTypeError, MalformedBodyError
 from river_gateway.inference.sse import UsageWishes
-from river_gateway.limits import ANSWER_TOKENS_GUESSED, CHOICES_MAX, USER_MAX_CHARS
+from river_gateway.limits import (
+    ANSWER_TOKENS_GUESSED,
+    CHOICES_MAX,
+    ROUTING_PREFIX_BYTES,
+    USER_MAX_CHARS,
+)
 from river_gateway.tenancy.quotas import tokens_guessed
 
 if TYPE_CHECKING:
@@ -63,8 +68,21 @@ class Asked(msgspec.Struct, frozen=True):
         return tokens_guessed(body_bytes) + self.choices_per_prompt * max(answer, 1)
 
 
+_PROMPT_FIELDS = ("system", "instructions", "messages", "prompt", "input")
+"""What engines read, in their order, by any of its names."""
+
 _asked_decoder = msgspec.json.Decoder(Asked)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def prompt_beginning(fields: Mapping[str, msgspec.Raw]) -> bytes:
+    """What requests whose prompts begin alike have in common, whatever else they ask for."""
+    beginning = b""
+    for name in _PROMPT_FIELDS:
+        value = fields.get(name)
+        if value is not None:
+            beginning += memoryview(value)[: ROUTING_PREFIX_BYTES - len(beginning)]
+    return beginning
 
 
 def read_fields(body: bytes) -> dict[str, msgspec.Raw]:

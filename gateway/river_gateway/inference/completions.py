@@ -21,7 +21,7 @@ from river_gateway.errors import (
 )
 from river_gateway.feedback.keeping import KeptStream, keeper_of, wants_keeping
 from river_gateway.feedback.store import stored
-from river_gateway.inference.asked import read_fields
+from river_gateway.inference.asked import prompt_beginning, read_fields
 from river_gateway.inference.messages_api import COUNT_TOKENS_PATH
 from river_gateway.inference.metering import UsageTally, usage_event
 from river_gateway.inference.models import POLICY_VERSION_HEADER, Wish, ask_current, resolve_model
@@ -31,7 +31,6 @@ from river_gateway.limits import (
     BODY_MAX_BYTES,
     BYTES_PER_TOKEN,
     COMPLETION_GUESS_TOKENS,
-    ROUTING_PREFIX_BYTES,
     STREAM_KEEP_ALIVE_S,
 )
 from river_gateway.tenancy.auth import check_scopes, credentials
@@ -171,7 +170,7 @@ class Completions:
         asked = exchange.asked
         tenant_id = exchange.principal.tenant_id
         for_engine = self._dialect.engine_body(fields, asked, exchange.target.base_model)
-        affinity = tenant_id.encode() + body[:ROUTING_PREFIX_BYTES]
+        affinity = tenant_id.encode() + prompt_beginning(fields)
         completion_tokens = asked.choices_per_prompt * COMPLETION_GUESS_TOKENS
         tokens = len(body) // BYTES_PER_TOKEN + completion_tokens
 
@@ -186,6 +185,7 @@ class Completions:
                 model_name=asked.model,
                 affinity=affinity,
                 tokens=tokens,
+                may_hedge=True,
             )
 
         exchange.target, opened = await ask_current(self._services, tenant_id, exchange.target, ask)

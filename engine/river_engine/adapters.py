@@ -6,10 +6,11 @@ name and path, a second version under an old name kills it, and so does a reques
 comes. Nothing is ever loaded in place or pinned.
 
 Whoever wants an adapter holds it first (`AdapterStore.hold`): it is fetched and checked once however many ask, and its
-bytes stay while anybody holds it, and for a while after somebody could wait no longer. When a request's turn has come, it is loaded (`AdapterStore.loaded`): vLLM has it
-from then on until the request is over. At most `resident_max` are loaded, those in use among them, so that vLLM never
-drops one by itself; the least recently used makes room. What is slow is done in threads, and what has begun is
-finished, whoever still wants it: neither a thread nor vLLM can be told to forget a half of it.
+bytes stay while anybody holds it, and for a while after somebody could wait no longer. When a request's turn has come,
+it is loaded (`AdapterStore.loaded`): vLLM has it from then on until the request is over. At most `resident_max` are
+loaded, those in use among them, so that vLLM never drops one by itself; the least recently used makes room. What is
+slow is done in threads, and what has begun is finished, whoever still wants it: neither a thread nor vLLM can be told
+to forget a half of it.
 """
 
 from __future__ import annotations
@@ -256,8 +257,9 @@ class AdapterStore:
         """
         if is_done():
             return
+        bound = asyncio.timeout(self._wait_s)
         try:
-            async with asyncio.timeout(self._wait_s) as bound:
+            async with bound:
                 while not is_done():
                     if version.failure is not None:
                         raise version.failure

@@ -3,9 +3,11 @@
 vLLM by itself serves whoever came first, and passes over requests whose adapter does not fit into its batches for as
 long as others keep coming. So everything waits here instead, and goes in by these rules:
 
-* A request waits in the lane of its version (the base model has one too), behind its tenant's earlier ones.
-* Of the tenants whose first request could go in now, the one goes first that has been served least, in tokens.
-  A tenant that was away has no claim on what it did not use.
+* A request whose adapter is still being fetched is in the queue, and counts there, but waits for nothing else yet.
+* Then it waits in the lane of its version (the base model has one too), behind its tenant's earlier ones.
+* Of the tenants whose first request could go in now, the one goes first that has been served least, in tokens: those
+  that have been used, and those that its requests inside may use. A tenant that was away has no claim on what it did
+  not use, and one whose requests were cancelled none before somebody who comes later.
 * Room inside is shared (`SharedBound`): one tenant alone leaves an eighth of it, so that another's first requests need
   not wait for its long ones to end. A request that is due and within its tenant's share is passed by nobody.
 * At most `slots` versions are inside. While others wait for a slot, a version that has had one for `slice_s` takes no
@@ -42,6 +44,7 @@ class QueueFullError(Exception):
 class Wait(enum.StrEnum):
     """What a request waits for."""
 
+    ADAPTER = "adapter"
     ROOM = "room"
     SLOT = "slot"
     DRAIN = "drain"
@@ -93,7 +96,7 @@ class Turn:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
-    """`served` is in tokens; `granted` is when it last got a slot, in ticks."""
+    """`served` is in tokens, of requests that have ended; `granted` is when it last got a slot, in ticks."""
 
     served: float = 0.0
     granted: int = 0
@@ -150,17 +153,20 @@ class Admission:
         self._versions: dict[str, _Lane] = {}
         self._tenants: dict[str, _Tenant] = {}
         self._away: OrderedDict[str, _Tenant] = OrderedDict()
+        # In the order they came.
+        self._without_adapter: dict[Turn, None] = {}
         self._inside: set[Turn] = set()
         self._numbers = itertools.count()
         # Orders whatever happens to slots.
         self._ticks = itertools.count(1)
-        # What a tenant would have been served that has always been waiting: where newcomers begin.
+        # What a tenant would have been served that has always been waiting: where newcomers begin. Only what has been
+        # used counts, for what was guessed of requests that are then cancelled was served to nobody.
         self._served_fairly = 0.0
 
     # ---- What happens ------------------------------------------------------------------------------------------------
 
-    def arrive(self, turns: list[Turn], now: float) -> None:
-        """Queues the turns of one request of one tenant, all or none.
+    def arrive(self, turns: list[Turn], now: float, *, ready: bool = True) -> None:
+        """Queues the turns of one request of one tenant, all or none; `ready` if its adapter, if any, is here.
 
         Raises:
             QueueFullError: too much is waiting.
@@ -178,7 +184,20 @@ class Admission:
             turn.arrived_at = now
             answers = turn.sequences * min(turn.completion_tokens_max, tenant.completion_guess)
             turn.tokens = self._tokens.clamp(turn.prompt_tokens + int(answers) + 1)
-            self._enqueue(turn, tenant)
+            tenant.turns += 1
+            tenant.waiting += 1
+            self._waiting.take(turn.tenant, 1)
+            self._waiting_bytes.take(turn.tenant, turn.size_bytes)
+            if ready:
+                self._enqueue(turn)
+            else:
+                self._without_adapter[turn] = None
+
+    def fetched(self, turns: list[Turn]) -> None:
+        """Has turns that arrived before their adapter wait for all the rest."""
+        for turn in turns:
+            del self._without_adapter[turn]
+            self._enqueue(turn)
 
     def check(self, turns: list[Turn], now: float) -> None:
         """Whether `arrive` would queue these turns.
@@ -211,7 +230,10 @@ class Admission:
             self._lane(turn.version).inside -= 1
             self._sequences.give_back(turn.tenant, self._sequences.clamp(turn.sequences))
             self._tokens.give_back(turn.tenant, turn.tokens)
-            tenant.served += turn.prompt_tokens + turn.produced - turn.tokens
+            tokens = turn.prompt_tokens + turn.produced
+            tenant.served += tokens
+            # It moves with every service, so that no row of newcomers can keep a tenant with a past waiting for ever.
+            self._served_fairly += tokens / len(self._tenants)
             if turn.produced:
                 error = turn.produced / turn.sequences - tenant.completion_guess
                 tenant.completion_guess += COMPLETION_GUESS_WEIGHT * error
@@ -257,7 +279,7 @@ class Admission:
         return sum(lane.has_slot for lane in self._versions.values())
 
     def waiting(self) -> dict[Wait, int]:
-        counts = dict.fromkeys(Wait, 0)
+        counts = dict.fromkeys(Wait, 0) | {Wait.ADAPTER: len(self._without_adapter)}
         for lane in (self._base, *self._versions.values()):
             counts[lane.wait()] += lane.waiting()
         return counts
@@ -270,20 +292,19 @@ class Admission:
 
     # ---- Waiting -----------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, turn: Turn, tenant: _Tenant) -> None:
+    def _enqueue(self, turn: Turn) -> None:
         lane = self._lane(turn.version)
         lane.queues.setdefault(turn.tenant, deque()).append(turn)
-        tenant.turns += 1
-        tenant.waiting += 1
-        self._waiting.take(turn.tenant, 1)
-        self._waiting_bytes.take(turn.tenant, turn.size_bytes)
 
     def _dequeue(self, turn: Turn, tenant: _Tenant) -> None:
-        lane = self._lane(turn.version)
-        queue = lane.queues[turn.tenant]
-        queue.remove(turn)
-        if not queue:
-            del lane.queues[turn.tenant]
+        if turn in self._without_adapter:
+            del self._without_adapter[turn]
+        else:
+            lane = self._lane(turn.version)
+            queue = lane.queues[turn.tenant]
+            queue.remove(turn)
+            if not queue:
+                del lane.queues[turn.tenant]
         tenant.waiting -= 1
         self._waiting.give_back(turn.tenant, 1)
         self._waiting_bytes.give_back(turn.tenant, turn.size_bytes)
@@ -297,6 +318,7 @@ class Admission:
         return lane
 
     def _queued(self) -> Iterator[Turn]:
+        yield from self._without_adapter
         for lane in (self._base, *self._versions.values()):
             for queue in lane.queues.values():
                 yield from queue
@@ -311,7 +333,8 @@ class Admission:
             if not lane.queues or lane.wait() is not Wait.ROOM:
                 continue
             for name, queue in lane.queues.items():
-                key = (self._tenants[name].served, queue[0].number)
+                served = self._tenants[name].served + self._tokens.own(name)
+                key = (served, queue[0].number)
                 if (best is None or key < best_key) and name not in over:
                     best, best_key = queue[0], key
         return best
@@ -335,10 +358,7 @@ class Admission:
         turn.inside = True
         self._sequences.take(turn.tenant, self._sequences.clamp(turn.sequences))
         self._tokens.take(turn.tenant, turn.tokens)
-        # It moves with every service, so that no row of newcomers can keep a tenant with a past waiting for ever.
-        equal_part = turn.tokens / len(self._tenants)
-        self._served_fairly = max(self._served_fairly + equal_part, tenant.served)
-        tenant.served += turn.tokens
+        self._served_fairly = max(self._served_fairly, tenant.served)
 
     # ---- Slots -------------------------------------------------------------------------------------------------------
 

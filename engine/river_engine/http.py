@@ -199,18 +199,19 @@ class EngineDoor:
             version=None if reference is None else reference.name,
             context_length=self._context_length,
         )
-        if generates(path):
-            self._turnstile.check([turn])
+        computes = generates(path)
+        ready = reference is None or self._store.is_here(reference)
+        if computes:
+            stack.enter_context(self._turnstile.joined([turn], ready=ready))
         version = None
         if reference is not None:
             holding = stack.enter_async_context(self._store.hold(reference))
             # To watch the client costs more than all the rest of a request that need not wait.
-            version = await (
-                holding if self._store.is_here(reference) else _unless_gone(holding, receive)
-            )
-        if not generates(path):
+            version = await (holding if ready else _unless_gone(holding, receive))
+        if not computes:
             return None if version is None else version.request
-        stack.enter_context(self._turnstile.joined([turn]))
+        if not ready:
+            self._turnstile.fetched([turn])
         if not turn.inside:
             await _unless_gone(self._turnstile.called(turn), receive)
         return await stack.enter_async_context(self._turnstile.inside(turn, version))

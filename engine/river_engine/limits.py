@@ -37,7 +37,7 @@ RETRY_AFTER_MAX_S = 30
 DRAIN_CHECK_INTERVAL_S = 0.05
 STREAM_CLOSE_TIMEOUT_S = 5.0
 ADAPTER_WAIT_S = 30.0
-"""How long a request waits for its adapter to be fetched, and again for it to be loaded, unless settings say otherwise."""
+"""How long a request waits for its adapter to be fetched, and again for it to be loaded, unless told otherwise."""
 ADAPTER_RETRY_AFTER_S = 5
 ADAPTER_KEPT_S = 60.0
 """How long an adapter that came too late for a request is kept for the next one."""

@@ -81,11 +81,13 @@ class Sampler:
         prompts = await self._prompt_tokens(request)
         async with AsyncExitStack() as stack:
             turns = [_turn(request, tokens) for tokens in prompts]
-            self._turnstile.check(turns)
+            ready = request.adapter is None or self._store.is_here(request.adapter)
+            stack.enter_context(self._turnstile.joined(turns, ready=ready))
             version = None
             if request.adapter is not None:
                 version = await stack.enter_async_context(self._store.hold(request.adapter))
-            stack.enter_context(self._turnstile.joined(turns))
+            if not ready:
+                self._turnstile.fetched(turns)
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [

@@ -32,13 +32,17 @@ class SharedBound:
     def left(self) -> int:
         return self.bound - self.used
 
+    def own(self, tenant: str) -> int:
+        """What a tenant has of it."""
+        return self._own.get(tenant, 0)
+
     def clamp(self, amount: int) -> int:
         """What one request counts at most: it must fit beside its tenant's others."""
         return min(amount, max(1, self.bound // 2))
 
     def fit(self, tenant: str, amount: int, tenants: int) -> Fit:
         """Whether `tenant`, one of so many, can have `amount` more."""
-        own = self._own.get(tenant, 0)
+        own = self.own(tenant)
         left = self.left - amount
         is_due = own <= self.bound / (tenants + 1)
         if left >= 0 and (is_due or own + amount <= OWN_OVER_LEFT * left):

@@ -1,7 +1,7 @@
 """Waiting for one's turn: the asynchronous side of `admission.py`.
 
-A request joins with all its prompts at once, or is refused at once. Each prompt then waits for its turn, has its
-adapter loaded if need be, and stays inside until vLLM has let go of all that it generates.
+A request joins with all its prompts at once, or is refused at once, before its adapter is fetched. Each prompt then
+waits for its turn, has its adapter loaded if need be, and stays inside until vLLM has let go of all that it generates.
 """
 
 from __future__ import annotations
@@ -44,32 +44,23 @@ class Turnstile:
     def admission(self) -> Admission:
         return self._admission
 
-    def check(self, turns: list[Turn]) -> None:
-        """Whether the turns of one request could join now: to be asked before anything is done for them.
-
-        Raises:
-            EngineRefusal: as `joined`.
-        """
-        if self.draining:
-            _refused.labels(reason="draining").inc()
-            raise EngineDraining("the engine is about to stop", retry_after_s=1)
-        try:
-            self._admission.check(turns, time.monotonic())
-        except QueueFullError as error:
-            _refused.labels(reason="busy").inc()
-            retry_after_s = min(max(1, math.ceil(error.retry_after_s)), RETRY_AFTER_MAX_S)
-            raise EngineFull(f"{error}", retry_after_s=retry_after_s) from error
-
     @contextmanager
-    def joined(self, turns: list[Turn]) -> Iterator[None]:
-        """In the block, the turns of one request are in the queue or inside.
+    def joined(self, turns: list[Turn], *, ready: bool = True) -> Iterator[None]:
+        """In the block, the turns of one request are in the queue or inside; `ready` if their adapter is here.
 
         Raises:
             EngineFull: there is no room for another request to wait.
             EngineDraining: the engine is about to stop.
         """
-        self.check(turns)
-        self._admission.arrive(turns, time.monotonic())
+        if self.draining:
+            _refused.labels(reason="draining").inc()
+            raise EngineDraining("the engine is about to stop", retry_after_s=1)
+        try:
+            self._admission.arrive(turns, time.monotonic(), ready=ready)
+        except QueueFullError as error:
+            _refused.labels(reason="busy").inc()
+            retry_after_s = min(max(1, math.ceil(error.retry_after_s)), RETRY_AFTER_MAX_S)
+            raise EngineFull(f"{error}", retry_after_s=retry_after_s) from error
         for turn in turns:
             self._calls[turn] = asyncio.get_running_loop().create_future()
         self._advance()
@@ -77,6 +68,11 @@ class Turnstile:
             yield
         finally:
             self._leave(*turns)
+
+    def fetched(self, turns: list[Turn]) -> None:
+        """The adapter of turns that joined without it is here."""
+        self._admission.fetched(turns)
+        self._advance()
 
     async def called(self, turn: Turn) -> None:
         """Waits for a turn that has joined."""

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,30 +13,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from river_engine.admission import Admission, Bounds, QueueFullError, Turn, Wait
-from river_engine.costs import generates, turn_of_body
+from river_engine.admission import Admission, QueueFullError, Turn, Wait
 
-SLICE_S = 0.25
-STEP_S = 0.01
-
-
-def bounds(**changes: float) -> Bounds:
-    fields: dict[str, float] = {
-        "sequences": 16,
-        "tokens": 100_000,
-        "slots": 2,
-        "slice_s": SLICE_S,
-        "waiting": 1000,
-        "waiting_per_tenant": 500,
-        "waiting_bytes": 1_000_000,
-    }
-    return Bounds(**(fields | changes))  # type: ignore[arg-type]
-
-
-def turn(tenant: str, version: str | None = None, **fields: int) -> Turn:
-    plain = {"prompt_tokens": 10, "completion_tokens_max": 50} | fields
-    return Turn(tenant=tenant, version=version, **plain)  # type: ignore[arg-type]
-
+from .machine import SLICE_S, STEP_S, Asked, Machine, bounds, turn
 
 # ---- Rules that always hold ------------------------------------------------------------------------------------------
 
@@ -57,6 +31,7 @@ class AnyRequests(RuleBasedStateMachine):
         self.bounds = bounds(slots=slots, sequences=sequences, tokens=tokens, waiting=60)
         self.admission = Admission(self.bounds)
         self.now = 0.0
+        self.fetching: list[Turn] = []
         self.waiting: list[Turn] = []
         self.inside: list[Turn] = []
 
@@ -66,28 +41,47 @@ class AnyRequests(RuleBasedStateMachine):
         count=st.integers(1, 4),
         prompt_tokens=st.integers(1, 300),
         sequences=st.integers(1, 12),
+        here=st.booleans(),
     )
     def ask(
-        self, tenant: str, version: str | None, count: int, prompt_tokens: int, sequences: int
+        self,
+        tenant: str,
+        version: str | None,
+        count: int,
+        prompt_tokens: int,
+        sequences: int,
+        *,
+        here: bool,
     ) -> None:
         turns = [
             turn(tenant, version, prompt_tokens=prompt_tokens, sequences=sequences)
             for _ in range(count)
         ]
         try:
-            self.admission.arrive(turns, self.now)
+            self.admission.arrive(turns, self.now, ready=here)
         except QueueFullError:
-            assert self.waiting
+            assert self.waiting or self.fetching
             return
-        self.waiting += turns
+        (self.waiting if here else self.fetching).extend(turns)
         self.advance()
 
-    @precondition(lambda self: self.waiting or self.inside)
+    @precondition(lambda self: self.fetching)
+    @rule(data=st.data())
+    def fetch(self, data: st.DataObject) -> None:
+        fetched = data.draw(st.sampled_from(self.fetching))
+        self.fetching.remove(fetched)
+        self.waiting.append(fetched)
+        self.admission.fetched([fetched])
+        self.advance()
+
+    @precondition(lambda self: self.fetching or self.waiting or self.inside)
     @rule(data=st.data(), produced=st.integers(0, 50))
     def end(self, data: st.DataObject, produced: int) -> None:
-        ending = data.draw(st.sampled_from(self.waiting + self.inside))
+        ending = data.draw(st.sampled_from(self.fetching + self.waiting + self.inside))
         ending.produced = produced if ending.inside else 0
-        (self.inside if ending.inside else self.waiting).remove(ending)
+        for turns in (self.fetching, self.waiting, self.inside):
+            if ending in turns:
+                turns.remove(ending)
         self.admission.leave(ending)
         self.advance()
 
@@ -121,7 +115,8 @@ class AnyRequests(RuleBasedStateMachine):
     def nothing_is_left_undone(self) -> None:
         """Whoever waits for a slot finds all taken, whoever waits for room finds little of it."""
         waiting = self.admission.waiting()
-        assert sum(waiting.values()) == len(self.waiting)
+        assert waiting[Wait.ADAPTER] == len(self.fetching)
+        assert sum(waiting.values()) == len(self.waiting) + len(self.fetching)
         assert self.admission.turns_inside() == len(self.inside)
         if waiting[Wait.SLOT]:
             assert self.admission.slots_used() == self.bounds.slots
@@ -138,11 +133,15 @@ class AnyRequests(RuleBasedStateMachine):
 
     @invariant()
     def what_is_left_is_known(self) -> None:
-        left = sum(turn.outstanding_tokens for turn in self.waiting + self.inside)
+        asked = self.fetching + self.waiting + self.inside
+        left = sum(turn.outstanding_tokens for turn in asked)
         assert self.admission.outstanding_tokens() == left
 
     def teardown(self) -> None:
         """Everybody gets in, if only those inside come to an end."""
+        self.admission.fetched(self.fetching)
+        self.waiting += self.fetching
+        self.advance()
         while self.inside:
             self.now += SLICE_S / 3
             self.admission.leave(self.inside.pop(0))
@@ -155,90 +154,6 @@ class AnyRequests(RuleBasedStateMachine):
 
 AnyRequests.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyRequests = AnyRequests.TestCase
-
-
-# ---- A machine that takes a step for every token ---------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Asked:
-    turn: Turn
-    length: int
-    asked_at: int
-    done_at: int | None = None
-
-    @property
-    def steps(self) -> int:
-        assert self.done_at is not None
-        return self.done_at - self.asked_at
-
-
-@dataclass
-class Machine:
-    """All that is inside gets one token a step, and takes `STEP_S` for it; `whenever_done` hears of every answer."""
-
-    admission: Admission
-    now: int = 0
-    running: list[Asked] = field(default_factory=list[Asked])
-    waiting: dict[Turn, Asked] = field(default_factory=dict[Turn, Asked])
-    served: Counter[str] = field(default_factory=Counter[str])
-    whenever_done: list[Callable[[Asked], None]] = field(
-        default_factory=list[Callable[[Asked], None]]
-    )
-
-    def ask(
-        self, tenant: str, version: str | None = None, *, length: int = 20, **fields: int
-    ) -> Asked:
-        plain = {"completion_tokens_max": length} | fields
-        asked = Asked(turn(tenant, version, **plain), length, self.now)
-        self.admission.arrive([asked.turn], self.now * STEP_S)
-        self.waiting[asked.turn] = asked
-        self._let_in()
-        return asked
-
-    def flood(self, tenant: str, version: str | None, count: int, **fields: int) -> None:
-        """Keeps so many requests asked for: whenever one is done, another comes."""
-        asked = {self.ask(tenant, version, **fields) for _ in range(count)}
-
-        def again(done: Asked) -> None:
-            if done in asked:
-                asked.remove(done)
-                asked.add(self.ask(tenant, version, **fields))
-
-        self.whenever_done.append(again)
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self._step()
-
-    def answer(self, asked: Asked, within: int) -> int:
-        """Runs until `asked` is done; the steps it took since it was asked."""
-        while asked.done_at is None:
-            assert self.now - asked.asked_at < within, "starved"
-            self._step()
-        return asked.steps
-
-    def _step(self) -> None:
-        self.now += 1
-        done: list[Asked] = []
-        for asked in self.running:
-            asked.turn.produced += asked.turn.sequences
-            self.served[asked.turn.tenant] += asked.turn.sequences
-            if asked.turn.produced >= asked.length * asked.turn.sequences:
-                done.append(asked)
-        for asked in done:
-            asked.done_at = self.now
-            self.running.remove(asked)
-            self.admission.leave(asked.turn)
-            self._let_in()
-        for asked in done:
-            for hear in self.whenever_done:
-                hear(asked)
-
-    def _let_in(self) -> None:
-        for admitted in self.admission.advance(self.now * STEP_S):
-            self.running.append(self.waiting.pop(admitted))
-            self.served[admitted.tenant] += admitted.prompt_tokens
 
 
 @pytest.fixture
@@ -309,6 +224,40 @@ def test_newcomers_do_not_keep_a_tenant_waiting(machine: Machine) -> None:
         machine.ask(f"new-{number}", length=20)
         machine.run(1)
     assert machine.served["ann"] - before > 200
+
+
+def cancel(machine: Machine, asked: list[Asked]) -> None:
+    """Their clients leave."""
+    for one in asked:
+        machine.admission.leave(one.turn)
+        if one in machine.running:
+            machine.running.remove(one)
+        else:
+            del machine.waiting[one.turn]
+    machine._let_in()
+
+
+def test_a_newcomer_is_not_behind_those_who_cancelled() -> None:
+    """What was guessed of requests that then got nothing was served to nobody, and puts nobody back."""
+    machine = Machine(Admission(bounds(sequences=1)))
+    asked = [machine.ask("ann", length=250) for _ in range(500)]
+    for _ in range(450):
+        cancel(machine, [one for one in asked if one in machine.running])
+    machine.flood("ann", None, 10)
+    cancel(machine, [one for one in asked if one in machine.running or one.turn in machine.waiting])
+    for _ in range(10):
+        assert machine.answer(machine.ask("bob"), within=200) <= 20 + 20 + 20 + 1
+
+
+def test_cancelling_wins_nothing(machine: Machine) -> None:
+    """A tenant that asks for much, leaves and asks again does not get ahead of one that lets its requests end."""
+    machine.flood("bob", None, 100)
+    machine.run(100)
+    for _ in range(100):
+        asked = [machine.ask("ann", length=250) for _ in range(30)]
+        machine.run(10)
+        cancel(machine, asked)
+    assert machine.served["bob"] > 0.4 * machine.served.total()
 
 
 # ---- Slots -----------------------------------------------------------------------------------------------------------
@@ -390,7 +339,8 @@ def test_a_waiter_that_leaves_has_nobody_drain(machine: Machine) -> None:
     machine.run(SLICE_STEPS)
     gone = machine.ask("cid", "cid@1")
     behind = machine.ask("ann", "ann@1")
-    assert machine.admission.waiting() == {Wait.ROOM: 0, Wait.SLOT: 1, Wait.DRAIN: 1}
+    waiting = dict.fromkeys(Wait, 0) | {Wait.SLOT: 1, Wait.DRAIN: 1}
+    assert machine.admission.waiting() == waiting
     machine.admission.leave(gone.turn)
     machine.run(1)
     machine.admission.advance(machine.now * STEP_S)
@@ -409,6 +359,22 @@ def test_a_full_queue_refuses(machine: Machine) -> None:
         machine.ask("bob")
     assert refusal.value.retry_after_s == 3.0
     assert machine.ask("ann").turn.inside
+
+
+def test_those_whose_adapter_is_fetched_count(machine: Machine) -> None:
+    """In the queue's bounds, for as long as they wait for it and after; one that leaves makes room."""
+    turns = [turn("bob", "bob@1") for _ in range(500)]
+    machine.admission.arrive(turns, 0.0, ready=False)
+    assert machine.admission.advance(0.0) == []
+    with pytest.raises(QueueFullError, match="500 requests waiting") as refusal:
+        machine.admission.arrive([turn("bob")], 2.0)
+    assert refusal.value.retry_after_s == 2.0
+    assert machine.ask("ann").turn.inside
+    machine.admission.leave(turns.pop())
+    machine.admission.arrive([turn("bob")], 2.0)
+    machine.admission.fetched(turns)
+    assert machine.admission.waiting()[Wait.ADAPTER] == 0
+    assert machine.admission.waiting()[Wait.SLOT] == 499
 
 
 def test_floods_leave_others_room_to_wait() -> None:
@@ -432,44 +398,3 @@ def test_a_request_waits_whole_or_not_at_all(machine: Machine) -> None:
     with pytest.raises(QueueFullError, match="bytes"):
         admission.arrive([turn("ann", size_bytes=1_000_001)], 0.0)
     assert admission.is_idle()
-
-
-# ---- What a body costs -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("body", "prompt_tokens", "completion_tokens", "sequences"),
-    [
-        (
-            {"messages": [{"role": "user", "content": "x" * 400}], "max_tokens": 5, "n": 3},
-            116,
-            5,
-            3,
-        ),
-        ({"messages": [], "max_completion_tokens": 7, "max_tokens": 9}, 13, 9, 1),
-        ({"prompt": "x" * 400}, 103, 1000, 1),
-        ({"prompt": [1, 2, 3], "max_tokens": 10**9}, 3, 1000, 1),
-        ({"prompt": [[1, 2, 3], [4]], "n": 2, "max_tokens": 1}, 4, 1, 4),
-        ({"prompt": ["ab", "cd"], "n": "two", "max_tokens": None}, 13, 1000, 2),
-        ({"input": "hello", "max_output_tokens": 12, "n": 10**9}, 15, 12, 256),
-        ({}, 0, 1000, 1),
-    ],
-)
-def test_a_body_s_cost_is_estimated(
-    body: dict[str, object], prompt_tokens: int, completion_tokens: int, sequences: int
-) -> None:
-    """By what it says and how long it is, whatever nonsense is in it."""
-    encoded = msgspec.json.encode(body)
-    fields = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
-    found = turn_of_body(fields, len(encoded), tenant="ann", version=None, context_length=1000)
-    assert found.completion_tokens_max == completion_tokens
-    assert found.sequences == sequences
-    assert abs(found.prompt_tokens - prompt_tokens) <= 3
-
-
-def test_what_computes_nothing_need_not_wait() -> None:
-    """Tokenising and rendering; a route nobody knows is taken to compute."""
-    assert not generates("/tokenize")
-    assert not generates("/v1/chat/completions/render")
-    assert generates("/v1/chat/completions")
-    assert generates("/v1/new")

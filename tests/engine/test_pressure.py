@@ -233,6 +233,23 @@ def test_first_requests_wait_for_an_adapter_so_long_and_no_longer(
     assert small.client.get("/readyz").status_code == 200
 
 
+def test_those_who_wait_for_a_slow_store_fill_the_queue(
+    small: RunningEngine, make_adapter: MakeAdapter
+) -> None:
+    """So a tenant cannot have any number of requests here by naming an adapter that does not come; others can ask."""
+    local = make_adapter(seed=181)
+    with slow_store(directory_of(local).parent) as slow, ThreadPoolExecutor(1) as pool:
+        ref = AdapterRef(name="run_slow@2", location=f"{slow.url}/{directory_of(local).name}")
+        many = {"prompt_token_ids": [PROMPT] * QUEUE, "max_tokens": 4, "tenant_id": "bob"}
+        asking = pool.submit(small.sample, adapter=ref, **many)
+        wait_until(lambda: small.gauge('waiting{reason="adapter"}') == QUEUE)
+        status, error = small.refusal(prompt_token_ids=[PROMPT], tenant_id="bob")
+        assert (status, error.type) == (429, "busy")
+        assert tokens_of(small, None, 4)
+        slow.may_answer.set()
+        assert len(asking.result().groups) == QUEUE
+
+
 # ---- Starvation ------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
 from river_engine.logs import log_to_stderr
 from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
-from river_engine.parsers import tool_parser_of
+from river_engine.parsers import UnfitParserError, check_parsers, tool_parser_of
 from river_engine.protocol import SHARED_OUTER, EngineRecord
 from river_engine.registration import registered
 from river_engine.routing import RoutingShape, routing_shape
@@ -67,6 +67,15 @@ def main() -> None:
     if parent:
         die_with_parent(int(parent))
     started = time.monotonic()
+    try:
+        check_parsers(
+            settings.model_path,
+            tool_parser=settings.tool_parser,
+            reasoning_parser=settings.reasoning_parser,
+        )
+    except UnfitParserError as error:
+        _log.critical("%s", error)
+        sys.exit(EXIT_UNFIT)
     arguments = vllm_arguments(settings)
     with _listener(settings) as listener:
         try:

@@ -7,7 +7,10 @@ it writes: the next token is always the one with the highest bias that has not b
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ import anthropic
 import openai
 import pytest
 from transformers import AutoTokenizer
+
+from river_engine.main import EXIT_UNFIT
 
 from .conftest import RunningEngine, running_engine
 
@@ -154,3 +159,37 @@ def test_messages_have_thoughts_as_a_block(thinker: Thinker) -> None:
         (streamed,) = stream.get_final_message().content
     assert streamed.type == "thinking"
     assert "".join(pieces) == streamed.thinking == block.thinking
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"RIVER_REASONING_PARSER": "nobody"}, "RIVER_REASONING_PARSER=nobody: must be one of ["),
+        ({"RIVER_REASONING_PARSER": "deepseek_r1"}, "deepseek_r1: the model does not fit: "),
+        ({"RIVER_TOOL_PARSER": "nobody"}, "RIVER_TOOL_PARSER=nobody: must be one of ["),
+    ],
+)
+def test_a_parser_that_does_not_fit_is_told_at_the_start(
+    tiny_moe: Path, tmp_path: Path, settings: dict[str, str], complaint: str
+) -> None:
+    """And not to everybody who asks something; the model that ships has no tokens that set off thoughts."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "RIVER_BASE_MODEL": "river/tiny-moe",
+        "RIVER_MODEL_PATH": str(tiny_moe),
+        "RIVER_ENGINE_TOKEN": "x",
+        "RIVER_PORT": "0",
+        "RIVER_DATA_DIR": str(tmp_path),
+        **settings,
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "river_engine.main"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == EXIT_UNFIT
+    assert complaint in ended.stderr

@@ -8,7 +8,6 @@ from typing import Any, cast
 from litestar import Litestar, Request, Response, Router, get
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from river_client.wire import API_PREFIX
@@ -20,6 +19,7 @@ from river_gateway.context import Envelope
 from river_gateway.dashboard.app import dashboard_router
 from river_gateway.dashboard.pages import LiveStreams
 from river_gateway.database import POSTGRES_AWAY
+from river_gateway.described import DescribedPlugin
 from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
 from river_gateway.inference.openai_api import completion_apps, openai_router
@@ -89,7 +89,7 @@ def create_litestar(services: Services) -> Litestar:
             version="1",
             path="/schema",
             # The schema itself only: pages that show it load their scripts from elsewhere.
-            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+            render_plugins=[DescribedPlugin(path=["/", "/openapi.json"])],
         ),
         # The app is told by its own envelope, not by Litestar's.
         logging_config=None,

@@ -15,6 +15,14 @@ from litestar import Request, Response, delete, get, post
 from river_gateway.errors import InvalidFieldError, MalformedBodyError
 from river_gateway.feedback import store
 from river_gateway.feedback.keeping import read_metadata
+from river_gateway.inference.operations_schema import (
+    CHAT_DELETED,
+    STORED_CHATS,
+    STORED_TEXTS,
+    TEXT_DELETED,
+    StoredMessagesOperation,
+    StoredOperations,
+)
 from river_gateway.limits import STORED_PAGE_DEFAULT, STORED_PAGE_MAX
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
@@ -33,10 +41,10 @@ class _Update(msgspec.Struct, frozen=True):
     metadata: msgspec.Raw
 
 
-def _handlers(path: str, kind: str, deleted: str) -> list[Any]:
+def _handlers(path: str, kind: str, deleted: str, described: StoredOperations) -> list[Any]:
     """The routes of one kind of completion; `deleted` is what its objects are called once they are gone."""
 
-    @get(path, guards=_INFER)
+    @get(path, guards=_INFER, operation_class=described.list_all)
     async def list_stored(request: AnyRequest) -> Response[bytes]:
         """The tenant's stored completions, filtered by model and metadata."""
         query = request.query_params
@@ -58,12 +66,17 @@ def _handlers(path: str, kind: str, deleted: str) -> list[Any]:
         )
         return _list([store.answer_of(row) for row in rows], limit)
 
-    @get(f"{path}/{{completion_id:str}}", guards=_INFER)
+    @get(f"{path}/{{completion_id:str}}", guards=_INFER, operation_class=described.get)
     async def get_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
         """One stored completion."""
         return _json(store.answer_of(await _find(request, completion_id, kind)))
 
-    @post(f"{path}/{{completion_id:str}}", guards=_INFER, status_code=HTTPStatus.OK)
+    @post(
+        f"{path}/{{completion_id:str}}",
+        guards=_INFER,
+        status_code=HTTPStatus.OK,
+        operation_class=described.get,
+    )
     async def update_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
         """Replaces the metadata of a stored completion."""
         try:
@@ -81,7 +94,12 @@ def _handlers(path: str, kind: str, deleted: str) -> list[Any]:
         )
         return _json(store.answer_of(row))
 
-    @delete(f"{path}/{{completion_id:str}}", guards=_INFER, status_code=HTTPStatus.OK)
+    @delete(
+        f"{path}/{{completion_id:str}}",
+        guards=_INFER,
+        status_code=HTTPStatus.OK,
+        operation_class=described.delete,
+    )
     async def delete_stored(request: AnyRequest, completion_id: str) -> Response[bytes]:
         """Deletes a stored completion and what was thought of it."""
         await store.delete(
@@ -95,7 +113,11 @@ def _handlers(path: str, kind: str, deleted: str) -> list[Any]:
     return [list_stored, get_stored, update_stored, delete_stored]
 
 
-@get("/chat/completions/{completion_id:str}/messages", guards=_INFER)
+@get(
+    "/chat/completions/{completion_id:str}/messages",
+    guards=_INFER,
+    operation_class=StoredMessagesOperation,
+)
 async def list_stored_messages(request: AnyRequest, completion_id: str) -> Response[bytes]:
     """The messages that a stored chat completion answers."""
     row = await _find(request, completion_id, "chat")
@@ -162,7 +184,7 @@ def _json(value: Any) -> Response[bytes]:
 
 
 STORED_HANDLERS: list[Any] = [
-    *_handlers("/chat/completions", "chat", "chat.completion.deleted"),
-    *_handlers("/completions", "text", "text_completion.deleted"),
+    *_handlers("/chat/completions", "chat", CHAT_DELETED, STORED_CHATS),
+    *_handlers("/completions", "text", TEXT_DELETED, STORED_TEXTS),
     list_stored_messages,
 ]

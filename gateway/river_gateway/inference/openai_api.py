@@ -21,7 +21,10 @@ from river_gateway.inference.operations_schema import (
     ChatCompletionsOperation,
     CompletionsOperation,
     CountTokensOperation,
+    EmbeddingsOperation,
     MessagesOperation,
+    ModelOperation,
+    ModelsOperation,
     ResponsesOperation,
 )
 from river_gateway.inference.responses_api import Responses
@@ -87,7 +90,12 @@ async def count_tokens(request: AnyRequest) -> ASGIApp:
     return Completions(services_of(request), COUNT_TOKENS_DIALECT)
 
 
-@post("/embeddings", guards=[requires("infer")], status_code=200)
+@post(
+    "/embeddings",
+    guards=[requires("infer")],
+    status_code=200,
+    operation_class=EmbeddingsOperation,
+)
 async def embeddings(request: AnyRequest) -> Response[bytes]:  # noqa: ARG001 - refused unread
     """Not offered by any engine here."""
     raise NotSupportedError("embeddings are not supported")
@@ -96,7 +104,7 @@ async def embeddings(request: AnyRequest) -> Response[bytes]:  # noqa: ARG001 - 
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 
-@get("/models", guards=[requires("infer", "train")])
+@get("/models", guards=[requires("infer", "train")], operation_class=ModelsOperation)
 async def list_models(request: AnyRequest) -> Response[bytes]:
     """The base models, and this tenant's aliases and checkpoints."""
     services = services_of(request)
@@ -110,7 +118,11 @@ async def list_models(request: AnyRequest) -> Response[bytes]:
     return _json({"object": "list", "data": models})
 
 
-@get("/models/{model_id:path}", guards=[requires("infer", "train")])
+@get(
+    "/models/{model_id:path}",
+    guards=[requires("infer", "train")],
+    operation_class=ModelOperation,
+)
 async def get_model(request: AnyRequest, model_id: str) -> Response[bytes]:  # noqa: ARG001 - see below
     """One model, by any name that a completion takes."""
     services = services_of(request)

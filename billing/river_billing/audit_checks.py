@@ -88,6 +88,24 @@ MONTHS = Check(
     """,
 )
 
+RUNS = Check(
+    "usage_run",
+    "what a run used is the sum of its events",
+    """
+    select concat_ws(' ', tenant_id, run_id, kind) as id,
+           concat_ws(' ', coalesce(e.quantity, 0), coalesce(e.amount, 0)) as expected,
+           concat_ws(' ', coalesce(r.quantity, 0), coalesce(r.amount_nano_usd, 0)) as found
+    from usage_run r
+    full join (
+      select tenant_id, run_id, kind, sum(quantity) as quantity, sum(amount_nano_usd) as amount
+      from {events} u where run_id is not null group by 1, 2, 3
+    ) e using (tenant_id, run_id, kind)
+    where (coalesce(e.quantity, 0), coalesce(e.amount, 0)) <> (coalesce(r.quantity, 0), coalesce(r.amount_nano_usd, 0))
+      -- Of months that were dropped there may be more.
+      and not (exists ({dropped_months}) and coalesce(e.quantity, 0) < coalesce(r.quantity, 0))
+    """,
+)
+
 # A batch's usage and its postings are written at one moment. What was used before there was a ledger was posted at
 # once. Where usage has been dropped, what was posted for it until then is compared tenant by tenant instead.
 POSTINGS = Check(
@@ -206,14 +224,16 @@ INVOICE_TOTALS = Check(
              lag(due_cents * 10000000) over w as due_before,
              lag(carried_nano_usd + amount_nano_usd - credit_used_nano_usd) over w as owed_before,
              lag(credit_before_nano_usd + credit_added_nano_usd - credit_used_nano_usd) over w as credit_left,
-             lag(month) over w as month_before
-      from invoice window w as (partition by tenant_id order by number)
+             lag(credit_until) over w as credit_since
+      from (
+        select *, least((month + interval '1 month') at time zone 'UTC', closed_at) as credit_until from invoice
+      ) i
+      window w as (partition by tenant_id order by number)
     ), added as (
       select i.number, coalesce(sum(e.amount_nano_usd), 0) as amount
       from told i
       left join ledger_transaction t on t.tenant_id = i.tenant_id and t.kind <> 'usage'
-        and t.created_at < (i.month + interval '1 month') at time zone 'UTC'
-        and t.created_at >= coalesce((i.month_before + interval '1 month') at time zone 'UTC', '-infinity')
+        and t.created_at < i.credit_until and t.created_at >= coalesce(i.credit_since, '-infinity')
       left join ledger_entry e on e.transaction_id = t.transaction_id and e.account = 'credit'
       group by 1
     )
@@ -292,6 +312,7 @@ CHECKS = (
     PRICES,
     HOURS,
     MONTHS,
+    RUNS,
     POSTINGS,
     REVENUE,
     TRANSACTIONS,

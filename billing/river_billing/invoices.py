@@ -60,7 +60,7 @@ _CREDIT_ADDED = """
 select coalesce(sum(e.amount_nano_usd), 0)::bigint
 from ledger_transaction t join ledger_entry e using (transaction_id)
 where t.tenant_id = $1 and t.kind <> 'usage' and e.account = 'credit'
-  and ($2::timestamptz is null or t.created_at >= $2) and t.created_at < $3
+  and ($2::timestamptz is null or t.created_at >= least($2, now())) and t.created_at < least($3, now())
 """
 
 _CLOSE = """
@@ -260,7 +260,6 @@ async def _draft(
     amount = sum(line.amount_nano_usd for line in lines)
     credit_used = sum(line.credit_used_nano_usd for line in lines)
     carried = 0 if before is None else before.carried_on_nano_usd
-    since = None if before is None else month_end(parse_month(before.month))
     invoice = Invoice(
         tenant=tenant_id,
         tenant_name=name,
@@ -271,11 +270,23 @@ async def _draft(
         due_cents=divide_half_even(carried + amount - credit_used, NANO_USD_PER_CENT),
         credit_before_nano_usd=0 if before is None else before.credit_after_nano_usd,
         credit_added_nano_usd=await connection.fetchval(
-            _CREDIT_ADDED, tenant_id, since, month_end(month)
+            _CREDIT_ADDED, tenant_id, _credit_until(before), month_end(month)
         ),
         lines=lines,
     )
     return _Draft(invoice, rows)
+
+
+def _credit_until(before: Invoice | None) -> dt.datetime | None:
+    """Up to when credit is on the invoice before: the end of its month, unless that was closed earlier."""
+    if before is None:
+        return None
+    ended = month_end(parse_month(before.month))
+    return (
+        ended
+        if before.closed_at is None
+        else min(ended, dt.datetime.fromisoformat(before.closed_at))
+    )
 
 
 async def _insert(connection: Connection, draft: _Draft, actor: str | None) -> int:

@@ -47,6 +47,7 @@ async def fill(connection: Any, seed: int = 1) -> None:
                 completion=draw.randrange(1, 900),
             ),
             user=draw.choice((None, "ann")),
+            run_id=draw.choice((None, "run_1")),
         )
         for number in range(240)
     ]
@@ -107,7 +108,7 @@ async def test_honest_books_are_in_order(connection: Any) -> None:
 
 ONE_EVENT = (
     "event_id = (select event_id from usage_event where tenant_id = 'ten_b' and kind = 'completion' "
-    "and amount_nano_usd > 1 order by event_id limit 1)"
+    "and amount_nano_usd > 1 and run_id is null order by event_id limit 1)"
 )
 ONE = f"kind = 'completion' and {ONE_EVENT}"
 ONE_INVOICE = "number = (select max(number) from invoice where tenant_id = 'ten_b')"
@@ -175,6 +176,13 @@ LATER = "update invoice set closed_at = closed_at + interval '1 hour'"
             [f"update usage_month set amount_nano_usd = 1 where {ONE_MONTH}"],
             {"usage_month"},
             id="a month",
+        ),
+        pytest.param(
+            [
+                "update usage_run set amount_nano_usd = 1 where tenant_id = 'ten_a' and kind = 'prompt'"
+            ],
+            {"usage_run"},
+            id="a run",
         ),
         pytest.param(
             [f"update ledger_balance set balance_nano_usd = balance_nano_usd + 1 where {CREDIT}"],

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 
 import httpx
 import msgspec
 from litestar.routes import HTTPRoute
+from support.billing import make_event
 from support.gateway import Rig, Tenant
 from support.stand_ins import BASE
 
+from river_billing.invoices import close_invoices
+from river_billing.recorder import record_events
 from river_client import feedback_wire, wire
 from river_gateway.app import create_litestar
 
@@ -26,6 +30,19 @@ class Things:
     completion_id: str
     batch_id: str
     text_id: str
+    invoice: str
+
+
+async def _invoiced(rig: Rig) -> str:
+    """The number of an invoice of the owner's."""
+    async with rig.services.pool.acquire() as connection:
+        used_at = datetime(2024, 10, 20, tzinfo=UTC)
+        event = make_event(
+            1, tenant_id=rig.tenant.tenant_id, occurred_at=used_at.timestamp(), prompt=5
+        )
+        await record_events(connection, [event])
+        (invoice,) = await close_invoices(connection, rig.tenant.tenant_id, date(2024, 10, 1))
+    return str(invoice.number)
 
 
 async def _owned(rig: Rig) -> Things:
@@ -50,7 +67,14 @@ async def _owned(rig: Rig) -> Things:
     batch_id = claimed.json()["batch_id"]
     assert batch_id is not None
     return Things(
-        run.session_id, run.run_id, saved.path, rig.tenant.key_id, chat.id, batch_id, text.id
+        run.session_id,
+        run.run_id,
+        saved.path,
+        rig.tenant.key_id,
+        chat.id,
+        batch_id,
+        text.id,
+        await _invoiced(rig),
     )
 
 
@@ -123,6 +147,7 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", "/v1/messages"): _models("/v1/messages", messages=_MESSAGES, max_tokens=2),
     ("POST", "/v1/messages/count_tokens"): _models("/v1/messages/count_tokens", messages=_MESSAGES),
     ("GET", "/v1/models/{model_id:path}"): _models("/v1/models/{model}"),
+    ("GET", f"{River}/invoices/{{number:int}}"): _call("GET", River + "/invoices/{invoice}"),
     ("POST", f"{River}/sample"): _models(f"{River}/sample", prompts=["x"], max_tokens=2),
     ("POST", f"{River}/sessions/{{session_id:str}}/heartbeat"): _call(
         "POST", River + "/sessions/{session_id}/heartbeat"
@@ -177,6 +202,8 @@ NOTHING_TO_GUESS = {
     ("GET", f"{River}/models"),
     ("GET", f"{River}/usage"),
     ("GET", f"{River}/usage/series"),
+    ("GET", f"{River}/invoices"),
+    ("GET", f"{River}/invoices/open"),
     ("GET", f"{River}/prices"),
     ("GET", f"{River}/credit"),
     ("GET", f"{River}/credit/entries"),
@@ -203,6 +230,9 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
     ),
     ("PUT", f"{River}/credit/billing"): _call(
         "PUT", f"{River}/credit/billing", {"tenant": "tenant", "billing": "prepaid"}
+    ),
+    ("POST", f"{River}/invoices"): _call(
+        "POST", f"{River}/invoices", {"tenant": "tenant", "month": "2024-10"}
     ),
     ("PUT", f"{River}/budgets"): _call(
         "PUT", f"{River}/budgets", {"key_id": "<key_id>", "monthly_budget_nano_usd": 1}
@@ -232,7 +262,7 @@ async def test_a_stranger_gets_404_everywhere(rig: Rig) -> None:
     """On every route that takes an id, path or name, another tenant's is answered exactly as one nobody has."""
     things = await _owned(rig)
     nothing = Things(
-        "ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0", "bat_0", "cmpl-0"
+        "ses_0", "run_0", "river://run_0/weights/x", "key_0", "chatcmpl-0", "bat_0", "cmpl-0", "999"
     )
     for (method, route), attempt in ATTEMPTS.items():
         theirs = await attempt(rig.stranger, things)
@@ -254,7 +284,7 @@ def _shape(answer: httpx.Response) -> dict[str, object]:
 async def test_a_stranger_s_lists_are_empty(rig: Rig) -> None:
     """No list shows another tenant's things."""
     await _owned(rig)
-    for noun in ("runs", "checkpoints", "aliases", "usage"):
+    for noun in ("runs", "checkpoints", "aliases", "usage", "invoices"):
         assert (await rig.stranger.get(f"/{noun}")).json()[noun] == []
         if noun != "usage":
             assert len((await rig.tenant.get(f"/{noun}")).json()[noun]) == 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -167,3 +169,45 @@ def test_the_keyboard_is_enough(visit: Visit, stack: StackInfo) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Sign in")).to_be_visible()
     assert visit.problems == []
+
+
+def test_a_promoted_checkpoint_answers_the_next_request(
+    visit: Visit, stack: StackInfo, client: river.Client
+) -> None:
+    """Promoted by a form, it is what the alias answers with; deleted by its typed name, it is gone."""
+    page = visit.page
+    client.aliases.set("tutor", TINY_MOE_NAME)
+    with client.session() as session:
+        model = session.create_model(base_model=TINY_MOE_NAME, lora=river.LoraConfig(rank=4))
+        model.train_step(data=[{"input_ids": [5, 6, 7, 8]}], loss_fn="cross_entropy", lr=1e-3)
+        saved = model.save_weights("shown", mode="inference")
+    visit.sign_in(stack.base_url, client.api_key)
+    page.get_by_role("navigation").get_by_text("Checkpoints").click()
+    visit.check()
+    page.get_by_role("link", name="shown", exact=True).click()
+    page.get_by_label("Alias").fill("tutor")
+    visit.check()
+    page.get_by_role("button", name="Promote").click()
+    expect(page.get_by_text("Answers for")).to_be_visible()
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key=client.api_key) as chat:
+
+        def version() -> str:
+            messages: list[Any] = [{"role": "user", "content": "1+1="}]
+            asked = chat.chat.completions.with_raw_response
+            answer = asked.create(model="tutor", messages=messages, max_tokens=2)
+            return answer.headers["x-river-policy-version"]
+
+        assert version() == saved.policy_version
+        expect(page.get_by_text("1 engine", exact=False).first).to_be_visible()
+        page.get_by_role("navigation").get_by_text("Checkpoints").click()
+        page.get_by_role("button", name="Roll back tutor").click()
+        expect(page.get_by_role("row", name="tutor")).to_contain_text(TINY_MOE_NAME)
+        assert version() == TINY_MOE_NAME
+    page.get_by_role("link", name="shown", exact=True).click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="adapter_config.json").click()
+    assert '"LORA"' in download.value.path().read_text()
+    page.get_by_label("to confirm").fill("shown")
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_text("There is no checkpoint yet")).to_be_visible()
+    visit.check()

@@ -11,7 +11,8 @@ import httpx
 import msgspec
 import pytest
 from litestar.routes import HTTPRoute
-from support.gateway import Rig, Tenant
+from support.dashboard import csrf_token, signed_in
+from support.gateway import Rig
 
 from river_client import wire
 from river_gateway.app import create_litestar
@@ -21,12 +22,9 @@ SIGN_IN = "/admin/sign-in"
 
 
 @asynccontextmanager
-async def browser(rig: Rig, tenant: Tenant | None = None) -> AsyncGenerator[httpx.AsyncClient]:
-    """A client with a cookie jar, signed in if a tenant is given."""
+async def browser(rig: Rig) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client with a cookie jar, not signed in."""
     async with httpx.AsyncClient(base_url=rig.url) as client:
-        if tenant is not None:
-            answer = await client.post(SIGN_IN, data={"key": tenant.secret})
-            assert answer.status_code == 303
         yield client
 
 
@@ -45,9 +43,7 @@ async def test_signing_in_and_out(rig: Rig) -> None:
         assert "Path=/admin" in cookie
         page = await client.get("/admin")
         assert page.status_code == 200
-        token = re.search(r'name="csrf_token" value="(\w+)"', page.text)
-        assert token is not None
-        left = await client.post("/admin/sign-out", data={"csrf_token": token[1]})
+        left = await client.post("/admin/sign-out", data={"csrf_token": csrf_token(page.text)})
         assert left.headers["location"] == SIGN_IN
         assert (await client.get("/admin")).status_code == 303
 
@@ -73,12 +69,11 @@ def test_signing_in_never_leads_elsewhere(path: str) -> None:
 
 async def test_forms_of_other_sites_are_refused(rig: Rig) -> None:
     """Neither the browser's word, nor a missing token, nor another viewer's lets a form through."""
-    async with browser(rig, rig.tenant) as client, browser(rig, rig.stranger) as other:
-        theirs = re.search(r'name="csrf_token" value="(\w+)"', (await other.get("/admin")).text)
-        assert theirs is not None
+    async with signed_in(rig, rig.tenant) as window, signed_in(rig, rig.stranger) as other:
+        client = window.client
         for form, headers in (
             ({}, {}),
-            ({"csrf_token": theirs[1]}, {}),
+            ({"csrf_token": other.token}, {}),
             ({"csrf_token": "é"}, {}),
             ({}, {"sec-fetch-site": "cross-site"}),
             ({}, {"origin": "https://elsewhere"}),
@@ -93,7 +88,8 @@ async def test_forms_of_other_sites_are_refused(rig: Rig) -> None:
 
 async def test_pages_allow_nothing_but_their_own(rig: Rig) -> None:
     """Every page forbids scripts and styles from elsewhere and inline, framing, and keeping it in a cache."""
-    async with browser(rig, rig.tenant) as client:
+    async with signed_in(rig, rig.tenant) as window:
+        client = window.client
         for path in ("/admin", "/admin/runs", SIGN_IN, "/admin/runs/run_0"):
             answer = await client.get(path)
             policy = answer.headers["content-security-policy"]
@@ -123,7 +119,8 @@ async def test_a_tenant_sees_its_own(rig: Rig) -> None:
     """Another tenant's run is not in the list, and answered as one that nobody has; an admin sees both."""
     mine = await rig.tenant.new_run()
     theirs = await rig.stranger.new_run()
-    async with browser(rig, rig.tenant) as client:
+    async with signed_in(rig, rig.tenant) as window:
+        client = window.client
         page = (await client.get("/admin/runs")).text
         assert mine.run_id in page
         assert theirs.run_id not in page
@@ -140,7 +137,8 @@ async def test_a_tenant_sees_its_own(rig: Rig) -> None:
             theirs.run_id
             not in (await client.get(f"/admin/runs?tenant={rig.stranger.tenant_id}")).text
         )
-    async with browser(rig, rig.admin) as client:
+    async with signed_in(rig, rig.admin) as window:
+        client = window.client
         page = (await client.get("/admin/runs")).text
         assert mine.run_id in page
         assert theirs.run_id in page
@@ -170,7 +168,8 @@ async def test_every_page_needs_a_key(rig: Rig) -> None:
 async def test_runs_are_found(rig: Rig) -> None:
     """By a part of their id, base model or tags, and by status; text of a search is text."""
     run = await rig.tenant.new_run()
-    async with browser(rig, rig.tenant) as client:
+    async with signed_in(rig, rig.tenant) as window:
+        client = window.client
         for query, found in (
             (f"search={run.run_id[-6:].upper()}", True),
             ("search=%25", False),
@@ -190,7 +189,8 @@ async def test_series_are_columns(rig: Rig) -> None:
     for step, metrics in ((1, {"reward": 0.5}), (1, {"length": 3.0}), (2, {"reward": 0.75})):
         logged = wire.LogMetrics(metrics=metrics, step=step)
         assert (await rig.tenant.post(f"/runs/{run.run_id}/metrics", logged)).status_code == 204
-    async with browser(rig, rig.tenant) as client:
+    async with signed_in(rig, rig.tenant) as window:
+        client = window.client
         series = (await client.get(f"/admin/runs/{run.run_id}/series")).json()
         assert series == {"step": [1, 2], "reward": [0.5, 0.75], "length": [3.0, None]}
         later = (await client.get(f"/admin/runs/{run.run_id}/series?after=1")).json()
@@ -212,7 +212,8 @@ async def test_a_page_follows_what_happens_until_its_key_ends(rig: Rig) -> None:
                 elif line.startswith("data:"):
                     events.put_nowait((event, line[5:].strip()))
 
-    async with browser(rig, rig.tenant) as client, asyncio.timeout(20):
+    async with signed_in(rig, rig.tenant) as window, asyncio.timeout(20):
+        client = window.client
         listening = asyncio.create_task(listen(client))
         event, data = await events.get()
         assert event == "part"

@@ -19,6 +19,7 @@ from river_gateway.limits import (
     ALIAS_WEIGHT_MAX,
     PAGE_ROWS_MAX,
 )
+from river_gateway.training import validation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,6 +114,26 @@ async def history(database: Database, *, name: str, tenant_id: str) -> list[wire
     return [_alias(row) for row in rows]
 
 
+async def point(
+    services: Services, *, tenant_id: str, name: str, asked: wire.PutAlias
+) -> wire.Alias:
+    """Points a name at a base model, a checkpoint or a run's live version, or shares its requests among several.
+
+    Raises:
+        InvalidFieldError: the name or what is asked for is none.
+        ConflictError: the name is a base model's.
+        NotFoundError: a target is unknown.
+    """
+    validation.name(name, "name")
+    if name in services.engines.bases() | services.trainers.bases():
+        raise ConflictError(f"{name!r} is the name of a base model", param="name")
+    targets = targets_of(asked)
+    await check_targets(services, targets, tenant_id)
+    alias = await put(services.pool, tenant_id=tenant_id, name=name, targets=targets)
+    await services.names.changed(tenant_id, name)
+    return alias
+
+
 async def put(
     pool: Pool, *, tenant_id: str, name: str, targets: Sequence[wire.AliasTarget]
 ) -> wire.Alias:
@@ -158,6 +179,7 @@ async def roll_back(
             f"{name!r} cannot go back to version {row['version']}: {error.message}", param="name"
         ) from None
     await services.pool.execute(_ROLL_BACK, tenant_id, name, row["version"], row["now"])
+    await services.names.changed(tenant_id, name)
     current = await get(services.pool, name=name, tenant_id=tenant_id)
     if current.version != row["version"]:
         raise ConflictError(

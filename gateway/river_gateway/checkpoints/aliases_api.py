@@ -10,10 +10,8 @@ from litestar import Response, delete, get, post, put
 from river_client import wire
 from river_gateway.checkpoints import aliases
 from river_gateway.codec import WireRequest, reply
-from river_gateway.errors import ConflictError
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
-from river_gateway.training import validation
 
 _EITHER = [requires("train", "infer")]
 
@@ -46,14 +44,9 @@ async def get_alias_history(request: WireRequest, name: str) -> Response[wire.Pa
 @put("/aliases/{name:str}", guards=[requires("train")])
 async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
     """Points a name at a base model, a checkpoint or a run's live version, or shares its requests among several."""
-    services, tenant_id = services_of(request), principal_of(request).tenant_id
-    validation.name(name, "name")
-    if name in services.engines.bases() | services.trainers.bases():
-        raise ConflictError(f"{name!r} is the name of a base model", param="name")
-    targets = aliases.targets_of(data)
-    await aliases.check_targets(services, targets, tenant_id)
-    alias = await aliases.put(services.pool, tenant_id=tenant_id, name=name, targets=targets)
-    await services.names.changed(tenant_id, name)
+    alias = await aliases.point(
+        services_of(request), tenant_id=principal_of(request).tenant_id, name=name, asked=data
+    )
     return reply(request, alias)
 
 
@@ -67,7 +60,6 @@ async def roll_back_alias(
     """
     services, tenant_id = services_of(request), principal_of(request).tenant_id
     alias = await aliases.roll_back(services, tenant_id=tenant_id, name=name, version=version)
-    await services.names.changed(tenant_id, name)
     return reply(request, alias)
 
 

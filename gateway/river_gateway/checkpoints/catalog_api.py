@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -16,19 +15,15 @@ from river_gateway.checkpoints import catalog
 from river_gateway.checkpoints.files import (
     ByteRange,
     find_file,
-    is_below,
     list_files,
     parse_range,
     read_file,
-    remove_files,
 )
+from river_gateway.checkpoints.removal import remove_checkpoint
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
-from river_gateway.errors import GatewayError
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
-
-logger = logging.getLogger("river.gateway")
 
 _EITHER = [requires("train", "infer")]
 
@@ -50,22 +45,12 @@ async def get_checkpoints(request: WireRequest, path: str | None = None) -> Resp
 @delete("/checkpoints", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
 async def delete_checkpoint(request: WireRequest, path: str) -> None:
     """Deletes a checkpoint and its files; again is a no-op. An engine that holds it may go on until it lets go."""
-    services, tenant_id = services_of(request), principal_of(request).tenant_id
-    deleted = await catalog.delete_checkpoint(services.pool, path=path, tenant_id=tenant_id)
-    await services.names.changed(tenant_id, path)
-    if deleted is None:
-        return
-    checkpoint_id, location = deleted
-    log_ids = context_of(request.scope).log_ids()
-    if not is_below(location, services.settings.store_url):
-        logger.info("files of a deleted checkpoint are left", extra=log_ids)
-        return
-    try:
-        await remove_files(location)
-    except GatewayError as error:  # The sweeper tries again.
-        logger.warning("files of a deleted checkpoint are left: %s", error.message, extra=log_ids)
-        return
-    await catalog.mark_files_removed(services.pool, checkpoint_id)
+    await remove_checkpoint(
+        services_of(request),
+        path=path,
+        tenant_id=principal_of(request).tenant_id,
+        log_ids=context_of(request.scope).log_ids(),
+    )
 
 
 @get("/checkpoints/files", guards=_EITHER)
@@ -88,7 +73,12 @@ async def get_checkpoint_file(
     row = await catalog.find_checkpoint(
         services_of(request).pool, path=path, tenant_id=principal_of(request).tenant_id
     )
-    file = await find_file(row.location, name)
+    return await file_answer(row.location, name, byte_range)
+
+
+async def file_answer(location: str, name: str, byte_range: str | None) -> Stream:
+    """A file of a folder, or the part of it that a `Range` asks for."""
+    file = await find_file(location, name)
     part = ByteRange(0, file.size_bytes, file.size_bytes)
     headers = {"accept-ranges": "bytes"}
     if byte_range is not None:
@@ -96,7 +86,7 @@ async def get_checkpoint_file(
         headers["content-range"] = part.content_range
     headers["content-length"] = str(part.end - part.start)
     return Stream(
-        read_file(row.location, file.name, part),
+        read_file(location, file.name, part),
         status_code=HTTPStatus.OK if byte_range is None else HTTPStatus.PARTIAL_CONTENT,
         media_type="application/octet-stream",
         headers=headers,

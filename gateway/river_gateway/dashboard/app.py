@@ -8,6 +8,7 @@ from urllib.parse import quote
 from litestar import Request, Response, Router
 
 from river_gateway.context import context_of
+from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.run_pages import get_series, run_live, run_page, runs_live, runs_page
@@ -42,6 +43,7 @@ dashboard_router = Router(
         run_page,
         run_live,
         get_series,
+        *CHECKPOINT_HANDLERS,
         get_static,
     ],
     exception_handlers={Exception: _error_page},

@@ -10,11 +10,10 @@ from litestar import Request, Response, get, post
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.viewer import (
     PATH,
-    check_form,
     check_origin,
+    checked_form,
     sign_in_cookie,
     sign_out_cookie,
-    viewer_of,
 )
 from river_gateway.errors import UnauthenticatedError
 from river_gateway.services import services_of
@@ -47,7 +46,7 @@ async def sign_in(request: Request[Any, Any, Any]) -> Response[Any]:
 @post("/sign-out", include_in_schema=False, status_code=HTTPStatus.OK)
 async def sign_out(request: Request[Any, Any, Any]) -> Response[Any]:
     """Makes the browser forget the key."""
-    check_form(request, await viewer_of(request), await request.form())
+    await checked_form(request)
     return redirect(SIGN_IN, cookies=[sign_out_cookie()])
 
 

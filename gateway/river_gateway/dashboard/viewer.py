@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 COOKIE = "river_key"
 PATH = "/admin"
 TOKEN_FIELD = "csrf_token"  # noqa: S105 - a field's name
+TOKEN_HEADER = "x-csrf-token"  # noqa: S105 - a header's name
 _OWN_SITE = ("same-origin", "none")
 
 
@@ -66,10 +67,23 @@ async def viewer_of(request: Request[Any, Any, Any]) -> Viewer:
     )
 
 
-def check_form(request: Request[Any, Any, Any], viewer: Viewer, form: Mapping[str, Any]) -> None:
+async def checked_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[str, str]]:
+    """The viewer and the fields of a form that changes something.
+
+    Raises:
+        UnauthenticatedError: nobody is signed in.
+        PermissionDeniedError: the form is none of ours.
+    """
+    viewer = await viewer_of(request)
+    form = {name: str(value) for name, value in (await request.form()).items()}
+    check_form(request, viewer, form)
+    return viewer, form
+
+
+def check_form(request: Request[Any, Any, Any], viewer: Viewer, form: Mapping[str, str]) -> None:
     """Raises PermissionDeniedError unless a form comes from a page of ours that this viewer was shown."""
     check_origin(request)
-    token = str(form.get(TOKEN_FIELD, ""))
+    token = form.get(TOKEN_FIELD, "")
     if not hmac.compare_digest(token.encode(), viewer.csrf_token.encode()):
         raise PermissionDeniedError("the form is out of date: reload the page and try again")
 

@@ -61,6 +61,16 @@ def ago(moment: datetime, now: datetime | None = None) -> Markup:
     )
 
 
+def ahead(moment: datetime, now: datetime | None = None) -> Markup:
+    """How far ahead something is, with the moment in the tooltip."""
+    now = now or datetime.now(UTC)
+    exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    words = f"in {span(max(0.0, (moment - now).total_seconds()))}"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.isoformat(), exact, words
+    )
+
+
 def number(value: float) -> str:
     """A measured value: four digits that count."""
     if value != 0 and not _SMALL <= abs(value) < _LARGE:
@@ -84,6 +94,8 @@ FILTERS: dict[str, Any] = {
     "size": size,
     "span": span,
     "ago": ago,
+    "ahead": ahead,
+    "moment": datetime.fromisoformat,
     "number": number,
     "spark": spark,
 }

@@ -153,8 +153,11 @@ WATCH_SILENCE_S = 8.0
 WATCH_RETRY_S = 0.5
 USAGE_ROUND_S = 0.002
 """At least so long from one group of usage events to the next, so that a busy gateway makes groups of many."""
-USAGE_BACKLOG_MAX = 100_000
 USAGE_RETRY_S = 0.5
+USAGE_SPOOL_MAX_BYTES = 256 * 1024 * 1024
+"""Some half a million events. Requests that were admitted before it was full are written down all the same."""
+USAGE_SEGMENT_BYTES = 1024 * 1024
+USAGE_ADOPT_INTERVAL_S = 60.0
 
 # ---- Sessions and operations -----------------------------------------------------------------------------------------
 

@@ -39,6 +39,10 @@ def main() -> None:
         sys.exit(str(error))
     if settings.store_url and (problem := check_store(settings.store_url)):
         sys.exit(problem)
+    try:
+        settings.usage_spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"RIVER_USAGE_SPOOL_DIR: {error}")
     # uvicorn raises the signal that stopped it once more when it is done; by then it has served its purpose.
     signal.signal(signal.SIGTERM, _ignore)
     signal.signal(signal.SIGINT, _ignore)

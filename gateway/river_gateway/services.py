@@ -18,6 +18,7 @@ from river_gateway.engines.upstream import Upstream
 from river_gateway.feedback.store import CompletionStore
 from river_gateway.feedback.store import sweep_forever as sweep_completions
 from river_gateway.inference.meter import Meter
+from river_gateway.inference.spool import Spool
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
 from river_gateway.telemetry import Telemetry
 from river_gateway.tenancy.auth import KeyCache
@@ -93,8 +94,10 @@ def services_of(request: Request[Any, Any, Any]) -> Services:
 async def open_services(settings: Settings) -> AsyncGenerator[Services]:
     """Opens everything and runs the background tasks while the block runs.
 
-    Usage events still waiting at the end are sent if NATS takes them.
+    Usage events still waiting at the end are sent if NATS takes them, and else are on disk for the next start.
     """
+    spool = Spool(settings.usage_spool, size_max_bytes=settings.usage_spool_max_bytes)
+    spool.open()
     bus = Bus()
     await bus.connect(settings.nats_url)
     pool = await open_pool(settings.postgres_url)
@@ -120,7 +123,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             token=settings.engine_token,
             hedge_after_s=settings.hedge_after_ms / 1000,
         ),
-        meter=Meter(bus, telemetry),
+        meter=Meter(bus, telemetry, spool),
         telemetry=telemetry,
     )
     try:
@@ -169,7 +172,7 @@ async def _delivering(services: Services) -> AsyncGenerator[None]:
         if not await services.completions.flush():
             logger.error("some completions were not stored")
         if not await services.meter.close():
-            logger.error("%d usage events were not delivered", services.meter.waiting)
+            logger.error("%d usage events are lost", services.meter.waiting)
 
 
 async def _make_event_stream(bus: Bus) -> None:

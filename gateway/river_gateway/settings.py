@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from river_gateway.limits import COMPLETIONS_KEPT_S, SWEEP_GRACE_S, SWEEP_INTERVAL_S
+from river_gateway.limits import (
+    COMPLETIONS_KEPT_S,
+    SWEEP_GRACE_S,
+    SWEEP_INTERVAL_S,
+    USAGE_SPOOL_MAX_BYTES,
+)
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -15,7 +21,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     The files of a checkpoint that has expired or was replaced go `sweep_grace_s` later; looked for every
     `sweep_interval_s`. `reload_file` is read on SIGHUP (`reload.py`). A stored completion is kept for
     `completions_kept_s`, unless its tenant says otherwise. A completion that an engine has not begun to answer after
-    `hedge_after_ms` is asked of a second one as well; 0 means never.
+    `hedge_after_ms` is asked of a second one as well; 0 means never. While NATS is away, usage is kept in
+    `usage_spool_dir`, or a folder in `data_dir`, up to `usage_spool_max_bytes`; gateways of one machine may share it.
     """
 
     nats_url: str
@@ -27,5 +34,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     sweep_interval_s: float = SWEEP_INTERVAL_S
     sweep_grace_s: float = SWEEP_GRACE_S
     hedge_after_ms: Annotated[float, Meta(ge=0)] = 0.0
+    data_dir: str = ".river"
+    usage_spool_dir: str | None = None
+    usage_spool_max_bytes: Annotated[int, Meta(gt=0)] = USAGE_SPOOL_MAX_BYTES
     host: str = "127.0.0.1"
     port: int = 8000
+
+    @property
+    def usage_spool(self) -> Path:
+        """Where usage waits for NATS."""
+        return Path(self.usage_spool_dir or Path(self.data_dir) / "usage-spool")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -205,9 +206,11 @@ async def test_completions_ask_neither_postgres_nor_nats(
 
 
 @pytest_asyncio.fixture
-async def second(rig: Rig, postgres_url: str, nats_url: str) -> AsyncIterator[str]:
+async def second(rig: Rig, postgres_url: str, nats_url: str, tmp_path: Path) -> AsyncIterator[str]:
     """The URL of another gateway over the same Postgres and NATS."""
-    settings = Settings(nats_url=nats_url, postgres_url=postgres_url, engine_token=TOKEN)
+    settings = Settings(
+        nats_url=nats_url, postgres_url=postgres_url, engine_token=TOKEN, data_dir=str(tmp_path)
+    )
     async with open_services(settings) as services, served_gateway(services) as url:
         await eventually(lambda: len(services.engines.alive()) == len(rig.engines))
         yield url

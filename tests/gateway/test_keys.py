@@ -198,6 +198,7 @@ async def _another_gateway(rig: Rig) -> AsyncGenerator[httpx.AsyncClient]:
         "RIVER_NATS_URL": settings.nats_url,
         "RIVER_POSTGRES_URL": settings.postgres_url,
         "RIVER_ENGINE_TOKEN": settings.engine_token,
+        "RIVER_USAGE_SPOOL_DIR": str(settings.usage_spool),
         "RIVER_PORT": str(port),
     }
     process = await asyncio.create_subprocess_exec(

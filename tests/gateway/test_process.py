@@ -19,7 +19,9 @@ from river_ops.embedded.nats import EmbeddedNats
 START_PATIENCE_S = 60.0
 
 
-async def test_it_starts_alone_and_stops_when_told(postgres_url: str, nats_url: str) -> None:
+async def test_it_starts_alone_and_stops_when_told(
+    postgres_url: str, nats_url: str, tmp_path: Path
+) -> None:
     """Without engines or trainers it is alive, says what it lacks, and SIGTERM ends it cleanly."""
     port = free_port()
     environment = {
@@ -27,6 +29,7 @@ async def test_it_starts_alone_and_stops_when_told(postgres_url: str, nats_url: 
         "RIVER_NATS_URL": nats_url,
         "RIVER_POSTGRES_URL": postgres_url,
         "RIVER_ENGINE_TOKEN": "x",
+        "RIVER_DATA_DIR": str(tmp_path),
         "RIVER_PORT": str(port),
     }
     process = await asyncio.create_subprocess_exec(

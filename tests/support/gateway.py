@@ -149,7 +149,7 @@ async def running_rig(
     *,
     engines: int = 2,
     store_url: str | None = None,
-    hedge_after_ms: float = 0.0,
+    **settings_more: Any,
 ) -> AsyncGenerator[Rig]:
     """Everything running, with clean streams and all registered; the store is `directory` or elsewhere."""
     store_url = store_url or directory.as_uri()
@@ -161,7 +161,8 @@ async def running_rig(
         store_url=store_url,
         sweep_interval_s=0.2,
         sweep_grace_s=0.0,
-        hedge_after_ms=hedge_after_ms,
+        usage_spool_dir=str(directory / "usage-spool"),
+        **settings_more,
     )
     stand_ins = [StandInEngine(f"eng_{number}") for number in range(engines)]
     try:

@@ -1,7 +1,7 @@
 """The engine's door: one ASGI application around vLLM's own.
 
 * A token for everything but the health checks and the metrics.
-* `POST /river/sample`, answered here.
+* `POST /river/sample`, answered here, and `POST /river/usage`: what a request has used that was cut off.
 * vLLM's OpenAI routes: a request that makes vLLM compute waits for its turn first, as one of the tenant in
   `x-river-tenant`. The adapter of `x-river-adapter` is held until its end, streaming included. The body's `model` is
   always replaced, by that adapter or by the base model: nobody reaches an adapter by guessing its name. Answers show
@@ -35,9 +35,11 @@ from river_engine.errors import (
     TooLarge,
     Unauthorized,
 )
+from river_engine.final_counts import FinalCounts
 from river_engine.limits import BODY_MAX_BYTES, HEADER_MAX_BYTES, TENANT_MAX_CHARACTERS
 from river_engine.protocol import (
     ADAPTER_HEADER,
+    FINAL_USAGE_PATH,
     MODEL_HEADER,
     TENANT_HEADER,
     AdapterRef,
@@ -110,6 +112,7 @@ class EngineDoor:
         self._base_model = base_model
         self._context_length = context_length
         self._alive = alive
+        self._final_counts = FinalCounts()
         self._sample_decoder = msgspec.msgpack.Decoder(EngineSample)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,6 +134,8 @@ class EngineDoor:
                 await _answer(send, 200, generate_latest(), CONTENT_TYPE_LATEST)
             elif path == "/river/sample":
                 await self._sample(scope, receive, send)
+            elif path == FINAL_USAGE_PATH:
+                await self._final_usage(receive, send)
             elif scope["method"] == "POST":
                 await self._openai(headers, scope, receive, send)
             else:
@@ -164,6 +169,14 @@ class EngineDoor:
             return
         await _answer(send, 200, msgspec.msgpack.encode(result), _MSGPACK)
 
+    async def _final_usage(self, receive: Receive, send: Send) -> None:
+        request_id = (await _read_body(receive)).decode("latin-1")
+        usage = await self._final_counts.of(request_id)
+        if usage is None:
+            await _answer(send, 404, b"unknown, or not at its end", "text/plain")
+            return
+        await _answer(send, 200, msgspec.json.encode(usage), "application/json")
+
     async def _openai(
         self, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send
     ) -> None:
@@ -171,7 +184,10 @@ class EngineDoor:
         public = headers.get(MODEL_HEADER.encode())
         body = await _read_body(receive)
         fields = _object_fields(body)
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         async with AsyncExitStack() as stack:
+            # The first to be entered is the last to end: then vLLM has let go of the request.
+            stack.enter_context(self._final_counts.kept(request_id))
             stack.enter_context(_set(_public_model, public.decode() if public else None))
             lora = await self._turn(headers, scope["path"], body, fields, reference, receive, stack)
             stack.enter_context(_set(_adapter, lora))

@@ -61,3 +61,6 @@ START_FAILURES_MAX = 8
 STORE_RETRIES_MAX = 4
 STORE_RETRY_TIMEOUT_S = 20.0
 """An object store that is away is told after this long; whoever asked decides whether to go on."""
+
+FINAL_COUNTS_MAX = 10_000  # requests, the latest
+FINAL_COUNT_WAIT_S = 5.0

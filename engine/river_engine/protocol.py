@@ -6,6 +6,8 @@ HTTP, on the engine's own port, every request with `Authorization: Bearer <RIVER
   `x-river-model` the model name the client used, which the answer repeats. Without the first, the base model answers.
   `x-river-tenant` says whose turn it takes when there is a queue.
 * `POST /river/sample`: `EngineSample` in, `EngineSampleResult` out, msgpack both ways.
+* `POST /river/usage`: the `x-request-id` of a request to one of vLLM's routes in, a `StreamUsage` as JSON out, once the
+  request has ended: what it had used, however much of its answer was read. 404 if it is not known any more.
 * `/healthz`, `/readyz`, `/metrics` without a token.
 
 NATS: an engine keeps an `EngineRecord` in the KV bucket `ENGINES_BUCKET` under its id, renewed every
@@ -28,6 +30,7 @@ MODEL_HEADER = "x-river-model"
 TENANT_HEADER = "x-river-tenant"
 ADAPTER_LOADING = "adapter_loading"
 """The `type` of a 503: the adapter is still being loaded when the request has waited for it long enough."""
+FINAL_USAGE_PATH = "/river/usage"
 USAGE_COMMENT = b": river-usage "
 """Begins a comment in a stream of `/v1/responses` or `/v1/messages`; a `StreamUsage` as JSON follows."""
 EXPERT_LAYOUT_METADATA = "expert_layout"
@@ -81,7 +84,7 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
 
 
 class StreamUsage(Struct, frozen=True):
-    """What a stream has used so far; `prompt_tokens` includes `cached_tokens`."""
+    """What a request has used so far, or in all; `prompt_tokens` includes `cached_tokens`."""
 
     prompt_tokens: int
     cached_tokens: int

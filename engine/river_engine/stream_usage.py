@@ -6,7 +6,8 @@ changed. A gateway takes it out, and knows what a client owes that leaves in the
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,33 @@ ANNOTATED_PATHS = frozenset({"/v1/responses", "/v1/messages"})
 
 
 @dataclass(slots=True)
-class _SoFar:
+class SoFar:
     """As in `StreamUsage`."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
 
+    def usage(self) -> StreamUsage:
+        """What has been used by now."""
+        return StreamUsage(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
+
     def comment(self) -> bytes:
-        usage = StreamUsage(self.prompt_tokens, self.cached_tokens, self.completion_tokens)
-        return USAGE_COMMENT + msgspec.json.encode(usage) + b"\n\n"
+        return USAGE_COMMENT + msgspec.json.encode(self.usage()) + b"\n\n"
 
 
-_so_far: ContextVar[_SoFar | None] = ContextVar("stream_usage", default=None)
+_so_far: ContextVar[SoFar | None] = ContextVar("stream_usage", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[SoFar]:
+    """In the block, what is yielded is what the request has used that the current task answers."""
+    so_far = SoFar()
+    token = _so_far.set(so_far)
+    try:
+        yield so_far
+    finally:
+        _so_far.reset(token)
 
 
 def note_prompt(tokens: int, cached: int) -> None:
@@ -52,9 +67,9 @@ def note_completion(tokens: int) -> None:
 
 
 def annotated(send: Send) -> Send:
-    """`send` of a request that the current task answers, with the comments in its stream."""
-    so_far = _SoFar()
-    _so_far.set(so_far)
+    """`send` of a request that the current task answers, within `counting`, with the comments in its stream."""
+    so_far = _so_far.get()
+    assert so_far is not None
     streams = False
     last_comment = so_far.comment()
 

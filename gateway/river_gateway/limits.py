@@ -22,6 +22,8 @@ UPSTREAM_REPLAY_S = 1.0
 UPSTREAM_FIRST_BYTE_S = 10.0
 """How long the beginning of an answer is waited for, when its head has come, before the client is given the head: so
 long another engine can take over, and no longer, so that keep-alives can begin."""
+UPSTREAM_FINAL_USAGE_S = 8.0
+"""How long an engine may take to say what a request used that was cut off; it waits for the end itself."""
 UPSTREAM_ATTEMPTS = 4
 """How many engines are asked, one after another, before the first byte."""
 HEDGES_SHARE_MAX = 0.1

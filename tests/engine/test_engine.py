@@ -15,7 +15,7 @@ import msgspec
 import openai
 import pytest
 
-from river_engine.protocol import AdapterRef, EngineError, EngineSampleGroup
+from river_engine.protocol import AdapterRef, EngineError, EngineSampleGroup, StreamUsage
 
 from .conftest import BASE_MODEL, RunningEngine, adapter_headers
 from .reference import token_logprobs
@@ -223,6 +223,33 @@ def test_a_client_that_goes_away_stops_its_generations(engine: RunningEngine) ->
         time.sleep(0.05)
     assert engine.running() == 0
     assert engine.token_counts() == before
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/responses"])
+def test_what_a_cut_stream_used_is_known_to_the_token(engine: RunningEngine, route: str) -> None:
+    """After its end, the engine says of a request what its own counters have counted for it."""
+    before = engine.token_counts()
+    asked = {"messages": CHAT} if "chat" in route else {"input": "What is 3+4?"}
+    body = {
+        "model": BASE_MODEL,
+        "stream": True,
+        "max_tokens": 500,
+        "max_output_tokens": 500,
+    } | asked
+    with engine.client.stream("POST", route, json=body, headers={"x-request-id": route}) as answer:
+        pieces = answer.iter_raw()
+        for _ in range(5):
+            next(pieces)
+    told = engine.client.post("/river/usage", content=route)
+    usage = msgspec.json.decode(told.content, type=StreamUsage)
+    counted = engine.token_counts()
+    grown = {kind: counted[kind] - before[kind] for kind in counted}
+    assert usage.completion_tokens == grown["completion"] > 0
+    assert usage.cached_tokens == grown["cached_prompt"]
+    assert usage.prompt_tokens == grown["prompt"] + grown["cached_prompt"] > 0
+    time.sleep(0.5)
+    assert engine.token_counts() == counted, "something of it went on"
+    assert engine.client.post("/river/usage", content="unknown").status_code == 404
 
 
 # ---- Adapters --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from support.stand_ins import BASE
 
 from river_billing.events import UsageEvent, UsageKind
 from river_client import wire
-from river_engine.protocol import ADAPTER_LOADING
+from river_engine.protocol import ADAPTER_LOADING, StreamUsage
 from river_gateway.engines.registry import Engines
 from river_gateway.ids import uuid7
 from river_gateway.limits import BREAKER_FAILURES
@@ -112,6 +112,25 @@ async def test_leaving_a_stream_cancels_and_bills_what_was_produced(rig: Rig) ->
     (event,) = await rig.usage(1)
     assert event.quantities == {UsageKind.PROMPT: PROMPT_TOKENS, UsageKind.COMPLETION: 2}
     await eventually(lambda: not rig.services.upstream.fleet.outstanding_tokens())
+
+
+async def test_leaving_a_stream_is_billed_by_the_engine_s_last_word(rig: Rig) -> None:
+    """What was produced and cached for a client that left, but not read any more, is on the bill."""
+    for engine in rig.engines:
+        engine.behaviour = "hang"
+        engine.final_usage = StreamUsage(PROMPT_TOKENS, PROMPT_TOKENS - 1, 5)
+    stream = await rig.tenant.openai.chat.completions.create(
+        model=BASE, messages=MESSAGES, stream=True
+    )
+    await anext(stream)
+    await stream.close()
+    (event,) = await rig.usage(1)
+    assert event.quantities == {
+        UsageKind.PROMPT: 1,
+        UsageKind.CACHED_PROMPT: PROMPT_TOKENS - 1,
+        UsageKind.COMPLETION: 5,
+    }
+    await eventually(lambda: sum(engine.cancelled for engine in rig.engines) == 1)
 
 
 async def test_leaving_a_whole_answer_cancels(rig: Rig) -> None:

@@ -21,6 +21,7 @@ from river_billing.events import CheckpointSaved
 from river_engine.protocol import (
     ADAPTER_HEADER,
     ADAPTER_LOADING,
+    FINAL_USAGE_PATH,
     MODEL_HEADER,
     AdapterRef,
     EngineError,
@@ -30,6 +31,7 @@ from river_engine.protocol import (
     EngineSampleResult,
     EngineSequence,
     ExpertRouting,
+    StreamUsage,
 )
 from river_trainer import journal
 from river_trainer.protocol import (
@@ -78,6 +80,9 @@ class StandInEngine:
     cancelled: int = 0
     unloadable: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=dict)
     may_break: asyncio.Event = field(default_factory=asyncio.Event)
+    final_usage: StreamUsage | None = (
+        None  # what any request has used when it is over; none: nobody knows
+    )
 
     def record(self, **changes: Any) -> EngineRecord:
         plain = EngineRecord(
@@ -99,7 +104,20 @@ class StandInEngine:
         for path in stand_in_answers.PATHS:
             application.router.add_post(path, self._openai)
         application.router.add_post("/river/sample", self._sample)
+        application.router.add_post(FINAL_USAGE_PATH, self._final_usage)
         return application
+
+    async def _final_usage(self, request: web.Request) -> web.Response:
+        assert request.headers["authorization"] == f"Bearer {TOKEN}"
+        asked = {
+            value
+            for headers, _ in self.requests
+            for name, value in headers.items()
+            if name.lower() == "x-request-id"
+        }
+        if self.final_usage is None or await request.text() not in asked:
+            return web.Response(status=404)
+        return web.Response(body=msgspec.json.encode(self.final_usage))
 
     async def _openai(self, request: web.Request) -> web.StreamResponse:
         assert request.headers["authorization"] == f"Bearer {TOKEN}"

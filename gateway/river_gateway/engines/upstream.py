@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -12,9 +13,11 @@ import msgspec
 from river_engine.protocol import (
     ADAPTER_HEADER,
     ADAPTER_LOADING,
+    FINAL_USAGE_PATH,
     MODEL_HEADER,
     TENANT_HEADER,
     EngineError,
+    StreamUsage,
 )
 from river_gateway.engines.fleet import Fleet
 from river_gateway.engines.fleet_metrics import FleetMetrics
@@ -39,6 +42,7 @@ from river_gateway.limits import (
     RETRY_AFTER_S,
     UPSTREAM_ATTEMPTS,
     UPSTREAM_CONCURRENT_MAX,
+    UPSTREAM_FINAL_USAGE_S,
     UPSTREAM_FIRST_BYTE_S,
     UPSTREAM_LOSSES_MAX,
 )
@@ -186,6 +190,24 @@ class Upstream:
             after_s=self._hedge_after_s,
             discard=Opened.close,
         )
+
+    async def final_usage(self, engine: EngineRecord, request_id: str) -> StreamUsage | None:
+        """What a request to an engine had used when it ended, which was cut off; None if the engine cannot say."""
+        headers = [self._authorization, (b"content-type", b"text/plain")]
+        try:
+            async with asyncio.timeout(UPSTREAM_FINAL_USAGE_S):
+                answer = await self._client.post(
+                    engine.url, FINAL_USAGE_PATH, headers, request_id.encode()
+                )
+                try:
+                    body = await answer.read()
+                finally:
+                    answer.close()
+            if answer.status == HTTPStatus.OK:
+                return msgspec.json.decode(body, type=StreamUsage)
+        except (EngineLostError, TimeoutError, msgspec.DecodeError) as error:
+            logger.warning("engine %s does not say what was used: %s", engine.engine_id, error)
+        return None
 
     async def _ask(self, asked: _Asked) -> Opened:
         """The answer of the first engine that gives one."""

@@ -23,7 +23,7 @@ from river_gateway.feedback.keeping import KeptStream, keeper_of, wants_keeping
 from river_gateway.feedback.store import stored
 from river_gateway.inference.asked import prompt_beginning, read_fields
 from river_gateway.inference.messages_api import COUNT_TOKENS_PATH
-from river_gateway.inference.metering import UsageTally, usage_event
+from river_gateway.inference.metering import UsageTally, stream_quantities, usage_event
 from river_gateway.inference.models import POLICY_VERSION_HEADER, Wish, ask_current, resolve_model
 from river_gateway.inference.relay import relay
 from river_gateway.inference.worst_case import worst_case
@@ -250,6 +250,9 @@ class _Exchange:
                 keep_alive_s=STREAM_KEEP_ALIVE_S,
                 error_event=lambda error: self.dialect.error_event(error, self.request_id),
             )
+            if not self._settled:  # The client has left in the middle.
+                opened.close()
+                await self._settle_cut(opened, usage)
         finally:
             opened.close()
             self._settle_later(opened, usage)
@@ -259,6 +262,13 @@ class _Exchange:
             return
         # The meter has the event from here on, even if this request is cancelled while it waits.
         await self.services.meter.record(self._bill(opened, quantities))
+
+    async def _settle_cut(self, opened: Opened, usage: StreamReader) -> None:
+        """By what the engine produced, which may be more than has been read; by that if the engine cannot say."""
+        produced = await self.services.upstream.final_usage(opened.engine, self.request_id)
+        await self._settle(
+            opened, usage.quantities() if produced is None else stream_quantities(produced)
+        )
 
     async def _keep(self) -> None:
         """Stores the completion, if that was asked for and is not done."""

@@ -16,6 +16,7 @@ from river_gateway.ids import uuid7_time_s
 from river_gateway.tenancy.credit import UNBOUNDED
 
 if TYPE_CHECKING:
+    from river_engine.protocol import StreamUsage
     from river_gateway.inference.models import Target
     from river_gateway.tenancy.auth import Principal
     from river_gateway.tenancy.credit import Hold
@@ -87,6 +88,16 @@ class UsageTally:
             UsageKind.CACHED_PROMPT: cached,
             UsageKind.COMPLETION: total.completion_tokens or 0,
         }
+
+
+def stream_quantities(usage: StreamUsage) -> dict[UsageKind, int]:
+    """Tokens by kind of what an engine says a request has used."""
+    assert 0 <= usage.cached_tokens <= usage.prompt_tokens
+    return {
+        UsageKind.PROMPT: usage.prompt_tokens - usage.cached_tokens,
+        UsageKind.CACHED_PROMPT: usage.cached_tokens,
+        UsageKind.COMPLETION: usage.completion_tokens,
+    }
 
 
 def usage_event(

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from river_billing.events import UsageKind
 from river_engine.protocol import USAGE_COMMENT, StreamUsage
+from river_gateway.inference.metering import stream_quantities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from river_billing.events import UsageKind
 
     Change = Callable[[bytes], bytes]
 
@@ -53,10 +55,4 @@ class TypedEvents:
         """Tokens by kind, as the latest comment said."""
         if not self._comment:
             return {}
-        usage = _usage_decoder.decode(self._comment[len(USAGE_COMMENT) :])
-        assert 0 <= usage.cached_tokens <= usage.prompt_tokens
-        return {
-            UsageKind.PROMPT: usage.prompt_tokens - usage.cached_tokens,
-            UsageKind.CACHED_PROMPT: usage.cached_tokens,
-            UsageKind.COMPLETION: usage.completion_tokens,
-        }
+        return stream_quantities(_usage_decoder.decode(self._comment[len(USAGE_COMMENT) :]))

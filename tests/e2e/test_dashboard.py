@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -210,4 +214,63 @@ def test_a_promoted_checkpoint_answers_the_next_request(
     page.get_by_label("to confirm").fill("shown")
     page.get_by_role("button", name="Delete").click()
     expect(page.get_by_text("There is no checkpoint yet")).to_be_visible()
+    visit.check()
+
+
+def test_keys_are_made_and_revoked(visit: Visit, stack: StackInfo) -> None:
+    """A key made in the browser answers until it is revoked there; then it is 401."""
+    page = visit.page
+    visit.sign_in(stack.base_url, stack.admin_key)
+    page.get_by_role("navigation").get_by_text("Keys").click()
+    visit.check()
+    name = f"shown-{visit.page.evaluate('Date.now()')}"
+    page.get_by_label("Name of the key").fill(name)
+    page.get_by_role("button", name="Make key").click()
+    secret = page.locator("#secret").inner_text()
+    visit.check()
+
+    def models() -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key=secret, max_retries=0)
+
+    with models() as chat:
+        assert chat.models.list().data
+        page.get_by_role("row", name=name).get_by_role("button").click()
+        expect(page.get_by_role("row", name=name)).to_contain_text("revoked")
+        with pytest.raises(openai.AuthenticationError):
+            chat.models.list()
+    visit.check()
+
+
+def test_the_csv_is_what_the_command_writes(
+    visit: Visit, stack: StackInfo, client: river.Client
+) -> None:
+    """Usage by day is shown and downloaded as `river usage --csv` has it; engines are there for admins."""
+    page = visit.page
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key=client.api_key) as chat:
+        messages: list[Any] = [{"role": "user", "content": "2+2="}]
+        chat.chat.completions.create(model=TINY_MOE_NAME, messages=messages, max_tokens=4)
+    deadline = time.monotonic() + 20
+    while not client.usage_rows() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    visit.sign_in(stack.base_url, client.api_key)
+    page.get_by_role("navigation").get_by_text("Usage").click()
+    expect(page.locator("svg.bars rect").first).to_be_visible()
+    visit.check()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="This month as CSV").click()
+    shown = download.value.path().read_text()
+    command = [sys.executable, "-m", "river_client.cli", "usage", "--by", "day", "--csv"]
+    environment = {"RIVER_API_KEY": client.api_key, "RIVER_BASE_URL": stack.base_url}
+    written = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert shown.splitlines() == written.stdout.splitlines()
+    assert TINY_MOE_NAME in shown
+
+
+def test_engines_are_shown(visit: Visit, stack: StackInfo) -> None:
+    """An admin sees every engine and trainer."""
+    visit.sign_in(stack.base_url, stack.admin_key)
+    visit.page.get_by_role("navigation").get_by_text("Engines").click()
+    expect(visit.page.get_by_text("serving").first).to_be_visible()
     visit.check()

@@ -160,7 +160,8 @@ async def test_every_page_needs_a_key(rig: Rig) -> None:
     assert len(routes) >= 6
     async with browser(rig) as client:
         for method, path in routes:
-            answer = await client.request(method, path.replace("{run_id:str}", "run_0"))
+            url = path.replace("{run_id:str}", "run_0").replace("{number:int}", "1")
+                answer = await client.request(method, url)
             assert answer.status_code == 303, path
             assert answer.headers["location"].startswith(SIGN_IN)
 

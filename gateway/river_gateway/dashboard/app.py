@@ -8,6 +8,8 @@ from urllib.parse import quote
 from litestar import Request, Response, Router
 
 from river_gateway.context import context_of
+from river_gateway.dashboard.account_pages import ACCOUNT_HANDLERS
+from river_gateway.dashboard.billing_pages import BILLING_HANDLERS
 from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
@@ -44,6 +46,8 @@ dashboard_router = Router(
         run_live,
         get_series,
         *CHECKPOINT_HANDLERS,
+        *BILLING_HANDLERS,
+        *ACCOUNT_HANDLERS,
         get_static,
     ],
     exception_handlers={Exception: _error_page},

@@ -1,0 +1,143 @@
+"""Tenants and keys, for admins: made, shown once, revoked; and the engines and trainers that serve them."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from litestar import Request, Response, get, post
+from litestar.response import ServerSentEvent
+
+from river_gateway.dashboard.pages import Page, follow, redirect, show
+from river_gateway.dashboard.viewer import PATH, checked_form, viewer_of
+from river_gateway.errors import PermissionDeniedError
+from river_gateway.services import services_of
+from river_gateway.tenancy import accounts
+from river_gateway.tenancy.auth import SCOPES
+
+if TYPE_CHECKING:
+    from river_client.wire import ApiKey
+    from river_gateway.dashboard.viewer import Viewer
+
+_KEYS_PAGE = Page("keys.html")
+_MACHINES_PAGE = Page("machines.html", {"machines": "parts/machines.html"})
+_KEYS_PATH = f"{PATH}/keys"
+
+
+# ---- Keys and tenants ------------------------------------------------------------------------------------------------
+
+
+@get("/keys", include_in_schema=False)
+async def keys_page(request: Request[Any, Any, Any]) -> Response[str]:
+    """All tenants and keys."""
+    return await _show_keys(request, await _admin(request))
+
+
+@post("/keys", include_in_schema=False, status_code=HTTPStatus.CREATED)
+async def create_key(request: Request[Any, Any, Any]) -> Response[str]:
+    """Makes a key; the page that answers is the only one that ever shows it."""
+    viewer, form = await _admin_form(request)
+    fields = await request.form()
+    made = await accounts.create_key(
+        services_of(request).pool,
+        tenant=form.get("tenant", ""),
+        name=form.get("name", ""),
+        scopes=[str(scope) for scope in fields.getall("scopes", [])],
+        expires_at=f"{form['expires_on']}T00:00:00+00:00" if form.get("expires_on") else None,
+    )
+    return await _show_keys(request, viewer, made=made, status=HTTPStatus.CREATED)
+
+
+@post("/keys/revoke", include_in_schema=False, status_code=HTTPStatus.OK)
+async def revoke_key(request: Request[Any, Any, Any]) -> Response[Any]:
+    """Ends a key, at once on every gateway."""
+    _, form = await _admin_form(request)
+    services = services_of(request)
+    changed = await accounts.revoke_key(services.pool, form.get("key_id", ""))
+    await accounts.announce(services, changed)
+    return redirect(_KEYS_PATH)
+
+
+@post("/tenants", include_in_schema=False, status_code=HTTPStatus.OK)
+async def create_tenant(request: Request[Any, Any, Any]) -> Response[Any]:
+    """Makes a tenant."""
+    _, form = await _admin_form(request)
+    await accounts.create_tenant(services_of(request).pool, form.get("name", "").strip())
+    return redirect(_KEYS_PATH)
+
+
+async def _show_keys(
+    request: Request[Any, Any, Any],
+    viewer: Viewer,
+    *,
+    made: ApiKey | None = None,
+    status: int = HTTPStatus.OK,
+) -> Response[str]:
+    pool = services_of(request).pool
+    tenants = await accounts.list_tenants(pool)
+    names = {tenant.tenant_id: tenant.name for tenant in tenants}
+    keys = await accounts.list_keys(pool, viewer.tenant_id)
+    values = {
+        "tenants": tenants,
+        "names": names,
+        "keys": keys,
+        "scopes": SCOPES,
+        "made": made,
+        "own_key": viewer.principal.key_id,
+    }
+    return show(_KEYS_PAGE, request, viewer, values, status=status)
+
+
+async def _admin(request: Request[Any, Any, Any]) -> Viewer:
+    viewer = await viewer_of(request)
+    _check_admin(viewer)
+    return viewer
+
+
+async def _admin_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[str, str]]:
+    viewer, form = await checked_form(request)
+    _check_admin(viewer)
+    return viewer, form
+
+
+def _check_admin(viewer: Viewer) -> None:
+    if not viewer.is_admin:
+        raise PermissionDeniedError("this page is for keys with the scope `admin`")
+
+
+# ---- Engines and trainers --------------------------------------------------------------------------------------------
+
+
+@get("/machines", include_in_schema=False)
+async def machines_page(request: Request[Any, Any, Any]) -> Response[str]:
+    """Every engine and trainer that is alive."""
+    viewer = await _admin(request)
+    return show(_MACHINES_PAGE, request, viewer, _read_machines(request))
+
+
+@get("/machines/live", include_in_schema=False)
+async def machines_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
+    """Their changes."""
+    viewer = await _admin(request)
+
+    async def read() -> dict[str, Any]:
+        return _read_machines(request)
+
+    return follow(_MACHINES_PAGE, request, viewer, read)
+
+
+def _read_machines(request: Request[Any, Any, Any]) -> dict[str, Any]:
+    services = services_of(request)
+    engines = sorted(services.engines.alive(), key=lambda engine: engine.engine_id)
+    trainers = sorted(services.trainers.alive(), key=lambda trainer: trainer.trainer_id)
+    return {"engines": engines, "trainers": trainers}
+
+
+ACCOUNT_HANDLERS: list[Any] = [
+    keys_page,
+    create_key,
+    revoke_key,
+    create_tenant,
+    machines_page,
+    machines_live,
+]

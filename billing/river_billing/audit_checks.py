@@ -22,17 +22,35 @@ class Check:
 
 AMOUNTS = Check(
     "usage_event",
-    "the amount is quantity times price, rounded half to even",
+    "the amount is quantity times price less the discount, rounded half to even",
+    """
+    select concat_ws(' ', event_id, kind) as id, exact as expected, amount_nano_usd as found
+    from (
+      select e.*, p.price_id as known_price, d.discount_id as known_discount,
+             coalesce(e.quantity * p.nano_usd_per_unit * (1 - coalesce(d.share, 0)), 0) as exact
+      from {events} e left join price p using (price_id) left join discount d using (discount_id)
+    ) e
+    where not (
+        abs(exact - amount_nano_usd) < 0.5 or (abs(exact - amount_nano_usd) = 0.5 and amount_nano_usd % 2 = 0)
+      )
+      or (price_id is not null and known_price is null)
+      or (discount_id is not null and known_discount is null)
+    """,
+)
+
+DISCOUNTS = Check(
+    "usage_event",
+    "the discount is one of the tenant, model and kind that was in force",
     """
     select concat_ws(' ', e.event_id, e.kind) as id,
-           coalesce(e.quantity * p.nano_usd_per_unit, 0) as expected, e.amount_nano_usd as found
-    from {events} e left join price p using (price_id)
-    where not case
-      when e.price_id is null then e.amount_nano_usd = 0
-      else abs(e.quantity * p.nano_usd_per_unit - e.amount_nano_usd) < 0.5
-        or (abs(e.quantity * p.nano_usd_per_unit - e.amount_nano_usd) = 0.5 and e.amount_nano_usd % 2 = 0)
-      end
-      or (e.price_id is not null and p.price_id is null)
+           concat_ws(' ', e.tenant_id, e.base_model, e.kind, e.occurred_at) as expected,
+           concat_ws(' ', 'discount', d.discount_id, d.tenant_id, d.model, d.kind, d.valid_from, d.valid_to) as found
+    from {events} e join discount d using (discount_id)
+    where d.tenant_id <> e.tenant_id
+       or d.kind not in (e.kind, '*')
+       or d.model not in (e.base_model, regexp_replace(e.base_model, '^.*/', ''), '*')
+       or e.occurred_at < d.valid_from
+       or e.occurred_at > d.valid_to + interval '1 minute'  -- the clock of who counted it may differ
     """,
 )
 
@@ -310,6 +328,7 @@ INVOICED = Check(
 CHECKS = (
     AMOUNTS,
     PRICES,
+    DISCOUNTS,
     HOURS,
     MONTHS,
     RUNS,

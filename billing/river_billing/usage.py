@@ -25,8 +25,8 @@ from river_client.wire import UsageLine
 # Several recorders at once: first come the events, which hinder nobody, then the tenants are locked,
 # and what is the tenants' own follows. Both are taken in a fixed order, so that nobody waits in a circle.
 #
-# A price holds from one moment at which any price begins or ends to the next: `epoch` is the number of
-# such moments that an event has behind it, and prices are looked up once for each that occurs.
+# A price holds from one moment at which any price or discount begins or ends to the next: `epoch` is the
+# number of such moments that an event has behind it, and both are looked up once for each that occurs.
 _RECORD = """
 with input as materialized (
   select i.*, width_bucket(i.occurred_at, (select price_moments())) as epoch
@@ -42,13 +42,22 @@ with input as materialized (
   from (select base_model, context_length, epoch, min(occurred_at) as at from input group by 1, 2, 3) t
   cross join (values ('prompt'), ('cached_prompt'), ('completion'), ('training'), ('storage')) as k (kind)
   left join lateral price_in_force(t.base_model, t.context_length, k.kind, t.at) p on true
+), discounted as materialized (
+  select t.*, k.kind, d.discount_id, d.share
+  from (
+    select tenant_id, base_model, epoch, min(occurred_at) as at
+    from input where tenant_id in (select tenant_id from discount) group by 1, 2, 3
+  ) t
+  cross join (values ('prompt'), ('cached_prompt'), ('completion'), ('training'), ('storage')) as k (kind)
+  cross join lateral discount_in_force(t.tenant_id, t.base_model, k.kind, t.at) d
 ), inserted as (
   insert into usage_event (event_id, kind, occurred_at, tenant_id, key_id, run_id, session_id,
                            end_user, base_model, policy_version, context_length, quantity,
-                           price_id, amount_nano_usd)
+                           price_id, discount_id, amount_nano_usd)
   select l.event_id, l.kind, l.occurred_at, l.tenant_id, l.key_id, l.run_id, l.session_id,
          l.end_user, l.base_model, l.policy_version, l.context_length, l.quantity,
-         p.price_id, coalesce(round_half_even(l.quantity * p.nano_usd_per_unit), 0)::bigint
+         p.price_id, d.discount_id,
+         coalesce(round_half_even(l.quantity * p.nano_usd_per_unit * (1 - coalesce(d.share, 0))), 0)::bigint
   from (
     select i.*, u.kind, u.quantity
     from input i cross join lateral (values
@@ -59,6 +68,7 @@ with input as materialized (
     offset 0  -- Before the join, which would else multiply the rows.
   ) l
   join priced p using (base_model, context_length, epoch, kind)
+  left join discounted d using (tenant_id, base_model, epoch, kind)
   order by l.event_id, l.kind
   on conflict do nothing
   returning event_id, kind, occurred_at, tenant_id, key_id, run_id, base_model, context_length,

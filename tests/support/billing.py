@@ -106,8 +106,9 @@ async def totals(connection: Any) -> tuple[int, int, int]:
     ]
     assert of_runs[0] == of_runs[1]
     wrong = await connection.fetchval(
-        "select count(*) from usage_event left join price using (price_id) "
-        "where amount_nano_usd <> coalesce(round_half_even(quantity * nano_usd_per_unit), 0)"
+        "select count(*) from usage_event left join price using (price_id) left join discount using (discount_id) "
+        "where amount_nano_usd <> "
+        "  coalesce(round_half_even(quantity * nano_usd_per_unit * (1 - coalesce(share, 0))), 0)"
     )
     assert wrong == 0
     return tuple(events)

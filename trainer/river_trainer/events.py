@@ -29,7 +29,7 @@ def events_of(message: TrainMessage, result: TrainResult, *, context_length: int
                 tenant_id=message.tenant_id,
                 key_id=message.key_id,
                 base_model=message.base_model,
-                context_length=context_length,
+                context_length=message.context_length or context_length,
                 quantities={UsageKind.TRAINING: result.training_tokens},
                 run_id=message.run_id,
                 session_id=message.session_id,

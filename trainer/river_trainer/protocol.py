@@ -188,7 +188,10 @@ def task_tokens(task: AnyTask) -> int:
 
 
 class TrainMessage(Struct, frozen=True, kw_only=True):
-    """`submitted_at` is Unix time in seconds: a replayed message bills at the time it was accepted."""
+    """`submitted_at` is Unix time in seconds: a replayed message bills at the time it was accepted.
+
+    `context_length` is what the run was opened with, and so its price tier; 0, of older senders, is the trainer's own.
+    """
 
     run_id: str
     seq: int
@@ -198,6 +201,7 @@ class TrainMessage(Struct, frozen=True, kw_only=True):
     base_model: str
     submitted_at: float
     task: AnyTask
+    context_length: int = 0
 
 
 class TaskError(Struct, frozen=True, kw_only=True):

@@ -228,6 +228,7 @@ async def publish_task(
         base_model=run.base_model,
         submitted_at=time.time(),
         task=task,
+        context_length=run.context_length,
     )
     services.bus.require()
     ack = await journal.submit(services.bus.jetstream, message)

@@ -22,6 +22,7 @@ from river_gateway.database import POSTGRES_AWAY
 from river_gateway.described import DescribedPlugin
 from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
+from river_gateway.feedback.learning_api import LEARNING_HANDLERS
 from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
@@ -70,6 +71,7 @@ def create_litestar(services: Services) -> Litestar:
             *CATALOG_HANDLERS,
             *ALIAS_HANDLERS,
             *FEEDBACK_HANDLERS,
+            *LEARNING_HANDLERS,
             *IMPORT_HANDLERS,
             *ADMIN_HANDLERS,
             *CREDIT_HANDLERS,

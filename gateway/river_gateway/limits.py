@@ -138,6 +138,16 @@ STORED_PAGE_MAX = 100
 FEEDBACK_BATCH_MAX = 4096
 FEEDBACK_CLAIM_MAX_S = 24 * 3600.0
 FEEDBACK_NOTE_MAX_CHARS = 4096
+LEARNINGS_MAX = 256
+"""Runs that learn, of one gateway at once."""
+LEARNING_LEASE_S = 15.0
+"""After a gateway has died, so long at most nobody works on its runs."""
+LEARNING_RENEWAL_S = 2.0
+LEARNING_IDLE_MIN_S = 0.25
+"""How soon a run looks for feedback again, at first; twice as long each time that there is too little, up to …"""
+LEARNING_IDLE_MAX_S = 4.0
+LEARNING_RETRY_S = 1.0
+LEARNING_RESULT_S = 20.0
 METADATA_ENTRIES_MAX = 16
 METADATA_KEY_MAX_CHARS = 64
 METADATA_MAX_CHARS = 512

@@ -15,6 +15,7 @@ from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
 from river_gateway.engines.registry import Engines, Trainers
 from river_gateway.engines.upstream import Upstream
+from river_gateway.feedback.learner import Learner
 from river_gateway.feedback.store import CompletionStore
 from river_gateway.feedback.store import sweep_forever as sweep_completions
 from river_gateway.inference.meter import Meter
@@ -44,6 +45,7 @@ logger = logging.getLogger("river.gateway")
 class Services:
     """`stopping` is set when the process has been asked to end: long polls answer at once.
 
+    `learning_wake` is set when a run is to learn: somebody looks at once.
     `imports` bounds how many uploaded adapters are worked on at once.
     """
 
@@ -64,6 +66,7 @@ class Services:
     meter: Meter
     telemetry: Telemetry
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    learning_wake: asyncio.Event = field(default_factory=asyncio.Event)
     imports: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(IMPORTS_CONCURRENT_MAX)
     )
@@ -135,6 +138,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         bus.on_back.append(services.keys.distrust)
         exchange = Exchange(bus, services.quotas)
         await exchange.join()
+        learner = Learner(services)
         async with _delivering(services), asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(services.results.stop_with(services.stopping), name="results"),
@@ -148,6 +152,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                     sweep_completions(pool, interval_s=settings.sweep_interval_s),
                     name="completion sweeper",
                 ),
+                tasks.create_task(learner.run(), name="learning"),
                 tasks.create_task(_make_event_stream(bus), name="event stream"),
                 tasks.create_task(_sweep(services), name="sweeper"),
             ]
@@ -156,6 +161,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             finally:
                 for task in background:
                     task.cancel()
+        await learner.close()
     finally:
         await services.credit.close()
         await services.upstream.close()

@@ -13,9 +13,9 @@
 """
 
 from river_client.async_client import AsyncClient, AsyncSession
-from river_client.async_feedback import Learning
+from river_client.async_learning import AsyncLearning, AsyncLocalLearning
 from river_client.async_model import AsyncModel, AsyncPendingOp
-from river_client.client import Client, Model, PendingOp, Session
+from river_client.client import Client, Learning, LocalLearning, Model, PendingOp, Session
 from river_client.custom_loss import CustomLoss, TorchLoss, torch_loss
 from river_client.exceptions import (
     AuthenticationError,
@@ -31,9 +31,11 @@ from river_client.exceptions import (
     TimeoutError,  # noqa: A004 - its name in the documentation
 )
 from river_client.feedback_wire import Feedback, FeedbackBatch
+from river_client.learning_wire import LearningState, StartLearning
 from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
 from river_client.usage_wire import UsageRow
 from river_client.wire import (
+    AdamParams,
     Alias,
     AliasTarget,
     ApiKey,
@@ -51,10 +53,13 @@ from river_client.wire import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamParams",
     "Alias",
     "AliasTarget",
     "ApiKey",
     "AsyncClient",
+    "AsyncLearning",
+    "AsyncLocalLearning",
     "AsyncModel",
     "AsyncPendingOp",
     "AsyncSession",
@@ -69,6 +74,8 @@ __all__ = [
     "FeedbackBatch",
     "InvalidRequestError",
     "Learning",
+    "LearningState",
+    "LocalLearning",
     "LoraConfig",
     "Model",
     "NotFoundError",
@@ -85,6 +92,7 @@ __all__ = [
     "SampleOptions",
     "ServerError",
     "Session",
+    "StartLearning",
     "Tenant",
     "TimeoutError",
     "TopLogprob",

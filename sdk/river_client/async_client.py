@@ -16,16 +16,17 @@ from river_client import exceptions, feedback_wire, limits, wire
 from river_client.async_aliases import AsyncAliases
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_feedback import (
-    Baseline,
     acknowledge_feedback,
     claim_feedback,
     give_feedback,
 )
 from river_client.async_invoices import AsyncInvoices
+from river_client.async_learning import AsyncRunsLearning
 from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
+from river_client.learning_wire import Baseline
 from river_client.progress import waiting
 from river_client.results import (
     ChatReply,
@@ -68,6 +69,7 @@ class AsyncClient:
         self.runs = AsyncRuns(self._transport)
         self.checkpoints = AsyncCheckpoints(self._transport)
         self.aliases = AsyncAliases(self._transport)
+        self.learning = AsyncRunsLearning(self._transport)
         self.admin = AsyncAdmin(self._transport)
         self.credit = AsyncCredit(self._transport)
         self.budgets = AsyncBudgets(self._transport)

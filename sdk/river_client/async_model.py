@@ -7,15 +7,17 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import SupportsFloat, TypeVar, Unpack
+from typing import Literal, SupportsFloat, TypeVar, Unpack
 
 import msgspec
 
 from river_client import exceptions, feedback_wire, limits, wire
 from river_client.arrays import DatumLike, pack_data
 from river_client.async_aliases import AsyncAliases
-from river_client.async_feedback import Baseline, Learning, learn_forever
+from river_client.async_feedback import teaches
+from river_client.async_learning import AsyncLearning, AsyncLocalLearning, AsyncRunsLearning
 from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
+from river_client.learning_wire import Baseline, LearningLoss, LearningState, StartLearning
 from river_client.pending import AsyncPendingOp
 from river_client.progress import waiting
 from river_client.results import (
@@ -46,7 +48,7 @@ class AsyncModel:
         self._seq = 1  # of the next operation
         self._submitting = asyncio.Lock()
         self._unsettled: bytes | None = None
-        self._learning: Learning | None = None
+        self._shared = False  # Whether the server may have used seqs of this run.
 
     @property
     def path(self) -> str:
@@ -333,26 +335,76 @@ class AsyncModel:
         self,
         alias: str,
         *,
-        loss_fn: wire.LossName = "importance_sampling",
         lr: float,
+        loss_fn: LearningLoss = "importance_sampling",
         min_batch: int = 32,
         max_batch: int = 256,
         baseline: Baseline = "prompt",
-        poll_s: float = 0.5,
+        publish: Literal["live", "none"] = "live",
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float | None = None,
         **config: float,
-    ) -> Learning:
-        """Begins to train on the feedback on an alias as it comes, and lets the alias follow this model's live version.
+    ) -> AsyncLearning:
+        """Tells the server to train on the feedback on an alias as it comes, until it is stopped.
 
-        Completions are served, judged, trained on and served anew, until `stop_learning`; `client.aliases.rollback`
-        brings back what the alias was before. The loop runs in this process: each batch is one `train_step`, with the
-        log-probabilities that the completions were sampled with. What is returned says how far it has come.
+        Completions are served, judged, trained on and served anew: from now on the alias follows this model's live
+        version, unless `publish` is "none"; `client.aliases.rollback` brings back what it was before. It goes on when
+        this process has ended. Each batch is one step, with the log-probabilities that the completions were sampled
+        with. Nobody else can train the model meanwhile: operations raise `InvalidRequestError`.
 
         Raises:
-            InvalidRequestError: the model is learning already.
+            InvalidRequestError: a setting is wrong, or the model is learning something else already.
         """
-        if self._learning is not None and self._learning.active:
-            raise exceptions.InvalidRequestError("the model is learning already: `stop_learning`")
-        await AsyncAliases(self._transport).set(alias, self.path)
+        adam = wire.AdamParams(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        settings = StartLearning(
+            alias=alias,
+            adam=adam,
+            loss_fn=loss_fn,
+            loss_config=config,
+            min_batch=min_batch,
+            max_batch=max(min_batch, max_batch),
+            baseline=baseline,
+            publish=publish,
+        )
+        async with self._submitting:
+            if self._unsettled is not None:
+                await self._settle(self._unsettled)
+            self._shared = True
+            state = await AsyncRunsLearning(self._transport).start(self.run_id, settings)
+        return AsyncLearning(self._transport, state, on_state=self._saw_learning)
+
+    async def learn_locally(
+        self,
+        alias: str,
+        *,
+        lr: float,
+        loss_fn: wire.LossName | CustomLoss = "importance_sampling",
+        prepare: Callable[[feedback_wire.FeedbackBatch], Sequence[DatumLike]] | None = None,
+        min_batch: int = 32,
+        max_batch: int = 256,
+        baseline: Baseline = "prompt",
+        publish: Literal["live", "none"] = "live",
+        force_routing_replay: bool = False,
+        **config: float,
+    ) -> AsyncLocalLearning:
+        """`learn_from` in a loop of this process, for a loss of your own or data that you make of the feedback.
+
+        `loss_fn` may be a function as in `forward_backward_custom`; `prepare` makes the training data of a batch, in
+        place of its `data`. The loop ends with the process, or with an `error`, such as that the server has been told
+        to train the model; the completions of a batch that was not applied are handed out again.
+        """
+        if publish == "live":
+            await AsyncAliases(self._transport).set(alias, self.path)
         asked = feedback_wire.ClaimFeedback(
             model=alias,
             consumer=self.run_id,
@@ -362,30 +414,28 @@ class AsyncModel:
             baseline=baseline,
         )
 
-        async def train(data: list[wire.Datum]) -> TrainingResult:
-            operation = wire.TrainStep(
-                data=data, adam=wire.AdamParams(lr=lr), loss_fn=loss_fn, loss_config=config
-            )
-            return await (await self._submit(operation, training_result)).result()
+        async def train(batch: feedback_wire.FeedbackBatch) -> bool:
+            if prepare is None and not any(teaches(datum) for datum in batch.data):
+                return False
+            data: Sequence[DatumLike] = batch.data if prepare is None else prepare(batch)
+            if callable(loss_fn):
+                await self.forward_backward_custom(
+                    data, loss_fn, force_routing_replay=force_routing_replay
+                )
+                await self.optim_step(lr=lr)
+            else:
+                await self.train_step(
+                    data,
+                    loss_fn=loss_fn,
+                    lr=lr,
+                    force_routing_replay=force_routing_replay,
+                    **config,
+                )
+            return True
 
-        self._learning = learning = Learning(alias)
-        learning.task = asyncio.create_task(
-            learn_forever(self._transport, learning, asked, train, poll_s=poll_s)
-        )
-        return learning
-
-    async def stop_learning(self) -> Learning:
-        """Ends what `learn_from` began, once the batch at hand has been applied.
-
-        Raises:
-            InvalidRequestError: the model was not learning.
-        """
-        learning = self._learning
-        if learning is None or learning.task is None:
-            raise exceptions.InvalidRequestError("the model is not learning: `learn_from` begins")
-        learning.stopping.set()
-        await learning.task
-        return learning
+        loop = AsyncLocalLearning(alias)
+        loop.begin(self._transport, asked, train)
+        return loop
 
     # ---- Submitting --------------------------------------------------------------------------
 
@@ -399,6 +449,8 @@ class AsyncModel:
         next is the same operation, it is that one.
         """
         async with self._submitting:
+            if self._shared:
+                await self._take_back()
             body = self._encode(operation)
             if self._unsettled is not None and self._unsettled != body:
                 await self._settle(self._unsettled)
@@ -407,6 +459,29 @@ class AsyncModel:
         return AsyncPendingOp(
             self._transport, operation_id, convert, on_done=self._advance, early=early
         )
+
+    async def _take_back(self) -> None:
+        """Goes on after the server's own operations.
+
+        Raises:
+            InvalidRequestError: the server is training the model.
+        """
+        try:
+            state = await AsyncRunsLearning(self._transport).get(self.run_id)
+        except exceptions.NotFoundError:
+            self._shared = False  # It has never begun.
+            return
+        self._saw_learning(state)
+        if state.active:
+            raise exceptions.InvalidRequestError(
+                f"{self.run_id} is learning from {state.alias!r}, so nobody else trains it; stop that first",
+                param="run_id",
+            )
+        self._seq = state.next_seq
+        self._shared = False
+
+    def _saw_learning(self, state: LearningState) -> None:
+        self._step = max(self._step, int(state.policy_version.rpartition("@")[2]))
 
     def _encode(self, operation: wire.AnyOperation) -> bytes:
         return msgspec.msgpack.encode(wire.SubmitOperation(seq=self._seq, operation=operation))

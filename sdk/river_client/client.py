@@ -17,10 +17,13 @@ from river_client.async_aliases import AsyncAliases
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_invoices import AsyncInvoices
+from river_client.async_learning import AsyncLearning, AsyncLocalLearning, AsyncRunsLearning
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
 from river_client.chat import ChatMessages
+from river_client.exceptions import RiverError
+from river_client.learning_wire import LearningState
 from river_client.results import TrainingResult
 from river_client.usage_wire import UsageRow
 
@@ -147,6 +150,105 @@ def submitting(
     return call
 
 
+class Learning(_Blocking):
+    """A run that the server trains on feedback. It goes on whether anybody looks or not."""
+
+    def __init__(self, portal: Portal, twin: AsyncLearning) -> None:
+        self._portal = portal
+        self._twin: AsyncLearning = twin
+        self.run_id = twin.run_id
+
+    @property
+    def state(self) -> LearningState:
+        """How far it had come when the server was last asked."""
+        return self._twin.state
+
+    refresh = blocking(AsyncLearning.refresh)
+    stop = blocking(AsyncLearning.stop)
+    wait = blocking(AsyncLearning.wait)
+
+    def steps(self) -> Generator[LearningState]:
+        """The state after each step, or after several if they come fast, until it ends.
+
+        Raises:
+            OperationFailedError: it failed; the message says why.
+        """
+        states = self._twin.steps()
+        try:
+            while (state := self._portal.run(_next_or_none(states))) is not None:
+                yield state
+        finally:
+            self._portal.run(states.aclose())
+
+
+class LocalLearning(_Blocking):
+    """A loop in this process that learns from feedback."""
+
+    def __init__(self, portal: Portal, twin: AsyncLocalLearning) -> None:
+        self._portal = portal
+        self._twin: AsyncLocalLearning = twin
+        self.alias = twin.alias
+
+    @property
+    def steps(self) -> int:
+        return self._twin.steps
+
+    @property
+    def completions(self) -> int:
+        return self._twin.completions
+
+    @property
+    def error(self) -> RiverError | None:
+        """What ended it, if something did."""
+        return self._twin.error
+
+    @property
+    def active(self) -> bool:
+        """Whether it goes on."""
+        return self._twin.active
+
+    stop = blocking(AsyncLocalLearning.stop)
+
+
+def learning(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLearning]],
+) -> Callable[Concatenate[Any, Parameters], Learning]:
+    """A method of the twin that blocks until the server has been told to learn."""
+
+    @functools.wraps(method)
+    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Learning:
+        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
+        return Learning(portal, portal.run(method(twin, *args, **kwargs)))
+
+    return call
+
+
+def learning_locally(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLocalLearning]],
+) -> Callable[Concatenate[Any, Parameters], LocalLearning]:
+    """A method of the twin that blocks until its loop has begun."""
+
+    @functools.wraps(method)
+    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> LocalLearning:
+        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
+        return LocalLearning(portal, portal.run(method(twin, *args, **kwargs)))
+
+    return call
+
+
+class RunsLearning(_Blocking):
+    """`client.learning`: the runs that the server trains on feedback."""
+
+    def __init__(self, portal: Portal, twin: AsyncRunsLearning) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncRunsLearning.list)
+    get = blocking(AsyncRunsLearning.get)
+    start = blocking(AsyncRunsLearning.start)
+    stop = blocking(AsyncRunsLearning.stop)
+
+
 class Model(_Blocking):
     """One adapter in training. Calls may come from many threads; they are carried out in the order made."""
 
@@ -172,8 +274,9 @@ class Model(_Blocking):
     load_weights = blocking(AsyncModel.load_weights)
     log = blocking(AsyncModel.log)
     sample = blocking(AsyncModel.sample)
-    learn_from = blocking(AsyncModel.learn_from)
-    stop_learning = blocking(AsyncModel.stop_learning)
+
+    learn_from = learning(AsyncModel.learn_from)
+    learn_locally = learning_locally(AsyncModel.learn_locally)
 
     submit_forward = submitting(AsyncModel.submit_forward)
     submit_forward_backward = submitting(AsyncModel.submit_forward_backward)
@@ -357,6 +460,7 @@ class Client(_Blocking):
         self.runs = Runs(self._portal, self._twin.runs)
         self.checkpoints = Checkpoints(self._portal, self._twin.checkpoints)
         self.aliases = Aliases(self._portal, self._twin.aliases)
+        self.learning = RunsLearning(self._portal, self._twin.learning)
         self.admin = Admin(self._portal, self._twin.admin)
         self.credit = Credit(self._portal, self._twin.credit)
         self.budgets = Budgets(self._portal, self._twin.budgets)

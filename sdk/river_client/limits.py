@@ -14,6 +14,7 @@ CONNECTIONS_MAX = 100
 
 # ---- Waiting -----------------------------------------------------------------------------------------------------
 
+LEARNING_POLL_S = 0.25  # how often who waits for a run to learn asks how far it has come
 LONG_POLL_S = 20.0
 LONG_POLL_FIRST_S = 3.0  # what takes longer is told why
 EARLY_ANSWERS_MAX = 32  # submissions that wait for their results on a connection each

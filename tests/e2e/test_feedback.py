@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -68,16 +67,18 @@ def test_an_alias_learns_from_feedback_and_goes_back(
             part = rows[start : start + PER_ROUND]
             answered = pool.map(lambda row: _ask(chat, row, store=True, n=SAMPLES), part)
             for row, (completion_id, texts, _) in zip(part, answered, strict=True):
-                for choice, text in enumerate(texts):
-                    client.feedback(completion_id, reward=reward(text, row.answer), choice=choice)
-            deadline = time.monotonic() + LEARNT_WITHIN_S
-            while learning.completions < (start + PER_ROUND) * SAMPLES:
-                assert learning.error is None, learning.error
-                assert time.monotonic() < deadline, learning
-                time.sleep(0.1)
-        assert model.stop_learning().steps == CHATS // PER_ROUND
+                given = [
+                    river.Feedback(
+                        completion_id=completion_id, choice=choice, reward=reward(text, row.answer)
+                    )
+                    for choice, text in enumerate(texts)
+                ]
+                client.feedback_many(given)
+            learning.wait(completions=(start + PER_ROUND) * SAMPLES, timeout=LEARNT_WITHIN_S)
+        learnt = learning.stop()
+        assert (learnt.status, learnt.steps) == ("stopped", CHATS // PER_ROUND)
         after = _accuracy(chat, pool)
-        assert _ask(chat, rows[0])[2] == model.policy_version == f"{model.run_id}@{learning.steps}"
+        assert _ask(chat, rows[0])[2] == model.policy_version == f"{model.run_id}@{learnt.steps}"
         assert after >= before + 0.2, (before, after)
         assert client.aliases.rollback(ALIAS).target == TINY_MOE_NAME
         assert _ask(chat, rows[0])[2] == TINY_MOE_NAME

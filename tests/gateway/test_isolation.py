@@ -162,6 +162,15 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", f"{River}/runs/{{run_id:str}}/metrics"): _call(
         "POST", River + "/runs/{run_id}/metrics", {"metrics": {"a": 1}}
     ),
+    ("PUT", f"{River}/runs/{{run_id:str}}/learning"): _call(
+        "PUT", River + "/runs/{run_id}/learning", {"alias": "theirs", "adam": {"lr": 0.1}}
+    ),
+    ("GET", f"{River}/runs/{{run_id:str}}/learning"): _call(
+        "GET", River + "/runs/{run_id}/learning"
+    ),
+    ("DELETE", f"{River}/runs/{{run_id:str}}/learning"): _call(
+        "DELETE", River + "/runs/{run_id}/learning"
+    ),
     ("POST", f"{River}/runs/{{run_id:str}}/operations"): _call(
         "POST", River + "/runs/{run_id}/operations", _FORWARD
     ),
@@ -198,6 +207,7 @@ NOTHING_TO_GUESS = {
     ("POST", f"{River}/checkpoints/import"),
     ("GET", f"{River}/runs"),
     ("GET", f"{River}/aliases"),
+    ("GET", f"{River}/learning"),
     ("POST", f"{River}/feedback/batches"),
     ("GET", f"{River}/models"),
     ("GET", f"{River}/usage"),

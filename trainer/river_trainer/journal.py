@@ -244,6 +244,15 @@ async def find_message(
         stream_seq = found.seq + 1
 
 
+async def newest_seq(js: JetStreamContext, base_model: str, run_id: str) -> int | None:
+    """The seq of the operation of a run that was stored last, None if the journal holds none (any more)."""
+    try:
+        found = await js.get_last_msg(TRAIN_STREAM, train_subject(base_model, run_id))
+    except NotFoundError:
+        return None
+    return int((found.headers or {})[MESSAGE_ID_HEADER].rpartition(":")[2])
+
+
 async def publish_result(js: JetStreamContext, result: TrainResult) -> None:
     """Makes a result the one of its operation; without its log-probabilities if there is no room for them."""
     subject = result_subject(result.operation_id)

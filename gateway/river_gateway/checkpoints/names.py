@@ -1,6 +1,6 @@
 """What names mean, remembered, so that completions ask neither Postgres nor NATS.
 
-These are aliases, checkpoints and the live versions of runs.
+These are aliases, checkpoints, the live versions of runs, and whether these learn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from river_gateway.bus import BusError
 from river_gateway.checkpoints import aliases, catalog
 from river_gateway.errors import NotFoundError, UnavailableError
+from river_gateway.feedback import learning
 from river_gateway.limits import LIVE_FRESH_S, NAME_CACHE_ENTRIES_MAX, NAME_CACHE_FRESH_S
 from river_gateway.lru import Lru
 from river_trainer.protocol import LIVE_BUCKET, LiveVersion, policy_version
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from nats.aio.msg import Msg
 
+    from river_client.learning_wire import LearningState
     from river_gateway.bus import Bus
     from river_gateway.checkpoints.aliases import Served
     from river_gateway.checkpoints.catalog import CheckpointRow
@@ -106,6 +108,14 @@ class Names:
 
         row = await self._find((tenant_id, policy_version(run_id, step)), find)
         return None if row is None or row.has_expired else row
+
+    async def learning(self, run_id: str, tenant_id: str) -> LearningState | None:
+        """What a run learns, or has learnt last, from feedback."""
+
+        async def find() -> LearningState | None:
+            return await learning.find(self._database, run_id=run_id, tenant_id=tenant_id)
+
+        return await self._find((tenant_id, learning.name_of(run_id)), find)
 
     async def changed(self, tenant_id: str, name: str) -> None:
         """Says that a name has been written: the next request here sees it, and those elsewhere within a moment."""

@@ -28,6 +28,7 @@ from river_gateway.limits import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from river_billing.database import Connection
     from river_gateway.database import Database, Pool, Row
 
 _CHOICES = """
@@ -65,6 +66,15 @@ from unnest($5::text[], $6::integer[]) as new (completion_id, choice)
 on conflict (tenant_id, consumer, completion_id, choice) do update
 set batch_id = excluded.batch_id, claimed_until = excluded.claimed_until
 """
+_OF_BATCH = """
+select f.completion_id, f.choice, f.reward, f.note, f."user", c.tokens, c.policy_version
+from feedback_use u
+join feedback f using (completion_id, choice)
+join stored_completion c using (completion_id)
+where u.tenant_id = $1 and u.batch_id = $2
+order by f.updated_at, f.completion_id, f.choice
+"""
+_GIVE_BACK = "delete from feedback_use where tenant_id = $1 and batch_id = $2"
 _ACKNOWLEDGE = """
 update feedback_use set claimed_until = null where tenant_id = $1 and batch_id = $2
 """
@@ -106,39 +116,69 @@ async def claim(
     Raises:
         InvalidFieldError: a size or time is out of range.
     """
-    if not 1 <= asked.min_batch <= asked.max_batch <= FEEDBACK_BATCH_MAX:
-        raise InvalidFieldError(
-            f"min_batch: {asked.min_batch}, must be 1 to max_batch: {asked.max_batch}, at most {FEEDBACK_BATCH_MAX}",
-            param="min_batch",
-        )
+    check_size(asked.min_batch, asked.max_batch)
     if not 0 < asked.claim_s <= FEEDBACK_CLAIM_MAX_S:
         message = f"claim_s: {asked.claim_s:g}, must be above 0, at most {FEEDBACK_CLAIM_MAX_S:g}"
         raise InvalidFieldError(message, param="claim_s")
     batch_id = new_id("bat")
     async with pool.acquire() as connection, connection.transaction():
-        await connection.execute(_LOCK, tenant_id, asked.consumer)
-        rows = await connection.fetch(
-            _UNUSED, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
+        rows = await claim_rows(
+            connection, tenant_id=tenant_id, asked=asked, batch_id=batch_id, claim_s=asked.claim_s
         )
-        if len(rows) < asked.min_batch:
-            return feedback_wire.FeedbackBatch(
-                batch_id=None, data=[], feedback=[], policy_versions=[]
-            )
-        await connection.execute(
-            _CLAIM,
-            tenant_id,
-            asked.consumer,
-            batch_id,
-            asked.claim_s,
-            [row["completion_id"] for row in rows],
-            [row["choice"] for row in rows],
-        )
+    if not rows:
+        return feedback_wire.FeedbackBatch(batch_id=None, data=[], feedback=[], policy_versions=[])
     return feedback_wire.FeedbackBatch(
         batch_id=batch_id,
         data=training_data(rows, asked.baseline),
         feedback=[_feedback(row) for row in rows],
         policy_versions=[row["policy_version"] for row in rows],
     )
+
+
+async def claim_rows(
+    connection: Connection,
+    *,
+    tenant_id: str,
+    asked: feedback_wire.ClaimFeedback,
+    batch_id: str,
+    claim_s: float | None,
+) -> Sequence[Row]:
+    """Claims a batch, without `claim_s` for good, in the caller's transaction; nothing when there is too little."""
+    await connection.execute(_LOCK, tenant_id, asked.consumer)
+    rows = await connection.fetch(
+        _UNUSED, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
+    )
+    if len(rows) < asked.min_batch:
+        return []
+    await connection.execute(
+        _CLAIM,
+        tenant_id,
+        asked.consumer,
+        batch_id,
+        claim_s,
+        [row["completion_id"] for row in rows],
+        [row["choice"] for row in rows],
+    )
+    return rows
+
+
+async def rows_of(database: Database, *, tenant_id: str, batch_id: str) -> Sequence[Row]:
+    """What there is of a claimed batch: completions may have been deleted meanwhile; rewards are as they are now."""
+    return await database.fetch(_OF_BATCH, tenant_id, batch_id)
+
+
+async def give_back(database: Database, *, tenant_id: str, batch_id: str) -> None:
+    """Ends the claim of a batch that was not learnt from: it is handed out again."""
+    await database.execute(_GIVE_BACK, tenant_id, batch_id)
+
+
+def check_size(min_batch: int, max_batch: int) -> None:
+    """Raises InvalidFieldError unless a batch of that size is possible."""
+    if not 1 <= min_batch <= max_batch <= FEEDBACK_BATCH_MAX:
+        raise InvalidFieldError(
+            f"min_batch: {min_batch}, must be 1 to max_batch: {max_batch}, at most {FEEDBACK_BATCH_MAX}",
+            param="min_batch",
+        )
 
 
 async def acknowledge(database: Database, *, tenant_id: str, batch_id: str) -> None:

@@ -97,6 +97,29 @@ async def make_task(
             return await asyncio.to_thread(_data_task, submitted.operation, limits)
 
 
+async def check_not_learning(services: Services, run: RunRow, tenant_id: str, seq: int) -> None:
+    """Makes sure that an operation does not come between those of a run that learns, nor is taken for one of them.
+
+    What was submitted before the learning began may be submitted again.
+
+    Raises:
+        ConflictError: the run is learning, or has used that seq while it was.
+    """
+    state = await services.names.learning(run.run_id, tenant_id)
+    if state is None or seq < state.first_seq:
+        return
+    if state.active:
+        raise ConflictError(
+            f"{run.run_id} is learning from {state.alias!r}, so nobody else trains it; stop that first",
+            param="run_id",
+        )
+    if seq < state.next_seq:
+        raise ConflictError(
+            f"seq: {seq} was used while the run was learning; the next is {state.next_seq}",
+            param="seq",
+        )
+
+
 def _data_task(
     operation: wire.Forward | wire.ForwardBackward | wire.OptimStep | wire.TrainStep,
     limits: validation.Limits,
@@ -219,23 +242,53 @@ async def publish_task(
         UnavailableError: the connection is down.
         nats.errors.Error: JetStream did not store it.
     """
-    message = protocol.TrainMessage(
+    await publish_new(services, message_of(run, principal, seq, task, time.time()))
+    return protocol.operation_id(run.run_id, seq)
+
+
+def message_of(
+    run: RunRow, principal: Principal, seq: int, task: protocol.AnyTask, submitted_at: float
+) -> protocol.TrainMessage:
+    """A task as the journal holds it; `submitted_at` is Unix time."""
+    return protocol.TrainMessage(
         run_id=run.run_id,
         seq=seq,
         tenant_id=principal.tenant_id,
         key_id=principal.key_id,
         session_id=run.session_id,
         base_model=run.base_model,
-        submitted_at=time.time(),
+        submitted_at=submitted_at,
         task=task,
         context_length=run.context_length,
     )
+
+
+async def publish_new(services: Services, message: protocol.TrainMessage) -> bool:
+    """Stores a message in the journal; False when it, or another of its seq, has been stored before.
+
+    Raises:
+        UnavailableError: the connection is down.
+        nats.errors.Error: JetStream did not store it.
+    """
     services.bus.require()
     ack = await journal.submit(services.bus.jetstream, message)
-    operation = protocol.operation_id(run.run_id, seq)
     if not ack.duplicate:
-        services.results.watch(operation)
-    return operation
+        services.results.watch(protocol.operation_id(message.run_id, message.seq))
+    return not ack.duplicate
+
+
+async def next_seq(services: Services, run: RunRow) -> int:
+    """The seq after every operation of a run that was ever accepted.
+
+    What Postgres knows lags behind the results, and these behind the journal, which forgets what has been done.
+    """
+    services.bus.require()
+    jetstream = services.bus.jetstream
+    newest = await journal.newest_seq(jetstream, run.base_model, run.run_id)
+    seq = max(run.last_seq, 0 if newest is None else newest) + 1
+    while await journal.find_result(jetstream, protocol.operation_id(run.run_id, seq)) is not None:
+        seq += 1
+    return seq
 
 
 # ---- Out -------------------------------------------------------------------------------------------------------------

@@ -223,6 +223,7 @@ async def submit_operation(
     """
     services, principal = services_of(request), principal_of(request)
     run = await _own_run(request, run_id)
+    await operations.check_not_learning(services, run, principal.tenant_id, data.seq)
     task = await operations.make_task(services, run, principal.tenant_id, data)
     tokens = protocol.task_tokens(task)
     services.bus.require()

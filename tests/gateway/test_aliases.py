@@ -191,7 +191,7 @@ async def test_completions_ask_neither_postgres_nor_nats(
     pool, bus = rig.services.pool, rig.services.bus
     for owner, names in ((pool, ("fetch", "fetchrow", "fetchval", "execute")), (bus, ("get",))):
         for name in names:
-            original = getattr(owner, name)
+            original = getattr(type(owner), name)
 
             async def counted(*args: Any, _original: Any = original, **options: Any) -> Any:
                 # Those who sweep and renew ask as well.

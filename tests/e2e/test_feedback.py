@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+import pytest
 
 import river_client as river
 from river_ops.demo.loop import MAX_TOKENS
@@ -82,3 +83,49 @@ def test_an_alias_learns_from_feedback_and_goes_back(
         assert after >= before + 0.2, (before, after)
         assert client.aliases.rollback(ALIAS).target == TINY_MOE_NAME
         assert _ask(chat, rows[0])[2] == TINY_MOE_NAME
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_text_is_kept_as_the_engine_made_it(
+    stack: StackInfo, client: river.Client, stream: bool
+) -> None:
+    """Tokens and log-probabilities of a stored text completion are those that the engine tells whoever asks."""
+    shown: dict[int, list[float]] = {0: [], 1: []}
+    with openai.OpenAI(base_url=f"{stack.base_url}/v1", api_key=client.api_key) as chat:
+        made = chat.completions.create(
+            model=TINY_MOE_NAME,
+            prompt="2 + 2 =",
+            max_tokens=5,
+            n=2,
+            logprobs=1,
+            stream=stream,
+            extra_body={"store": True},
+        )
+        parts = [made] if isinstance(made, openai.types.Completion) else list(made)
+        for part in parts:
+            for choice in part.choices:
+                told = choice.logprobs.token_logprobs if choice.logprobs else None
+                shown[choice.index] += told or []
+        hidden = chat.completions.create(
+            model=TINY_MOE_NAME, prompt="2 + 2 =", max_tokens=5, extra_body={"store": True}
+        )
+        assert hidden.choices[0].logprobs is None
+    given = [(parts[0].id, 0, 0.0), (parts[0].id, 1, 1.0), (hidden.id, 0, 0.5)]
+    client.feedback_many(
+        [
+            river.Feedback(completion_id=completion_id, choice=choice, reward=reward)
+            for completion_id, choice, reward in given
+        ]
+    )
+    batch = client.feedback_batch(TINY_MOE_NAME, min_batch=3)
+    assert batch is not None
+    by_choice = {
+        (one.completion_id, one.choice): datum
+        for one, datum in zip(batch.feedback, batch.data, strict=True)
+    }
+    for choice in (0, 1):
+        datum = by_choice[parts[0].id, choice]
+        produced = len(shown[choice])
+        assert produced
+        assert list(datum.old_logprobs)[-1 - produced : -1] == shown[choice]  # type: ignore[arg-type]
+    assert sum(1 for value in by_choice[hidden.id, 0].old_logprobs if value) > 0  # type: ignore[union-attr]

@@ -30,6 +30,7 @@ from river_billing.events import UsageKind
 from river_billing.prices import seed_prices, set_price
 from river_client import wire
 from river_client.cli import river as command
+from river_gateway.feedback import learning
 from river_trainer import journal, protocol
 
 FORWARD = wire.Forward(data=[wire.Datum(input_ids=[1, 2])])
@@ -130,6 +131,30 @@ async def test_an_operation_that_came_in_between_is_not_taken_for_ours(rig: Rig)
     state = await reached(rig, run.run_id, lambda state: state.steps == 1)
     assert state.next_seq == 3
     assert steps_of(rig, run.run_id)[-1].seq == 2
+
+
+async def test_who_comes_too_late_is_told(rig: Rig) -> None:
+    """A gateway that has not heard yet that a run learns does not take the run's own step for a client's operation."""
+    run = await rig.tenant.new_run()
+    settings = (await started(rig, run.run_id)).settings
+    await stop(rig, run.run_id)
+    assert (await rig.tenant.submit(run.run_id, 1, FORWARD)).status_code == 202
+    await learning.start(
+        rig.services.pool,
+        run_id=run.run_id,
+        tenant_id=rig.tenant.tenant_id,
+        key_id=rig.tenant.key_id,
+        settings=settings,
+        seq=2,
+        step=0,
+    )
+    rig.services.learning_wake.set()
+    await judged(rig, 0.0, 1.0)
+    await eventually(lambda: steps_of(rig, run.run_id))
+    late = await rig.tenant.submit(run.run_id, 2, FORWARD)
+    assert late.status_code == 409
+    assert "learning from" in error_of(late).message
+    assert (await rig.tenant.submit(run.run_id, 1, FORWARD)).status_code == 202
 
 
 async def test_stopping_waits_for_the_batch_at_hand(rig: Rig) -> None:

@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import asyncpg
+import nats.errors
 import pytest
-from support.gateway import Rig, eventually
+from support.gateway import Rig, eventually, running_rig
 from support.learning import judged, point_alias, reached, started, state_of, steps_of, until
 from support.stand_ins import BASE, TOKEN
 
@@ -18,6 +20,7 @@ from river_client.feedback_wire import ClaimFeedback
 from river_gateway.feedback import learner, learning
 from river_gateway.limits import LEARNING_LEASE_S
 from river_ops.children import free_port
+from river_ops.embedded.nats import EmbeddedNats
 from river_trainer import journal, protocol
 
 START_PATIENCE_S = 60.0
@@ -156,6 +159,36 @@ async def test_what_was_deleted_after_it_was_claimed_is_not_trained_on(
     state = await reached(rig, run.run_id, lambda state: state.steps == 1)
     assert (state.completions, state.next_seq) == (2, 2)
     assert len(steps_of(rig, run.run_id)) == 1
+
+
+async def test_nats_away_in_the_middle_of_a_step(
+    postgres_url: str, own_nats: EmbeddedNats, tmp_path: Path
+) -> None:
+    """The gateway goes on with the same operation when NATS is back; it is not stored again."""
+    async with running_rig(postgres_url, own_nats.url(), tmp_path) as rig:
+        run = await rig.tenant.new_run()
+        await started(rig, run.run_id)
+        rig.trainer.answering = False
+        await judged(rig, 0.0, 1.0)
+        await eventually(lambda: steps_of(rig, run.run_id))
+        own_nats.stop()
+        await eventually(lambda: not rig.services.bus.connected)
+        await asyncio.sleep(1.5)
+        own_nats.start()
+        await eventually(lambda: rig.services.bus.connected)
+        await until(lambda: _answered(rig, run.run_id))
+        state = await reached(rig, run.run_id, lambda state: state.steps == 1)
+        assert (state.completions, state.next_seq) == (2, 2)
+        assert await _stored(rig, run.run_id) == 2
+
+
+async def _answered(rig: Rig, run_id: str) -> bool:
+    """Whether the trainer has published the result of the step, whose connection comes back by itself."""
+    try:
+        await rig.trainer.answer(steps_of(rig, run_id)[0])
+    except nats.errors.Error:
+        return False
+    return True
 
 
 async def test_a_gateway_that_stops_leaves_its_runs_to_others(

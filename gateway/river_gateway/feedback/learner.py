@@ -134,6 +134,7 @@ class _Worker:
                 busy = await self._go_on(work)
             except _IN_PASSING as error:
                 logger.warning("learning waits: %r", error, extra={"run": self._run_id})
+                self._taken_here = None  # The operation may have been accepted before that.
                 wait_s = getattr(error, "retry_after_s", None) or LEARNING_RETRY_S
                 await asyncio.sleep(min(wait_s, LEARNING_IDLE_MAX_S))
                 continue

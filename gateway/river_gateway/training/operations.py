@@ -21,6 +21,7 @@ from river_gateway.bus import BusError
 from river_gateway.checkpoints import catalog
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
+from river_gateway.feedback import learning
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
     QUEUE_STATE_TIMEOUT_S,
@@ -34,6 +35,7 @@ from river_trainer import journal, protocol
 logger = logging.getLogger("river.gateway")
 
 if TYPE_CHECKING:
+    from river_client.learning_wire import LearningState
     from river_gateway.checkpoints.catalog import RunRow
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
@@ -105,7 +107,10 @@ async def check_not_learning(services: Services, run: RunRow, tenant_id: str, se
     Raises:
         ConflictError: the run is learning, or has used that seq while it was.
     """
-    state = await services.names.learning(run.run_id, tenant_id)
+    _refuse_if_learning(run, await services.names.learning(run.run_id, tenant_id), seq)
+
+
+def _refuse_if_learning(run: RunRow, state: LearningState | None, seq: int) -> None:
     if state is None or seq < state.first_seq:
         return
     if state.active:
@@ -239,10 +244,15 @@ async def publish_task(
     """Stores a task in its run's journal and returns the operation's id.
 
     Raises:
+        ConflictError: the gateways have used its seq, in training the run on feedback.
         UnavailableError: the connection is down.
         nats.errors.Error: JetStream did not store it.
     """
-    await publish_new(services, message_of(run, principal, seq, task, time.time()))
+    message = message_of(run, principal, seq, task, time.time())
+    if not await publish_new(services, message):
+        # Mostly it has only been sent again. But who did not know yet that the run learns may have come too late.
+        state = await learning.find(services.pool, run_id=run.run_id, tenant_id=principal.tenant_id)
+        _refuse_if_learning(run, state, seq)
     return protocol.operation_id(run.run_id, seq)
 
 

@@ -13,6 +13,7 @@ from decimal import Decimal
 from river_billing.database import REFUSALS, Connection
 from river_billing.errors import PriceError
 from river_billing.events import UsageKind
+from river_billing.prices import check_not_past
 from river_client.price_wire import Discount
 
 ANY_KIND = "*"
@@ -46,6 +47,7 @@ async def set_discount(
     """
     if not 0 <= share <= 1 or share != round(share, SHARE_DIGITS):
         raise PriceError(f"share: {share}, must be 0 to 1 with up to {SHARE_DIGITS} places")
+    check_not_past(valid_from)
     bounds = (tenant_id, model, ANY_KIND if kind is None else kind.value)
     try:
         async with connection.transaction():

@@ -35,6 +35,9 @@ UNKNOWN_RUN_DELAY_S = 2.0
 # Together with the price limit of the table (1e6 nano-dollars a unit) an amount stays below 2^63.
 QUANTITY_MAX = 10**12
 CONTEXT_LENGTH_MAX = 2**31 - 1
+MODEL_NAME_MAX_CHARS = 256
+NUMBER_MAX_CHARS = 64
+PRICE_MAX_NANO_USD = 10**6  # a unit, as the table has it
 OCCURRED_AT_MIN_S = 1_577_836_800.0  # 2020-01-01
 OCCURRED_AT_MAX_S = 4_102_444_800.0  # 2100-01-01
 PARTITION_MONTHS_AHEAD = 2

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
+from river_billing import limits
 from river_billing.database import REFUSALS, Connection
 from river_billing.errors import PriceError
 from river_billing.events import UsageKind
@@ -31,6 +32,8 @@ ANY_CONTEXT_LENGTH = 1
 CARD_VALID_FROM = datetime(2020, 1, 1, tzinfo=UTC)
 
 _UNIT_DIGITS = Decimal("1e-9")  # of the column numeric(20,9)
+_USD_DIGITS = 12
+_USD_MAX = limits.PRICE_MAX_NANO_USD * TOKENS_PER_PRICE // NANO_USD_PER_USD
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +106,20 @@ async def set_price(
     Raises:
         PriceError: it is out of range, or `valid_from` lies before now or a planned change.
     """
+    check_not_past(valid_from)
     tier = (model, context_length, kind.value)
     try:
         async with connection.transaction():
             await connection.execute(_CLOSE, *tier, valid_from)
             await connection.execute(_OPEN, *tier, nano_usd_per_unit, valid_from)
     except REFUSALS as error:
-        raise PriceError(str(error)) from error
+        raise PriceError(f"valid_from: {error}") from error
+
+
+def check_not_past(valid_from: datetime | None) -> None:
+    """Raises PriceError if a change would reach into the past."""
+    if valid_from is not None and valid_from < datetime.now(UTC):
+        raise PriceError(f"valid_from: {valid_from.isoformat()} is over")
 
 
 async def list_prices(connection: Connection) -> list[Price]:
@@ -146,6 +156,21 @@ def card_prices() -> Iterator[tuple[str, int, UsageKind, Decimal]]:
     )
 
 
+def per_unit(kind: UsageKind, usd: Decimal) -> Decimal:
+    """Nano-dollars per unit, from dollars as people quote them: see `shown_price`.
+
+    Raises:
+        PriceError: it is negative, too high, or has more places than a price can have.
+    """
+    if not 0 <= usd <= _USD_MAX:
+        raise PriceError(f"usd_per_million: {usd}, must be 0 to {_USD_MAX}")
+    if kind == UsageKind.STORAGE:
+        return per_kilobyte_hour(usd)
+    if usd != round(usd, _USD_DIGITS):
+        raise PriceError(f"usd_per_million: {usd} has more than {_USD_DIGITS} places")
+    return per_token(usd)
+
+
 def per_token(usd_per_million: Decimal) -> Decimal:
     """Nano-dollars per token."""
     return (usd_per_million * NANO_USD_PER_USD / TOKENS_PER_PRICE).quantize(_UNIT_DIGITS)
@@ -163,4 +188,6 @@ def shown_price(kind: UsageKind, nano_usd_per_unit: Decimal) -> str:
         KILOBYTES_PER_GIGABYTE * HOURS_PER_MONTH if kind == UsageKind.STORAGE else TOKENS_PER_PRICE
     )
     dollars = nano_usd_per_unit * units / NANO_USD_PER_USD
-    return f"{dollars.quantize(Decimal('1e-6')).normalize():f}"
+    # A price of storage was rounded to its unit; one of tokens is exact.
+    places = Decimal("1e-6") if kind == UsageKind.STORAGE else Decimal("1e-12")
+    return f"{dollars.quantize(places).normalize():f}"

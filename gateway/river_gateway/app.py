@@ -29,6 +29,7 @@ from river_gateway.services import Services, services_of
 from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
 from river_gateway.tenancy.credit_api import CREDIT_HANDLERS
 from river_gateway.tenancy.invoices_api import INVOICE_HANDLERS
+from river_gateway.tenancy.prices_api import PRICE_HANDLERS
 from river_gateway.tenancy.usage_api import USAGE_HANDLERS
 from river_gateway.training.training_api import TRAINING_HANDLERS
 
@@ -75,6 +76,7 @@ def create_litestar(services: Services) -> Litestar:
             *IMPORT_HANDLERS,
             *ADMIN_HANDLERS,
             *CREDIT_HANDLERS,
+            *PRICE_HANDLERS,
             *USAGE_HANDLERS,
             *INVOICE_HANDLERS,
         ],

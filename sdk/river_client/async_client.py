@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import msgspec
 
@@ -27,6 +27,7 @@ from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
 from river_client.learning_wire import Baseline
+from river_client.price_wire import Discount, Discounts, PricedKind, SetDiscount, SetPrice
 from river_client.progress import waiting
 from river_client.results import (
     ChatReply,
@@ -249,6 +250,46 @@ class AsyncClient:
         """Every price that is or was in force."""
         page = await self._transport.call("GET", "/prices", wire.Page)
         return page.prices or []
+
+    async def set_price(
+        self,
+        model: str,
+        context_length: int,
+        kind: PricedKind,
+        usd_per_million: str,
+        *,
+        valid_from: str | None = None,
+    ) -> list[wire.Price]:
+        """Puts a price in force (for admins); returns all of the model's. `valid_from` is ISO 8601, None is now."""
+        body = SetPrice(
+            model=model,
+            context_length=context_length,
+            kind=kind,
+            usd_per_million=usd_per_million,
+            valid_from=valid_from,
+        )
+        page = await self._transport.call("PUT", "/prices", wire.Page, body=body)
+        return page.prices or []
+
+    async def discounts(self, tenant: str | None = None) -> list[Discount]:
+        """Every discount that a tenant has or had; for admins also another's, or with `*` everybody's."""
+        params = {} if tenant is None else {"tenant": tenant}
+        return (await self._transport.call("GET", "/discounts", Discounts, params=params)).discounts
+
+    async def set_discount(
+        self,
+        tenant: str,
+        percent: str,
+        *,
+        model: str = "*",
+        kind: PricedKind | Literal["*"] = "*",
+        valid_from: str | None = None,
+    ) -> list[Discount]:
+        """Takes a part off a tenant's prices (for admins); returns all of the tenant's discounts. 0 ends one."""
+        body = SetDiscount(
+            tenant=tenant, percent=percent, model=model, kind=kind, valid_from=valid_from
+        )
+        return (await self._transport.call("PUT", "/discounts", Discounts, body=body)).discounts
 
 
 class AsyncSession:

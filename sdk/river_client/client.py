@@ -529,3 +529,6 @@ class Client(_Blocking):
     acknowledge = blocking(AsyncClient.acknowledge)
     usage = blocking(AsyncClient.usage)
     prices = blocking(AsyncClient.prices)
+    set_price = blocking(AsyncClient.set_price)
+    discounts = blocking(AsyncClient.discounts)
+    set_discount = blocking(AsyncClient.set_discount)

@@ -215,6 +215,7 @@ NOTHING_TO_GUESS = {
     ("GET", f"{River}/invoices"),
     ("GET", f"{River}/invoices/open"),
     ("GET", f"{River}/prices"),
+    ("GET", f"{River}/discounts"),
     ("GET", f"{River}/credit"),
     ("GET", f"{River}/credit/entries"),
     ("GET", f"{River}/budgets"),
@@ -237,6 +238,14 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
     ("GET", f"{River}/keys"): _call("GET", f"{River}/keys"),
     ("POST", f"{River}/credit"): _call(
         "POST", f"{River}/credit", {"tenant": "tenant", "amount_nano_usd": 1, "reference": "x"}
+    ),
+    ("PUT", f"{River}/prices"): _call(
+        "PUT",
+        f"{River}/prices",
+        {"model": "m", "context_length": 1, "kind": "prompt", "usd_per_million": "1"},
+    ),
+    ("PUT", f"{River}/discounts"): _call(
+        "PUT", f"{River}/discounts", {"tenant": "tenant", "percent": "1"}
     ),
     ("PUT", f"{River}/credit/billing"): _call(
         "PUT", f"{River}/credit/billing", {"tenant": "tenant", "billing": "prepaid"}

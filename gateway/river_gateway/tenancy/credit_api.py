@@ -34,7 +34,7 @@ ALL_TENANTS = "*"
 @get("/credit", guards=_ANY)
 async def get_credit(request: WireRequest, tenant: str | None = None) -> Response[wire.Credit]:
     """A tenant's credit, what of it is set aside, and what it owes."""
-    tenant_id = await _tenant_of(request, tenant)
+    tenant_id = await tenant_of(request, tenant)
     async with services_of(request).pool.acquire() as connection:
         return reply(request, await _known(ledger.credit_of(connection, tenant_id)))
 
@@ -85,7 +85,7 @@ async def get_entries(
         raise InvalidFieldError(
             f"limit: {limit}, must be 1 to {limits.TRANSACTIONS_MAX}", param="limit"
         )
-    tenant_id = await _tenant_of(request, tenant)
+    tenant_id = await tenant_of(request, tenant)
     async with services_of(request).pool.acquire() as connection:
         found = await ledger.transactions(connection, tenant_id, before=before, count_max=limit)
     return reply(request, wire.CreditTransactions(transactions=found))
@@ -97,7 +97,7 @@ async def get_budgets(request: WireRequest, tenant: str | None = None) -> Respon
     if tenant == ALL_TENANTS and "admin" in principal_of(request).scopes:
         tenant_id = None
     else:
-        tenant_id = await _tenant_of(request, tenant)
+        tenant_id = await tenant_of(request, tenant)
     async with services_of(request).pool.acquire() as connection:
         found = wire.Budgets(
             budgets=await budgets.list_budgets(connection, tenant_id),
@@ -132,7 +132,7 @@ async def set_budget(request: WireRequest, data: wire.SetBudget) -> Response[wir
     return reply(request, found)
 
 
-async def _tenant_of(request: WireRequest, tenant: str | None) -> str:
+async def tenant_of(request: WireRequest, tenant: str | None) -> str:
     """Whose money a request is about: the caller's own, or for an admin anybody's."""
     principal = principal_of(request)
     if tenant is None or tenant == principal.tenant_id:

@@ -1,4 +1,4 @@
-"""Who may do what, and what it costs: login, tenants, keys, prices."""
+"""Who may do what: login, tenants, keys."""
 
 from __future__ import annotations
 
@@ -93,30 +93,6 @@ def login(base_url: str, api_key: str) -> None:
         client.models()  # A wrong key or address is told now, not later.
         path = save_login(Login(api_key=client.api_key, base_url=client.base_url))
     click.echo(f"Stored in {path}.")
-
-
-@click.command()
-@json_option
-def prices(as_json: bool) -> None:
-    """Show prices: dollars per million tokens, storage per GB and month."""
-    with Client() as client:
-        found = client.prices()
-    show(
-        found,
-        as_json=as_json,
-        columns=("MODEL", "CONTEXT", "KIND", "USD", "FROM", "TO"),
-        rows=[
-            (
-                price.model,
-                price.context_length,
-                price.kind,
-                price.usd_per_million,
-                moment(price.valid_from),
-                moment(price.valid_to),
-            )
-            for price in found
-        ],
-    )
 
 
 @click.group()
@@ -288,4 +264,4 @@ def _new_limits(given: dict[str, Any]) -> wire.Limits | None:
     return None if limits == wire.Limits() else limits
 
 
-COMMANDS = (login, prices, tenants, keys)
+COMMANDS = (login, tenants, keys)

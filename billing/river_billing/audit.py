@@ -2,7 +2,7 @@
 
 It reads one moment of the database and changes nothing, so that it may run beside everything else. What it starts from
 are the events, the prices and the ledger's entries; what it recomputes are amounts, hours, months, postings, balances
-and invoices, and, by `counts`, the tokens that engines and trainers say they produced.
+and invoices. The events themselves are held against the counters of the engines and trainers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ select (select count(*) from {events} u) as usage_event, (select count(*) from u
        (select count(*) from invoice_line) as invoice_line
 """
 
+_CUT_SHORT = """
+select producer_id, started_at, max(counted_at) as counted_at from token_count
+group by 1, 2 having not bool_or(final) and max(counted_at) <= now() - interval '2 minutes' order by 3, 1
+"""
 _LIMITED = """
 select id::text, expected::text, found::text from ({statement}) as difference order by 1 limit {count}
 """
@@ -64,8 +68,12 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
     cut: list[str]
 
 
-async def find_differences(connection: Connection) -> Audit:
+async def find_differences(
+    connection: Connection, *, settle_s: float = limits.COUNTS_SETTLE_S
+) -> Audit:
     """Looks for every kind of difference, in one moment of the database.
+
+    What engines and trainers had counted `settle_s` ago must be billed by now.
 
     Raises:
         OUTAGES: Postgres went away.
@@ -75,6 +83,12 @@ async def find_differences(connection: Connection) -> Audit:
     async with connection.transaction():
         await connection.execute(_ONE_MOMENT)
         words, notes = await _words(connection)
+        words["settle_s"] = str(float(settle_s))
+        notes += [
+            f"{row['producer_id']}, started {row['started_at'].isoformat()}, was last heard of at "
+            f"{row['counted_at'].isoformat()}; what it produced after that is not known"
+            for row in await connection.fetch(_CUT_SHORT)
+        ]
         for check in CHECKS:
             rows = await connection.fetch(_limited(check, words))
             differences += [_difference(check, row) for row in rows[: limits.DIFFERENCES_MAX]]

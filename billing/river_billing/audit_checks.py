@@ -2,8 +2,8 @@
 
 Each answers with rows of `id`, `expected` and `found`: what the row is, what it should say by what it is derived from,
 and what it says. `{events}` stands for all usage there is, of months that are set aside too; `{dropped_months}` for
-months whose usage was dropped for good, `{dropped_at}` for the last moment at which that was done. Nothing here uses
-the functions and views that recording uses.
+months whose usage was dropped for good, `{dropped_at}` for the last moment at which that was done; `{settle_s}` for how
+long, in seconds, usage may take to be recorded. Nothing here uses the functions and views that recording uses.
 """
 
 from __future__ import annotations
@@ -325,6 +325,41 @@ INVOICED = Check(
     """,
 )
 
+# Between two moments: what was counted `{settle_s}` ago must be billed by now, and what was billed when the running
+# processes last counted is counted. The latter only if none ended without a last word, such as one that was killed.
+COUNTS = Check(
+    "token_count",
+    "what engines and trainers produced is what was billed",
+    """
+    with life as (
+      select distinct on (producer_id, started_at, kind) * from token_count
+      order by producer_id, started_at, kind, hour desc
+    ), settled as (
+      select producer_id, started_at, kind, max(tokens) as tokens from token_count
+      where counted_at <= now() - make_interval(secs => {settle_s}) group by 1, 2, 3
+    ), counted as (
+      select l.base_model, l.kind, min(l.started_at) as since, sum(l.tokens) as tokens,
+             coalesce(sum(s.tokens), 0) as settled, count(*) as lives,
+             bool_and(l.final or l.counted_at > now() - interval '2 minutes') as complete,
+             coalesce(min(l.counted_at) filter (where not l.final), now()) - interval '5 seconds' as until
+      from life l left join settled s using (producer_id, started_at, kind) group by 1, 2
+    ), billed as (
+      select c.base_model, c.kind, coalesce(sum(e.quantity), 0) as tokens,
+             coalesce(sum(e.quantity) filter (where e.recorded_at <= c.until), 0) as known
+      from counted c
+      left join {events} e
+        on (e.base_model, e.kind) = (c.base_model, c.kind) and e.recorded_at >= c.since
+      where not exists (select from ({dropped_months}) d (month) where month + interval '1 month' > c.since)
+      group by 1, 2
+    )
+    select concat_ws(' ', base_model, kind, 'since', c.since) as id,
+           concat_ws(' ', c.settled, 'to', c.tokens, 'counted by', c.lives, 'processes') as expected,
+           concat_ws(' ', b.tokens, 'billed') as found
+    from counted c join billed b using (base_model, kind)
+    where b.tokens < c.settled or (c.complete and b.known > c.tokens)
+    """,
+)
+
 CHECKS = (
     AMOUNTS,
     PRICES,
@@ -342,4 +377,5 @@ CHECKS = (
     INVOICE_TOTALS,
     INVOICE_PRICES,
     INVOICED,
+    COUNTS,
 )

@@ -1,7 +1,7 @@
 """What others tell the recorder. Imports nothing heavy.
 
 JetStream: `EVENTS_STREAM`, subjects `usage.<tenant>` (`UsageEvent`) and `catalog.<run>`
-(`RunAdvanced`, `CheckpointSaved`), kept until the recorder has committed them to Postgres. A message
+(`RunAdvanced`, `CheckpointSaved`, `TokensCounted`), kept until the recorder has committed them to Postgres. A message
 holds one event, or a list of usage events, then under `usage.group`. The message id is the identity
 of what it holds, and the primary keys in Postgres make recording an event twice a no-op.
 """
@@ -83,7 +83,21 @@ class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):
     expires_at: float | None = None
 
 
-AnyEvent = UsageEvent | RunAdvanced | CheckpointSaved
+class TokensCounted(Event, frozen=True, tag="tokens_counted"):
+    """What an engine or trainer has produced since it started, by its own counters; said now and then.
+
+    `final` is its last word: a process that ends without it may have produced more.
+    """
+
+    producer_id: str
+    base_model: str
+    started_at: float
+    counted_at: float
+    tokens: dict[UsageKind, int]
+    final: bool = False
+
+
+AnyEvent = UsageEvent | RunAdvanced | CheckpointSaved | TokensCounted
 
 
 def usage_subject(tenant_id: str) -> str:
@@ -94,6 +108,11 @@ def usage_subject(tenant_id: str) -> str:
 def catalog_subject(run_id: str) -> str:
     """Where news of a run is published."""
     return f"catalog.{run_id}"
+
+
+def counts_subject(producer_id: str) -> str:
+    """Where an engine or trainer says what it has produced."""
+    return f"catalog.counts.{producer_id}"
 
 
 def operation_id(run_id: str, seq: int) -> str:

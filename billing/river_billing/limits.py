@@ -83,3 +83,4 @@ INVOICES_MAX = 1000
 
 DIFFERENCES_MAX = 1000  # listed of each kind
 AUDIT_TIMEOUT_S = 3600.0  # of a statement
+COUNTS_SETTLE_S = 600.0  # for what was produced to be billed

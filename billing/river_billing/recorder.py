@@ -32,6 +32,7 @@ from prometheus_client import generate_latest
 from river_billing import limits, metrics
 from river_billing.budgets import report_warning
 from river_billing.catalog import advance_run, record_checkpoint
+from river_billing.counts import note_counts
 from river_billing.database import (
     CHECK_VIOLATED,
     OUTAGES,
@@ -46,6 +47,7 @@ from river_billing.events import (
     AnyEvent,
     CheckpointSaved,
     RunAdvanced,
+    TokensCounted,
     UsageEvent,
     operation_id,
     training_event_id,
@@ -267,9 +269,10 @@ async def record_events(connection: Connection, events: Sequence[AnyEvent]) -> l
     # In the order of their runs, so that two recorders cannot deadlock.
     catalog = [event for event in events if isinstance(event, RunAdvanced | CheckpointSaved)]
     catalog.sort(key=lambda event: event.run_id)
+    counts = [event for event in events if isinstance(event, TokensCounted)]
     for _ in range(limits.DETACHED_ATTEMPTS_MAX):
         try:
-            recorded, unknown = await _write(connection, usage, catalog)
+            recorded, unknown = await _write(connection, usage, catalog, counts)
             break
         except CHECK_VIOLATED as error:
             if violated_constraint(error) is not None:
@@ -291,6 +294,7 @@ async def _write(
     connection: Connection,
     usage: Sequence[UsageEvent],
     catalog: Sequence[RunAdvanced | CheckpointSaved],
+    counts: Sequence[TokensCounted],
 ) -> tuple[Recorded, list[AnyEvent]]:
     """One transaction with everything; what it recorded, and what is left out."""
     unknown: list[AnyEvent] = []
@@ -306,6 +310,7 @@ async def _write(
             if not known:
                 unknown.append(event)
         await end_holds(connection, _operations_done(catalog))
+        await note_counts(connection, counts)
     return recorded, unknown
 
 

@@ -21,8 +21,10 @@ from river_billing.events import (
     AnyEvent,
     CheckpointSaved,
     RunAdvanced,
+    TokensCounted,
     UsageEvent,
     catalog_subject,
+    counts_subject,
     usage_subject,
 )
 
@@ -96,6 +98,8 @@ def subject(event: AnyEvent) -> str:
             return usage_subject(event.tenant_id)
         case RunAdvanced() | CheckpointSaved():
             return catalog_subject(event.run_id)
+        case TokensCounted():
+            return counts_subject(event.producer_id)
 
 
 def identity(event: AnyEvent) -> str:
@@ -107,6 +111,8 @@ def identity(event: AnyEvent) -> str:
             return f"{event.run_id}:{event.seq}"
         case CheckpointSaved():
             return event.checkpoint_id
+        case TokensCounted():
+            return f"{event.producer_id}:{event.started_at}:{event.counted_at}"
 
 
 def encode(event: AnyEvent) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -22,8 +23,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.output_processor import RequestState
 
+from river_billing.events import TokensCounted, UsageKind
 from river_engine.admission import Turn
-from river_engine.limits import STREAM_CLOSE_TIMEOUT_S
+from river_engine.limits import COUNTS_INTERVAL_S, STREAM_CLOSE_TIMEOUT_S
 from river_engine.stream_usage import note_completion, note_prompt
 
 _log = logging.getLogger("river.engine")
@@ -34,6 +36,44 @@ _completion = tokens_total.labels(kind="completion")
 
 many_prompts: ContextVar[bool] = ContextVar("many_prompts", default=False)
 """Set for a request with several prompts whose answer has one place only for the number of cached tokens."""
+
+
+class TokenCounts:
+    """What has been produced since this was made, for the recorder, who keeps it for audits."""
+
+    def __init__(self, engine_id: str, base_model: str) -> None:
+        self._engine_id = engine_id
+        self._base_model = base_model
+        self._started_at = time.time()
+        self._before = _totals()
+        self._told_at = -COUNTS_INTERVAL_S
+
+    def due(self) -> bool:
+        """Whether it is time to say it again."""
+        return time.monotonic() - self._told_at >= COUNTS_INTERVAL_S
+
+    def event(self, *, final: bool = False) -> TokensCounted:
+        """What there is to say now."""
+        self._told_at = time.monotonic()
+        counted_at = time.time()
+        return TokensCounted(
+            producer_id=self._engine_id,
+            base_model=self._base_model,
+            started_at=self._started_at,
+            counted_at=counted_at,
+            tokens={kind: count - self._before[kind] for kind, count in _totals().items()},
+            final=final,
+        )
+
+
+def _totals() -> dict[UsageKind, int]:
+    (metric,) = tokens_total.collect()
+    return {
+        UsageKind(sample.labels["kind"]): int(sample.value)
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
+
 
 Generate = Callable[..., AsyncGenerator[RequestOutput, None]]
 

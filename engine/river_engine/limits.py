@@ -64,3 +64,4 @@ STORE_RETRY_TIMEOUT_S = 20.0
 
 FINAL_COUNTS_MAX = 10_000  # requests, the latest
 FINAL_COUNT_WAIT_S = 5.0
+COUNTS_INTERVAL_S = 10.0  # between two reports of what was produced, at least

@@ -22,7 +22,10 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.errors import BucketNotFoundError
 from nats.js.kv import KeyValue
 
+from river_billing.events import TokensCounted
+from river_billing.streams import publish
 from river_engine.adapters import AdapterStore
+from river_engine.counting import TokenCounts
 from river_engine.errors import EngineRefusal
 from river_engine.limits import NATS_CONNECT_TIMEOUT_S, NATS_RETRY_INTERVAL_S, PRELOAD_QUEUE_MAX
 from river_engine.protocol import (
@@ -47,7 +50,8 @@ async def registered(
 ) -> AsyncIterator[None]:
     """In the block, the engine is known as `record` describes it at each heartbeat, and preloads what is announced.
 
-    Setting `changed` has it describe itself at once.
+    Setting `changed` has it describe itself at once. Every `COUNTS_INTERVAL_S`, and last of all, it says what it has
+    produced in the block.
     """
     changed = changed or asyncio.Event()
     announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
@@ -70,6 +74,7 @@ async def _keep_registered(
     changed: asyncio.Event,
 ) -> None:
     client = await _connect(nats_url)
+    counts = TokenCounts(record().engine_id, record().base_model)
     try:
         await _listen(client, publish_subject(record().base_model), announced)
         while True:
@@ -79,6 +84,8 @@ async def _keep_registered(
                     changed.clear()
                     current = record()
                     await bucket.put(current.engine_id, msgspec.msgpack.encode(current))
+                    if counts.due():
+                        await _tell_counts(client, counts.event())
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(HEARTBEAT_INTERVAL_S):
                             await changed.wait()
@@ -86,7 +93,7 @@ async def _keep_registered(
                 _log.warning("heartbeat failed", extra={"reason": repr(error)})
                 await asyncio.sleep(NATS_RETRY_INTERVAL_S)
     finally:
-        await _leave(client, record().engine_id)
+        await _leave(client, record().engine_id, counts.event(final=True))
 
 
 async def _connect(nats_url: str) -> Client:
@@ -154,11 +161,19 @@ async def _preload(announced: asyncio.Queue[AdapterRef], store: AdapterStore) ->
             )
 
 
-async def _leave(client: Client, engine_id: str) -> None:
-    """Takes the record away, so that nobody is sent here while it would still be believed."""
+async def _tell_counts(client: Client, counted: TokensCounted) -> None:
+    try:
+        await publish(client.jetstream(timeout=NATS_CONNECT_TIMEOUT_S), counted)
+    except _AWAY as error:  # The next ones say as much.
+        _log.warning("counts not told", extra={"reason": repr(error)})
+
+
+async def _leave(client: Client, engine_id: str, counted: TokensCounted) -> None:
+    """Takes the record away, so that nobody is sent here while it would still be believed; tells the last counts."""
     try:
         async with asyncio.timeout(NATS_CONNECT_TIMEOUT_S):
             await (await _engines_bucket(client)).delete(engine_id)
+            await _tell_counts(client, counted)
             await client.close()
     except _AWAY as error:
         _log.warning("engine record not removed", extra={"reason": repr(error)})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from support.billing import TINY, add_tenant, database, make_event
 
 from river_billing.audit import Audit, find_differences
-from river_billing.events import UsageKind
+from river_billing.events import TokensCounted, UsageEvent, UsageKind
 from river_billing.invoices import close_invoices
 from river_billing.ledger import add_credit, set_billing
 from river_billing.prices import seed_prices, set_price
@@ -324,6 +325,89 @@ async def test_usage_from_before_the_ledger_is_posted_at_once(connection: Any) -
     )
     await record_events(connection, [make_event(9, completion=5)])
     assert (await find_differences(connection)).differences == []
+
+
+STARTED_AT = time.time() - 7200
+
+
+def counted(
+    tokens: int,
+    *,
+    producer: str = "eng_1",
+    ago_s: float = 0,
+    started: float = 0,
+    final: bool = False,
+) -> TokensCounted:
+    """An engine's completion tokens, counted so long ago in its life of that number."""
+    now = time.time()
+    return TokensCounted(
+        producer_id=producer,
+        base_model=TINY,
+        started_at=STARTED_AT + started,
+        counted_at=now - ago_s,
+        tokens={UsageKind.COMPLETION: tokens},
+        final=final,
+    )
+
+
+def produced(number: int, tokens: int) -> UsageEvent:
+    return make_event(number, completion=tokens)
+
+
+async def counts_differ(
+    connection: Any, *events: TokensCounted, settle_s: float = 600
+) -> list[str]:
+    """What the audit finds of the counts, once the events are recorded, each twice."""
+    await record_events(connection, [*events, *reversed(events)])
+    found = await find_differences(connection, settle_s=settle_s)
+    assert named(found) <= {"token_count"}
+    return [f"{one.expected}, {one.found}" for one in found.differences]
+
+
+async def test_what_was_produced_is_what_is_billed(connection: Any) -> None:
+    """Two engines, one of which was started again, have counted together what is on the bills."""
+    lives = [
+        counted(40, ago_s=4000, final=True),
+        counted(20, started=100),
+        counted(5, producer="eng_2"),
+    ]
+    await record_events(connection, [produced(1, 50), produced(2, 15)])
+    await age_usage(connection)
+    assert await counts_differ(connection, *lives, settle_s=0) == []
+    await record_events(connection, [produced(3, 1)])
+    await age_usage(connection)
+    (billed_too_much,) = await counts_differ(connection)
+    assert billed_too_much == "40 to 65 counted by 3 processes, 66 billed"
+
+
+async def test_what_was_produced_long_ago_must_be_billed(connection: Any) -> None:
+    """Tokens that an engine counted a while ago and nobody is billed for are found; fresh ones may be on their way."""
+    await record_events(connection, [produced(1, 30)])
+    assert await counts_differ(connection, counted(30, ago_s=3700), counted(35)) == []
+    (lost,) = await counts_differ(connection, settle_s=0)
+    assert lost == "35 to 35 counted by 1 processes, 30 billed"
+
+
+async def test_a_killed_engine_proves_nothing_against_a_bill(connection: Any) -> None:
+    """What a process produced after it last counted is unknown: said, and no difference."""
+    await record_events(connection, [produced(1, 60)])
+    await age_usage(connection)
+    assert await counts_differ(connection, counted(40, ago_s=1000), counted(5, started=50)) == []
+    (note,) = (await find_differences(connection)).notes
+    assert note.startswith("eng_1, started ")
+    assert "is not known" in note
+
+
+async def age_usage(connection: Any) -> None:
+    """As if all of it had been recorded a minute ago, in the lives of all engines."""
+    minute_ago = (datetime.now(UTC) - timedelta(minutes=1)).isoformat()
+    await tamper(
+        connection,
+        [
+            f"update usage_event set recorded_at = '{minute_ago}'",
+            f"update ledger_transaction set created_at = '{minute_ago}'",
+        ],
+    )
 
 
 async def test_months_that_are_set_aside_are_audited(connection: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from support.platform_runs import fit, new_model, supervised_data
+from transformers import PreTrainedTokenizerBase
 
 import river_client as river
 from river_billing.audit import find_differences
@@ -29,6 +31,18 @@ PATIENCE_S = 30.0
 QUIET_S = 1.5
 _COUNT = re.compile(r'^river_engine_tokens_total\{kind="(\w+)"\} (\S+)$', re.MULTILINE)
 
+TOLD = """
+select kind, sum(tokens)::bigint as tokens
+from (select distinct on (producer_id, started_at, kind) kind, tokens from token_count
+      where kind <> 'training' order by producer_id, started_at, kind, hour desc) life
+group by 1
+"""
+
+TRAINED = """
+select (select sum(tokens) from (select max(tokens) as tokens from token_count where kind = 'training'
+                                 group by producer_id, started_at) life) as counted,
+       (select sum(quantity) from usage_event where kind = 'training') as billed
+"""
 QUESTION = "What is 17 + 25? Explain every step at length, and then explain it again."
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}], "n": 2},
@@ -132,8 +146,37 @@ def test_cut_streams_are_billed_to_the_token(stack: StackInfo) -> None:
             assert time.monotonic() < deadline, (bill, engine)
             time.sleep(0.1)
 
-    async def audit() -> list[Any]:
-        async with connected(stack.postgres_url) as connection:
-            return list((await find_differences(connection)).differences)
+    asyncio.run(check_books(stack))
 
-    assert asyncio.run(audit()) == []
+
+def test_training_is_billed_as_the_trainer_counts(
+    stack: StackInfo, client: river.Client, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Tokens that were trained on are on the bills and in the trainer's own counts alike."""
+    with client.session() as session:
+        fit(new_model(session), supervised_data(tokenizer), steps=2)
+
+    async def check() -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        async with connected(stack.postgres_url) as connection:
+            while True:
+                counted, billed = (await connection.fetch(TRAINED))[0].values()
+                if counted == billed > 0:
+                    break
+                assert time.monotonic() < deadline, (counted, billed)
+                await asyncio.sleep(0.2)
+
+    asyncio.run(check())
+
+
+async def check_books(stack: StackInfo) -> None:
+    """The engines' own counts have reached the books, and the audit finds nothing."""
+    counted = produced(stack)
+    deadline = time.monotonic() + PATIENCE_S
+    async with connected(stack.postgres_url) as connection:
+        while (
+            told := {row["kind"]: row["tokens"] for row in await connection.fetch(TOLD)}
+        ) != counted:
+            assert time.monotonic() < deadline, (told, counted)
+            await asyncio.sleep(0.2)
+        assert (await find_differences(connection)).differences == []

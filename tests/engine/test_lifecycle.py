@@ -18,7 +18,10 @@ import pytest
 from nats.js.errors import KeyNotFoundError, NotFoundError
 from nats.js.kv import KeyValue
 
+from river_billing.events import EVENTS_STREAM, TokensCounted, UsageKind, counts_subject
+from river_billing.streams import decode, ensure_streams
 from river_engine.adapters import AdapterStore
+from river_engine.counting import tokens_total
 from river_engine.protocol import (
     ENGINES_BUCKET,
     HEARTBEAT_INTERVAL_S,
@@ -84,7 +87,7 @@ async def test_the_engine_is_registered_and_preloads(
 
 
 async def test_registration_comes_and_goes(nats_url: str, tmp_path: Path) -> None:
-    """The record is there while the engine is, and taken away when it leaves."""
+    """The record is there while the engine is, and taken away when it leaves; its last word says what it produced."""
     record = EngineRecord(
         engine_id="eng-brief",
         base_model="brief",
@@ -98,6 +101,8 @@ async def test_registration_comes_and_goes(nats_url: str, tmp_path: Path) -> Non
     store = AdapterStore(Vllm(), tmp_path, TARGETS, max_loras=1, resident_max=1, rank_max=8)
     client = await nats.connect(nats_url)
     try:
+        await ensure_streams(client.jetstream())
+        tokens_total.labels(kind="completion").inc(100)  # from before
         async with registered(nats_url, lambda: record, store):
             bucket = None
 
@@ -110,8 +115,14 @@ async def test_registration_comes_and_goes(nats_url: str, tmp_path: Path) -> Non
                 return await engine_record(bucket, "eng-brief") == record
 
             await eventually(there)
+            tokens_total.labels(kind="completion").inc(7)
         assert bucket is not None
         assert await engine_record(bucket, "eng-brief") is None
+        said = await client.jetstream().get_last_msg(EVENTS_STREAM, counts_subject("eng-brief"))
+        (counted,) = decode(said.data or b"")
+        assert isinstance(counted, TokensCounted)
+        assert counted.final
+        assert counted.tokens[UsageKind.COMPLETION] == 7
     finally:
         await client.close()
 

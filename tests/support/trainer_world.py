@@ -20,7 +20,7 @@ from nats.js.errors import NotFoundError
 from support.training import RunScript
 
 from river_billing import streams as billing
-from river_billing.events import EVENTS_STREAM, AnyEvent
+from river_billing.events import EVENTS_STREAM, AnyEvent, TokensCounted
 from river_trainer import journal
 from river_trainer.assembly import parts_of
 from river_trainer.base_model import BaseModel
@@ -97,7 +97,11 @@ class World:
                 return found
             assert message.seq is not None
             assert message.data is not None
-            found += [event for event in billing.decode(message.data) if event.run_id == run_id]
+            found += [
+                event
+                for event in billing.decode(message.data)
+                if not isinstance(event, TokensCounted) and event.run_id == run_id
+            ]
             seq = message.seq + 1
 
     async def journal_size(self, run_id: str) -> int:

@@ -69,6 +69,7 @@ STOP_GRACE_S = 8.0
 GROUP_TIMEOUT_S = 300.0
 """How long processes that share a model wait for one that says nothing; one that dies is noticed at once."""
 GROUP_PULSE_INTERVAL_S = 10.0
+COUNTS_INTERVAL_S = 10.0
 """How often the first of them says that it is still there while nothing is to be done."""
 
 TRAIN_STREAM_MAX_BYTES = 2 * 1024**3

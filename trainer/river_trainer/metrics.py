@@ -20,6 +20,7 @@ class TrainerMetrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self.tokens = 0
         self._tokens = Counter(
             "river_trainer_tokens", "Training tokens of published results.", registry=registry
         )
@@ -70,6 +71,7 @@ class TrainerMetrics:
         kind = str(type(message.task).__struct_config__.tag)
         outcome = "done" if result.error is None else "failed"
         self._tokens.inc(result.training_tokens)
+        self.tokens += result.training_tokens
         self._operations.labels(kind, outcome).inc()
 
     def batch(self, report: Report, *, operations: int, budget: int, seconds: float) -> None:

@@ -21,11 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+import nats.errors
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from river_billing import streams as billing
+from river_billing.events import TokensCounted, UsageKind
 from river_trainer import journal, limits
 from river_trainer.assembly import Parts
 from river_trainer.effects import Disk, Effects
@@ -135,6 +137,7 @@ class Service:
             pass_over=lambda run_id, seq: self._in_worker(self._pass_over, run_id, seq),
         )
         self._tasks = asyncio.TaskGroup()
+        self._started_at = time.time()
         self._trainer_id = f"trainer_{time.time_ns():x}"
         self._lease = Lease(client, settings.base_model, self._trainer_id)
 
@@ -155,11 +158,13 @@ class Service:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._work())
                 tasks.create_task(self._beat())
+                tasks.create_task(self._tell_counts())
         finally:
             # What the threads are still at may write files, which no other trainer should meet.
             await self._in_worker(lambda: None)
             await self._disk.idle()
             await self._store.idle()
+            await self._tell_last_counts()
             await self._lease.release()
 
     # ---- Start -----------------------------------------------------------------------------------
@@ -439,6 +444,31 @@ class Service:
             if self._effects.settled(run_id) and self._residency.holds(run_id):
                 await self._in_worker(self._residency.reach, {run_id})
                 self._consider_snapshot(run_id, idle=True)
+
+    async def _tell_counts(self) -> None:
+        """Says now and then what this process has produced, for audits; what is not heard is said again."""
+        while True:
+            counted = self._counted()
+            await journal.retry(
+                lambda event=counted: billing.publish(self._js, event), doing="telling counts"
+            )
+            await asyncio.sleep(limits.COUNTS_INTERVAL_S)
+
+    async def _tell_last_counts(self) -> None:
+        try:
+            await billing.publish(self._js, self._counted(final=True))
+        except (nats.errors.Error, OSError) as error:
+            logger.warning("the last counts are not told: %r", error)
+
+    def _counted(self, *, final: bool = False) -> TokensCounted:
+        return TokensCounted(
+            producer_id=self._trainer_id,
+            base_model=self._settings.base_model,
+            started_at=self._started_at,
+            counted_at=time.time(),
+            tokens={UsageKind.TRAINING: self.metrics.tokens},
+            final=final,
+        )
 
     async def _beat(self) -> None:
         """Keeps the record by which gateways find this trainer."""

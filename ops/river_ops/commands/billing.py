@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from river_billing.limits import AUDIT_TIMEOUT_S, COUNTS_SETTLE_S
 from river_ops.commands.stack import data_dir_option
 from river_ops.stack_file import read_stack_file
 
@@ -28,16 +29,23 @@ def billing() -> None:
     help="The database; that of the stack that runs here if left out.",
 )
 @data_dir_option
+@click.option(
+    "--settle",
+    "settle_s",
+    type=click.FloatRange(min=0),
+    default=COUNTS_SETTLE_S,
+    show_default=True,
+    help="Seconds after which what engines and trainers have produced must be billed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def audit(postgres_url: str | None, data_dir: Path, as_json: bool) -> None:
-    """Recompute amounts, sums, balances and invoices, and name every difference.
+def audit(postgres_url: str | None, data_dir: Path, settle_s: float, as_json: bool) -> None:
+    """Recompute amounts, sums, balances and invoices, hold them against the counters, and name every difference.
 
     Exit status 0: there is none; 1: there are some; 2: the audit could not be made. It changes nothing.
     """
     # Only when asked for: all other commands do without Postgres.
     from river_billing.audit import Audit, find_differences  # noqa: PLC0415
     from river_billing.database import OUTAGES, connected  # noqa: PLC0415
-    from river_billing.limits import AUDIT_TIMEOUT_S  # noqa: PLC0415
 
     if postgres_url is None:
         info = read_stack_file(data_dir)
@@ -48,7 +56,7 @@ def audit(postgres_url: str | None, data_dir: Path, as_json: bool) -> None:
 
     async def run(url: str) -> Audit:
         async with connected(url, statement_timeout_s=AUDIT_TIMEOUT_S) as connection:
-            return await find_differences(connection)
+            return await find_differences(connection, settle_s=settle_s)
 
     try:
         found = asyncio.run(run(postgres_url))

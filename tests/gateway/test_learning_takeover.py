@@ -24,6 +24,8 @@ from river_ops.embedded.nats import EmbeddedNats
 from river_trainer import journal, protocol
 
 START_PATIENCE_S = 60.0
+RUNS = 6
+BATCHES = 3
 TAKEOVER_PATIENCE_S = LEARNING_LEASE_S + 15.0
 _EXPIRE = "update learning set leased_until = now() where run_id = $1"
 
@@ -90,6 +92,70 @@ async def test_kill_9_in_the_middle_of_a_step(
     finally:
         await connection.close()
     assert {frozenset(row["ids"]) for row in batches} == {frozenset(first), frozenset(second)}
+
+
+async def test_many_runs_and_a_gateway_killed_among_three(
+    rig: Rig, postgres_url: str, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every completion of every run is in one step, whoever worked on it, and each run's seqs are without a gap."""
+    monkeypatch.setattr(learner, "LEARNINGS_MAX", 0)
+    pool = rig.services.pool
+    runs = [await rig.tenant.new_run() for _ in range(RUNS)]
+    names = {run.run_id: f"tutor-{number}" for number, run in enumerate(runs)}
+    leased = "select count(*) from learning where leased_until > now() having count(*) = $1"
+    rig.trainer.answering = False
+    async with (
+        _gateway_process(rig, postgres_url, nats_url) as killed,
+        _answering_slowly(rig),
+    ):
+        half = runs[: RUNS // 2]
+        for run in half:
+            await started(rig, run.run_id, alias=names[run.run_id])
+        await until(lambda: pool.fetchval(leased, len(half)), START_PATIENCE_S)
+        monkeypatch.setattr(learner, "LEARNINGS_MAX", RUNS)
+        async with _gateway_process(rig, postgres_url, nats_url):
+            for run in runs[RUNS // 2 :]:
+                await started(rig, run.run_id, alias=names[run.run_id])
+            await until(lambda: pool.fetchval(leased, RUNS), START_PATIENCE_S)
+            for _ in range(BATCHES):
+                for run in runs:
+                    await judged(rig, 0.0, 1.0, model=names[run.run_id])
+            await eventually(lambda: all(steps_of(rig, run.run_id) for run in half))
+            killed.kill()
+            for run in runs:
+                state = await reached(
+                    rig, run.run_id, lambda state: state.steps == BATCHES, TAKEOVER_PATIENCE_S
+                )
+                assert state.completions == 2 * BATCHES
+                assert await _stored(rig, run.run_id) == 1 + BATCHES
+                assert rig.trainer.steps[run.run_id] == BATCHES
+    uses = await pool.fetch(
+        "select consumer, count(*) as uses, count(distinct batch_id) as batches from feedback_use group by consumer"
+    )
+    assert {row["consumer"]: (row["uses"], row["batches"]) for row in uses} == {
+        run.run_id: (2 * BATCHES, BATCHES) for run in runs
+    }
+
+
+@asynccontextmanager
+async def _answering_slowly(rig: Rig) -> AsyncGenerator[None]:
+    """Answers each operation once, a while after it came."""
+
+    async def answer() -> None:
+        answered = len(rig.trainer.messages)
+        while True:
+            await asyncio.sleep(0.5)
+            come = rig.trainer.messages[answered:]
+            answered += len(come)
+            for message in come:
+                await rig.trainer.answer(message)
+
+    task = asyncio.create_task(answer())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @pytest.mark.parametrize("accepted", [False, True], ids=["claimed", "accepted"])

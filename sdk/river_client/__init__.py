@@ -15,7 +15,7 @@
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_learning import AsyncLearning, AsyncLocalLearning
 from river_client.async_model import AsyncModel, AsyncPendingOp
-from river_client.client import Client, Learning, LocalLearning, Model, PendingOp, Session
+from river_client.client import Client, Model, PendingOp, Session
 from river_client.custom_loss import CustomLoss, TorchLoss, torch_loss
 from river_client.exceptions import (
     AuthenticationError,
@@ -31,6 +31,7 @@ from river_client.exceptions import (
     TimeoutError,  # noqa: A004 - its name in the documentation
 )
 from river_client.feedback_wire import Feedback, FeedbackBatch
+from river_client.learning import Learning, LocalLearning
 from river_client.learning_wire import LearningState, StartLearning
 from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
 from river_client.usage_wire import UsageRow

@@ -5,9 +5,7 @@ Every method here is one of `async_client` that blocks; what it does is written 
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
@@ -17,13 +15,12 @@ from river_client.async_aliases import AsyncAliases
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_invoices import AsyncInvoices
-from river_client.async_learning import AsyncLearning, AsyncLocalLearning, AsyncRunsLearning
 from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
 from river_client.chat import ChatMessages
-from river_client.exceptions import RiverError
-from river_client.learning_wire import LearningState
+from river_client.learning import RunsLearning, learning, learning_locally
+from river_client.portal import Blocking, Portal, blocking, next_or_none
 from river_client.results import TrainingResult
 from river_client.usage_wire import UsageRow
 
@@ -31,84 +28,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-class Portal:
-    """An event loop in a daemon thread, started when it is first needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """The coroutine's result; whatever ends the wait, such as Ctrl-C, ends the coroutine too."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._started())
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        """Stops the thread."""
-        with self._lock:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(limits.CLOSE_TIMEOUT_S)
-
-    def _started(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_run_loop, args=[self._loop], name="river-client", daemon=True
-                )
-                self._thread.start()
-            return self._loop
-
-
-async def _next_or_none(pieces: AsyncGenerator[Result]) -> Result | None:
-    return await anext(pieces, None)
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-        loop.run_until_complete(_end_tasks())
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
-
-
-async def _end_tasks() -> None:
-    """Cancels what a closed client left running, such as heartbeats."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Blocking:
-    """Something whose work its asynchronous twin does."""
-
-    _portal: Portal
-    _twin: Any
-
-
-def blocking(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Result]],
-) -> Callable[Concatenate[Any, Parameters], Result]:
-    """A method of the twin that blocks until it is done."""
-
-    @functools.wraps(method)
-    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        return self._portal.run(method(self._twin, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]
-
-    return call
-
-
-class PendingOp(_Blocking, Generic[Result]):
+class PendingOp(Blocking, Generic[Result]):
     """An accepted operation. It is durable: it will be carried out whether anybody waits for it or not."""
 
     def __init__(self, portal: Portal, twin: AsyncPendingOp[Result]) -> None:
@@ -142,7 +62,7 @@ def submitting(
 
     @functools.wraps(method)
     def call(
-        self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs
+        self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> PendingOp[Result]:
         portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
         return PendingOp(portal, portal.run(method(twin, *args, **kwargs)))
@@ -150,106 +70,7 @@ def submitting(
     return call
 
 
-class Learning(_Blocking):
-    """A run that the server trains on feedback. It goes on whether anybody looks or not."""
-
-    def __init__(self, portal: Portal, twin: AsyncLearning) -> None:
-        self._portal = portal
-        self._twin: AsyncLearning = twin
-        self.run_id = twin.run_id
-
-    @property
-    def state(self) -> LearningState:
-        """How far it had come when the server was last asked."""
-        return self._twin.state
-
-    refresh = blocking(AsyncLearning.refresh)
-    stop = blocking(AsyncLearning.stop)
-    wait = blocking(AsyncLearning.wait)
-
-    def steps(self) -> Generator[LearningState]:
-        """The state after each step, or after several if they come fast, until it ends.
-
-        Raises:
-            OperationFailedError: it failed; the message says why.
-        """
-        states = self._twin.steps()
-        try:
-            while (state := self._portal.run(_next_or_none(states))) is not None:
-                yield state
-        finally:
-            self._portal.run(states.aclose())
-
-
-class LocalLearning(_Blocking):
-    """A loop in this process that learns from feedback."""
-
-    def __init__(self, portal: Portal, twin: AsyncLocalLearning) -> None:
-        self._portal = portal
-        self._twin: AsyncLocalLearning = twin
-        self.alias = twin.alias
-
-    @property
-    def steps(self) -> int:
-        return self._twin.steps
-
-    @property
-    def completions(self) -> int:
-        return self._twin.completions
-
-    @property
-    def error(self) -> RiverError | None:
-        """What ended it, if something did."""
-        return self._twin.error
-
-    @property
-    def active(self) -> bool:
-        """Whether it goes on."""
-        return self._twin.active
-
-    stop = blocking(AsyncLocalLearning.stop)
-
-
-def learning(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLearning]],
-) -> Callable[Concatenate[Any, Parameters], Learning]:
-    """A method of the twin that blocks until the server has been told to learn."""
-
-    @functools.wraps(method)
-    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Learning:
-        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
-        return Learning(portal, portal.run(method(twin, *args, **kwargs)))
-
-    return call
-
-
-def learning_locally(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLocalLearning]],
-) -> Callable[Concatenate[Any, Parameters], LocalLearning]:
-    """A method of the twin that blocks until its loop has begun."""
-
-    @functools.wraps(method)
-    def call(self: _Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> LocalLearning:
-        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
-        return LocalLearning(portal, portal.run(method(twin, *args, **kwargs)))
-
-    return call
-
-
-class RunsLearning(_Blocking):
-    """`client.learning`: the runs that the server trains on feedback."""
-
-    def __init__(self, portal: Portal, twin: AsyncRunsLearning) -> None:
-        self._portal = portal
-        self._twin = twin
-
-    list = blocking(AsyncRunsLearning.list)
-    get = blocking(AsyncRunsLearning.get)
-    start = blocking(AsyncRunsLearning.start)
-    stop = blocking(AsyncRunsLearning.stop)
-
-
-class Model(_Blocking):
+class Model(Blocking):
     """One adapter in training. Calls may come from many threads; they are carried out in the order made."""
 
     def __init__(self, portal: Portal, twin: AsyncModel) -> None:
@@ -287,7 +108,7 @@ class Model(_Blocking):
     submit_load_weights = submitting(AsyncModel.submit_load_weights)
 
 
-class Session(_Blocking):
+class Session(Blocking):
     """A piece of work, alive while its heartbeats come. What was trained in it stays when it ends."""
 
     def __init__(self, portal: Portal, twin: AsyncSession) -> None:
@@ -336,7 +157,7 @@ class Session(_Blocking):
         return Model(self._portal, self._portal.run(twin))
 
 
-class Runs(_Blocking):
+class Runs(Blocking):
     """`client.runs`."""
 
     def __init__(self, portal: Portal, twin: AsyncRuns) -> None:
@@ -347,7 +168,7 @@ class Runs(_Blocking):
     get = blocking(AsyncRuns.get)
 
 
-class Aliases(_Blocking):
+class Aliases(Blocking):
     """`client.aliases`: model names of your own."""
 
     def __init__(self, portal: Portal, twin: AsyncAliases) -> None:
@@ -364,7 +185,7 @@ class Aliases(_Blocking):
     delete = blocking(AsyncAliases.delete)
 
 
-class Checkpoints(_Blocking):
+class Checkpoints(Blocking):
     """`client.checkpoints`."""
 
     def __init__(self, portal: Portal, twin: AsyncCheckpoints) -> None:
@@ -381,7 +202,7 @@ class Checkpoints(_Blocking):
     import_adapter = blocking(AsyncCheckpoints.import_adapter)
 
 
-class Admin(_Blocking):
+class Admin(Blocking):
     """`client.admin`, for keys with the scope `admin`."""
 
     def __init__(self, portal: Portal, twin: AsyncAdmin) -> None:
@@ -398,7 +219,7 @@ class Admin(_Blocking):
     revoke_key = blocking(AsyncAdmin.revoke_key)
 
 
-class Credit(_Blocking):
+class Credit(Blocking):
     """`client.credit`: what a tenant has and owes."""
 
     def __init__(self, portal: Portal, twin: AsyncCredit) -> None:
@@ -411,7 +232,7 @@ class Credit(_Blocking):
     set_billing = blocking(AsyncCredit.set_billing)
 
 
-class Budgets(_Blocking):
+class Budgets(Blocking):
     """`client.budgets`: of tenants and keys, for a calendar month."""
 
     def __init__(self, portal: Portal, twin: AsyncBudgets) -> None:
@@ -422,7 +243,7 @@ class Budgets(_Blocking):
     set = blocking(AsyncBudgets.set)
 
 
-class Invoices(_Blocking):
+class Invoices(Blocking):
     """`client.invoices`: of each month."""
 
     def __init__(self, portal: Portal, twin: AsyncInvoices) -> None:
@@ -436,7 +257,7 @@ class Invoices(_Blocking):
     close = blocking(AsyncInvoices.close)
 
 
-class Client(_Blocking):
+class Client(Blocking):
     """A River server, as seen with one API key.
 
     `api_key` and `base_url` default to RIVER_API_KEY and RIVER_BASE_URL, then to what `river login` stored. What fails
@@ -515,7 +336,7 @@ class Client(_Blocking):
 
     def _iterate(self, pieces: AsyncGenerator[Result]) -> Generator[Result]:
         try:
-            while (piece := self._portal.run(_next_or_none(pieces))) is not None:
+            while (piece := self._portal.run(next_or_none(pieces))) is not None:
                 yield piece
         finally:
             self._portal.run(pieces.aclose())

@@ -148,6 +148,24 @@ def test_billing() -> None:
     assert found["speedup"] == pytest.approx(found["events_per_s"] / best, rel=1e-2)
 
 
+@pytest.mark.slow
+def test_dashboard() -> None:
+    """Every page is shown on a platform that has been in use, and what took too long is named."""
+    found = report("dashboard")
+    assert {"overview", "runs", "run", "checkpoints", "usage", "engines", "keys"} <= set(
+        found["median_ms"]
+    )
+    assert all(is_positive(value) for value in found["median_ms"].values())
+    for page, value in found["median_ms"].items():
+        assert value <= found["slowest_ms"][page]
+    assert len(found["missed"]) == sum(
+        value > found["goal_ms"]
+        for page, value in found["median_ms"].items()
+        if page not in ("run series", "usage csv")
+    )
+    assert found["pictures"] == 0
+
+
 def test_routing() -> None:
     """Ours loads adapters less than half as often as others, answers sooner, and loses nothing when engines die."""
     found = report("routing")

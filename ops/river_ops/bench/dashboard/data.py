@@ -1,0 +1,112 @@
+"""A platform that has been in use for a month: tenants, runs with curves, checkpoints, usage and its sums."""
+
+from __future__ import annotations
+
+import asyncpg
+from msgspec import Struct
+
+from river_gateway.tenancy.accounts import create_key, create_tenant
+
+_MONTHS = """
+select create_usage_partition(month::date)
+from generate_series(date_trunc('month', now() - interval '30 days'), now(), interval '1 month') month
+"""
+_SESSIONS = """
+insert into session (session_id, tenant_id, key_id, tags, heartbeat_at)
+select 'ses_' || n, t.tenant_id, k.key_id, jsonb_build_object('task', 'task-' || n % 7, 'seed', n::text),
+       now() - make_interval(mins => n)
+from generate_series(1, $1::int) n
+join (select tenant_id, row_number() over (order by tenant_id) - 1 as at, count(*) over () as count from tenant) t
+  on t.at = n % t.count
+join lateral (select key_id from api_key where tenant_id = t.tenant_id limit 1) k on true
+"""
+_RUNS = """
+insert into run (run_id, tenant_id, session_id, base_model, lora, context_length, created_at, updated_at, last_seq,
+                 step, metrics)
+select 'run_' || lpad(n::text, 20, '0'), s.tenant_id, s.session_id, 'river/model-' || n % 3, '{"rank": 16}', 32768,
+       now() - make_interval(mins => n * 40), now() - make_interval(mins => n * 40 - 30), 400, 200,
+       jsonb_build_object('loss_mean', 1 + 1.0 / n, 'grad_norm', 2)
+from generate_series(1, $1::int) n join session s on s.session_id = 'ses_' || n
+"""
+_METRICS = """
+insert into run_metric (run_id, seq, step, logged_at, metrics)
+select run_id, n, n, r.created_at + make_interval(secs => n),
+       jsonb_build_object('loss_mean', 3.0 / (1 + n / 50.0), 'kl', 0.01 * random(), 'grad_norm', 1 + random(),
+                          'entropy', 2.0 / (1 + n / 100.0), 'num_tokens', 4096)
+from run r, generate_series(1, case when r.run_id = $1 then $3::int else $2::int end) n
+"""
+_REWARDS = """
+insert into run_metric (run_id, step, metrics)
+select run_id, n, jsonb_build_object('reward', 1 - 1.0 / (1 + n / 40.0), 'length', 100 + n % 9)
+from run r, generate_series(1, case when r.run_id = $1 then $3::int else $2::int end) n
+"""
+_CHECKPOINTS = """
+insert into checkpoint (checkpoint_id, tenant_id, run_id, base_model, mode, name, step, location, size_bytes,
+                        created_at)
+select 'ckpt_' || r.run_id || '_' || n, r.tenant_id, r.run_id, r.base_model,
+       case when n % 2 = 0 then 'training' else 'inference' end, 'step-' || n * 20, n * 20,
+       'file:///nowhere/' || r.run_id || '/' || n, 40000000 + n, r.created_at + make_interval(mins => n)
+from run r, generate_series(1, $1::int) n
+"""
+_EVENTS = """
+insert into usage_event (event_id, kind, occurred_at, tenant_id, key_id, run_id, base_model, context_length, quantity,
+                         amount_nano_usd)
+select gen_random_uuid(), (array['prompt', 'completion', 'cached_prompt', 'training'])[1 + n % 4],
+       now() - (30 * ($1::bigint - n) / $1::float8) * interval '1 day', r.tenant_id,
+       'key_' || right(r.tenant_id, 6) || '_' || n % 2, r.run_id, r.base_model, 32768, 100 + n % 1000, 50000 + n % 1000
+from generate_series(1, $1::bigint) n join (
+  select run_id, tenant_id, base_model, row_number() over (order by run_id) - 1 as at, count(*) over () as count
+  from run
+) r on r.at = (n / 7) % r.count
+"""
+_HOURS = """
+insert into usage_hour (tenant_id, hour, base_model, context_length, kind, key_id, quantity, amount_nano_usd, events)
+select tenant_id, date_trunc('hour', occurred_at), base_model, context_length, kind, key_id, sum(quantity),
+       sum(amount_nano_usd), count(*)
+from usage_event group by 1, 2, 3, 4, 5, 6
+"""
+_OF_RUNS = """
+insert into usage_run (tenant_id, run_id, kind, quantity, amount_nano_usd)
+select tenant_id, run_id, kind, sum(quantity), sum(amount_nano_usd) from usage_event
+where run_id is not null group by 1, 2, 3
+"""
+LONG_RUN = "run_" + "1".zfill(20)
+
+
+class Amounts(Struct, frozen=True, kw_only=True):
+    """How much there is of everything; steps are those of each run, and of one that has been trained for long."""
+
+    tenants: int
+    runs: int
+    steps: int
+    steps_long: int
+    checkpoints_per_run: int
+    usage_events: int
+
+
+async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
+    """Makes all of it; returns the keys of an admin and of a tenant."""
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        keys: list[str] = []
+        for number in range(amounts.tenants):
+            tenant = await create_tenant(connection, f"tenant-{number:02}")
+            key = await create_key(connection, tenant=tenant.tenant_id)
+            keys.append(key.secret or "")
+        admin = await create_tenant(connection, "operators")
+        admin_key = await create_key(
+            connection, tenant=admin.tenant_id, scopes=("admin", "infer", "train")
+        )
+        await connection.execute(_MONTHS)
+        await connection.execute(_SESSIONS, amounts.runs)
+        await connection.execute(_RUNS, amounts.runs)
+        for statement in (_METRICS, _REWARDS):
+            await connection.execute(statement, LONG_RUN, amounts.steps, amounts.steps_long)
+        await connection.execute(_CHECKPOINTS, amounts.checkpoints_per_run)
+        await connection.execute(_EVENTS, amounts.usage_events)
+        await connection.execute(_HOURS)
+        await connection.execute(_OF_RUNS)
+        await connection.execute("analyze")
+    finally:
+        await connection.close()
+    return admin_key.secret or "", keys[0]

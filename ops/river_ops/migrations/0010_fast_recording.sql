@@ -21,4 +21,5 @@ alter table ledger_balance set (fillfactor = 50);
 -- Events come nearly in their order of time, so that this index, which costs next to nothing to keep, finds an hour.
 -- What tenants are shown comes from `usage_hour`.
 drop index usage_event_tenant_id_occurred_at_idx;
-create index usage_event_occurred_at on usage_event using brin (occurred_at) with (pages_per_range = 32);
+create index usage_event_occurred_at on usage_event using brin (occurred_at)
+  with (pages_per_range = 32, autosummarize = on);

@@ -106,7 +106,7 @@ async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
         await connection.execute(_EVENTS, amounts.usage_events)
         await connection.execute(_HOURS)
         await connection.execute(_OF_RUNS)
-        await connection.execute("analyze")
+        await connection.execute("vacuum analyze")
     finally:
         await connection.close()
     return admin_key.secret or "", keys[0]

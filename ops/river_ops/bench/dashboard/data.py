@@ -59,16 +59,17 @@ from generate_series(1, $1::bigint) n join (
   from run
 ) r on r.at = (n / 7) % r.count
 """
+# The recorder charges the checkpoints above for their storage, and sums that up itself.
 _HOURS = """
 insert into usage_hour (tenant_id, hour, base_model, context_length, kind, key_id, quantity, amount_nano_usd, events)
 select tenant_id, date_trunc('hour', occurred_at), base_model, context_length, kind, key_id, sum(quantity),
        sum(amount_nano_usd), count(*)
-from usage_event group by 1, 2, 3, 4, 5, 6
+from usage_event where kind <> 'storage' group by 1, 2, 3, 4, 5, 6
 """
 _OF_RUNS = """
 insert into usage_run (tenant_id, run_id, kind, quantity, amount_nano_usd)
 select tenant_id, run_id, kind, sum(quantity), sum(amount_nano_usd) from usage_event
-where run_id is not null group by 1, 2, 3
+where run_id is not null and kind <> 'storage' group by 1, 2, 3
 """
 LONG_RUN = "run_" + "1".zfill(20)
 

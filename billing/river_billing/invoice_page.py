@@ -62,7 +62,8 @@ def invoice_page(invoice: Invoice) -> str:
 {_totals(invoice)}
 <footer>
 <p>Months are calendar months in UTC. Prices are list prices; an amount is the sum over all requests and
-operations, each less the discount in force and then rounded to a billionth of a dollar, half to even. What is due is rounded to cents once, half to even; the rest, less than a cent, is
+operations, each less the discount in force and then rounded to a billionth of a dollar, half to even. What is due is
+rounded to cents once, half to even; the rest, less than a cent, is
 carried to the next invoice. Storage is counted in kilobyte-hours; a month of it has 720 hours.</p>
 </footer>
 </body>

@@ -13,7 +13,8 @@ class InvoiceLine(Wire, frozen=True):
     """What was used of one thing in a `month` (`2026-10`) at one price.
 
     The amount is the sum of the requests', each less the discount in force and then rounded to a whole nano-dollar,
-    half to even. `price` is the list price in dollars per million tokens, or per GB and month of storage; `nano_usd_per_unit` is the same exactly, per token or kilobyte-hour.
+    half to even. `price` is the list price in dollars per million tokens, or per GB and month of storage;
+    `nano_usd_per_unit` is the same exactly, per token or kilobyte-hour.
     Both and `tier` are absent where nothing was asked. An `adjustment` was recorded after its month had been closed.
     """
 

@@ -21,13 +21,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-import nats.errors
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from river_billing import streams as billing
-from river_billing.events import TokensCounted, UsageKind
 from river_trainer import journal, limits
 from river_trainer.assembly import Parts
 from river_trainer.effects import Disk, Effects
@@ -50,6 +48,7 @@ from river_trainer.runs import FailedRun, Run
 from river_trainer.scheduling import Entry, Scheduler
 from river_trainer.settings import TrainerSettings
 from river_trainer.snapshotting import Snapshotting
+from river_trainer.token_counts import TokenCounts
 from river_trainer.work import LOADING, Outcome, Report, Work
 
 logger = logging.getLogger("river.trainer")
@@ -137,9 +136,11 @@ class Service:
             pass_over=lambda run_id, seq: self._in_worker(self._pass_over, run_id, seq),
         )
         self._tasks = asyncio.TaskGroup()
-        self._started_at = time.time()
         self._trainer_id = f"trainer_{time.time_ns():x}"
         self._lease = Lease(client, settings.base_model, self._trainer_id)
+        self._counts = TokenCounts(
+            self._js, self._trainer_id, settings.base_model, lambda: self.metrics.tokens
+        )
 
     async def run(self) -> None:
         """Works until cancelled.
@@ -158,13 +159,13 @@ class Service:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._work())
                 tasks.create_task(self._beat())
-                tasks.create_task(self._tell_counts())
+                tasks.create_task(self._counts.tell())
         finally:
             # What the threads are still at may write files, which no other trainer should meet.
             await self._in_worker(lambda: None)
             await self._disk.idle()
             await self._store.idle()
-            await self._tell_last_counts()
+            await self._counts.tell_last()
             await self._lease.release()
 
     # ---- Start -----------------------------------------------------------------------------------
@@ -444,31 +445,6 @@ class Service:
             if self._effects.settled(run_id) and self._residency.holds(run_id):
                 await self._in_worker(self._residency.reach, {run_id})
                 self._consider_snapshot(run_id, idle=True)
-
-    async def _tell_counts(self) -> None:
-        """Says now and then what this process has produced, for audits; what is not heard is said again."""
-        while True:
-            counted = self._counted()
-            await journal.retry(
-                lambda event=counted: billing.publish(self._js, event), doing="telling counts"
-            )
-            await asyncio.sleep(limits.COUNTS_INTERVAL_S)
-
-    async def _tell_last_counts(self) -> None:
-        try:
-            await billing.publish(self._js, self._counted(final=True))
-        except (nats.errors.Error, OSError) as error:
-            logger.warning("the last counts are not told: %r", error)
-
-    def _counted(self, *, final: bool = False) -> TokensCounted:
-        return TokensCounted(
-            producer_id=self._trainer_id,
-            base_model=self._settings.base_model,
-            started_at=self._started_at,
-            counted_at=time.time(),
-            tokens={UsageKind.TRAINING: self.metrics.tokens},
-            final=final,
-        )
 
     async def _beat(self) -> None:
         """Keeps the record by which gateways find this trainer."""

@@ -28,6 +28,7 @@ from river_billing.prices import shown_price
 from river_client.invoice_wire import NANO_USD_PER_CENT, Invoice, InvoiceLine
 
 _SEE_ONE_MOMENT = "set transaction isolation level repeatable read"
+_ONLY_READ = "set transaction read only"
 # Before anything is read, so that the invoices closed meanwhile are seen.
 _LOCK_NUMBERS = "lock table invoice in share row exclusive mode"
 _NEXT_NUMBER = "select coalesce(max(number), 0) + 1 from invoice"
@@ -138,11 +139,18 @@ async def open_invoices(
 ) -> list[Invoice]:
     """What the months that are not closed come to, in their order, up to `until` (None: this month).
 
+    The connection must be in no transaction: events and hours agree in one moment, not over several.
+
     Raises:
+        ClosingError: less was used than has been invoiced, or a month's events are set aside.
         UnknownAccountError: there is no such tenant.
     """
     until = until or dt.datetime.now(dt.UTC).date().replace(day=1)
-    return [draft.invoice for draft in await _drafts(connection, tenant_id, until)]
+    async with connection.transaction():
+        await connection.execute(_SEE_ONE_MOMENT)
+        await connection.execute(_ONLY_READ)
+        drafts = await _drafts(connection, tenant_id, until)
+    return [draft.invoice for draft in drafts]
 
 
 async def find_invoice(

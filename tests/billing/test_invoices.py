@@ -174,6 +174,25 @@ async def test_each_price_has_its_line(connection: Any) -> None:
     ]
 
 
+async def test_open_invoices_beside_recording(connection: Any, postgres_url: str) -> None:
+    """What is recorded between two of the queries is not seen by the second alone, which would look like an error."""
+    await add_tenant(connection)
+    await use(connection, 1, OCTOBER, prompt=10)
+    waiting = "select exists (select from pg_locks where relation = 'price'::regclass and not granted)"
+    async with database(postgres_url) as reader:
+        async with connection.transaction():
+            # Hours are read without prices, events with them: the reader waits between the two.
+            await connection.execute("lock table price in access exclusive mode")
+            opened = asyncio.create_task(open_invoices(reader, "ten_a"))
+            async with asyncio.timeout(30):
+                while not await connection.fetchval(waiting):  # noqa: ASYNC110 - Postgres sends no events
+                    await asyncio.sleep(0.01)
+            await use(connection, 2, OCTOBER, prompt=7)
+        assert [line.quantity for one in await opened for line in one.lines] == [10]
+        again = await open_invoices(reader, "ten_a")
+    assert [line.quantity for one in again for line in one.lines] == [17]
+
+
 async def test_cents_are_rounded_once_and_carried(connection: Any) -> None:
     """What is due is whole cents; what rounding leaves goes to the next invoice, so that nothing adds up."""
     await add_tenant(connection)

@@ -25,9 +25,7 @@ POSTGRES_AWAY: tuple[type[Exception], ...] = (
     asyncpg.TooManyConnectionsError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
-    ConnectionError,
-    FileNotFoundError,
-    TimeoutError,
+    OSError,  # refused, out of reach, a name that does not resolve, too late
 )
 """What a statement raises when Postgres is away or going away: a dying server shows up as any of these."""
 

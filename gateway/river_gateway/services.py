@@ -175,10 +175,12 @@ async def _delivering(services: Services) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        if not await services.completions.flush():
-            logger.error("some completions were not stored")
-        if not await services.meter.close():
-            logger.error("%d usage events are lost", services.meter.waiting)
+        try:
+            if not await services.completions.flush():
+                logger.error("some completions were not stored")
+        finally:
+            if not await services.meter.close():
+                logger.error("%d usage events are lost", services.meter.waiting)
 
 
 async def _make_event_stream(bus: Bus) -> None:

@@ -185,17 +185,22 @@ async def test_runs_are_found(rig: Rig) -> None:
 
 
 async def test_series_are_columns(rig: Rig) -> None:
-    """What a client logs at one step is one row; a metric that is missing there is null."""
+    """What a client logs at one step is one row; a metric may be missing there, and may be called `step`."""
     run = await rig.tenant.new_run()
-    for step, metrics in ((1, {"reward": 0.5}), (1, {"length": 3.0}), (2, {"reward": 0.75})):
+    for step, metrics in (
+        (1, {"reward": 0.5}),
+        (1, {"length": 3.0}),
+        (2, {"reward": 0.75, "step": 7.0}),
+    ):
         logged = wire.LogMetrics(metrics=metrics, step=step)
         assert (await rig.tenant.post(f"/runs/{run.run_id}/metrics", logged)).status_code == 204
     async with signed_in(rig, rig.tenant) as window:
         client = window.client
         series = (await client.get(f"/admin/runs/{run.run_id}/series")).json()
-        assert series == {"step": [1, 2], "reward": [0.5, 0.75], "length": [3.0, None]}
+        columns = {"reward": [0.5, 0.75], "length": [3.0, None], "step": [None, 7.0]}
+        assert series == {"step": [1, 2], "metrics": columns}
         later = (await client.get(f"/admin/runs/{run.run_id}/series?after=1")).json()
-        assert later == {"step": [2], "reward": [0.75]}
+        assert later == {"step": [2], "metrics": {"reward": [0.75], "step": [7.0]}}
         assert "0.75" in (await client.get("/admin/runs")).text
 
 

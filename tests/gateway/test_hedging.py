@@ -123,6 +123,29 @@ async def test_an_answer_too_late_is_discarded() -> None:
     assert race.discarded == ["stubborn"]
 
 
+async def test_an_answer_that_comes_as_the_client_leaves_is_discarded() -> None:
+    """Cancelled in the same round of the loop in which the answer came, the request keeps nothing open."""
+    discarded: list[str] = []
+    came = asyncio.get_running_loop().create_future()
+
+    async def second() -> str | None:
+        return None
+
+    async def first() -> str:
+        return await came
+
+    racing = asyncio.create_task(
+        first_answer(first(), second, after_s=AFTER_S, discard=discarded.append)
+    )
+    await asyncio.sleep(0.01)
+    came.set_result("answer")
+    await asyncio.sleep(0)  # The one that asks has ended; who waits for it has not been told.
+    racing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await racing
+    assert discarded == ["answer"]
+
+
 async def test_who_leaves_ends_both() -> None:
     """A client that goes away is nobody's client any more."""
     race = Race()

@@ -256,3 +256,11 @@ async def test_nothing_is_trusted_after_nats_was_away(
         await eventually(lambda: rig.services.bus.connected)
         await eventually(lambda: not rig.services.quotas.replicas.cut_off)
         assert (await rig.tenant.http.get("/v1/models")).status_code == 401
+
+
+async def test_a_postgres_out_of_reach_is_away() -> None:
+    """A name that does not resolve is no error of the request's: it is told to come again."""
+    pool = await open_pool("postgresql://nobody@no-such-host.invalid/river")
+    with pytest.raises(UnavailableError):
+        await KeyCache(pool).authenticate("Bearer rv-some-key")
+    await pool.close()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,6 +122,21 @@ def test_a_damaged_segment_is_kept(tmp_path: Path) -> None:
     assert list(drained(opened(tmp_path))) == []
 
 
+def test_a_record_of_another_release_is_kept(tmp_path: Path) -> None:
+    """What is before it is delivered, the file stays under another name, and the gateway starts."""
+    spool = opened(tmp_path)
+    spool.append([event(0)])
+    spool.close()
+    (segment,) = tmp_path.glob(f"*{SUFFIX}")
+    payload = msgspec.msgpack.encode({"event_id": "x", "kind": "of another release"})
+    header = struct.pack("<II", len(payload), zlib.crc32(payload))
+    segment.write_bytes(segment.read_bytes() + header + payload)
+    spool = opened(tmp_path)
+    assert list(drained(spool)) == [event(0)]
+    assert [path.suffix for path in tmp_path.iterdir()] == [DAMAGED_SUFFIX]
+    spool.close()
+
+
 def test_gateways_share_a_folder(tmp_path: Path) -> None:
     """Nobody takes what another works on, and what one has left the next who looks delivers, before its own."""
     first, second = opened(tmp_path), opened(tmp_path)
@@ -184,10 +202,12 @@ async def test_a_disk_that_fails_refuses_requests(
         assert rig.services.meter.waiting == 1
         refused = await complete(rig.tenant.http)
         assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
-        own_nats.start()
-        await eventually(lambda: rig.services.meter.waiting == 0)
+        # The disk works again while NATS is still away: what waits is written down, and requests are answered.
+        (tmp_path / "usage-spool").mkdir()
         await eventually(lambda: not rig.services.meter._disk_fails)
         assert (await complete(rig.tenant.http)).is_success
+        own_nats.start()
+        await eventually(lambda: rig.services.meter.waiting == 0)
         await rig.usage(3)
 
 

@@ -20,16 +20,14 @@ if TYPE_CHECKING:
 
 PAGE_CHECKPOINTS = 50
 SEARCH_CHARS_MAX = 200
-_BYTES_PER_KILOBYTE = 1024
+_BYTES_PER_KILOBYTE = 1000  # as storage is billed
 
 _COLUMNS = """
 select c.checkpoint_id, c.tenant_id, t.name as tenant, c.run_id, c.mode, c.name, c.base_model, c.step, c.size_bytes,
        c.created_at, c.expires_at, c.location,
-       (select p.nano_usd_per_unit from price p
-        where p.kind = 'storage' and p.model in (c.base_model, '*') and p.valid_from <= now()
-          and (p.valid_to is null or p.valid_to > now())
-        order by p.model = '*', p.context_length limit 1) as storage_price
-from checkpoint c join tenant t using (tenant_id)
+       price.nano_usd_per_unit as storage_price
+from checkpoint c join tenant t using (tenant_id) join run r on r.run_id = c.run_id
+left join lateral price_in_force(c.base_model, r.context_length, 'storage', now()) as price on true
 where c.deleted_at is null and (c.expires_at is null or c.expires_at > now())
   and ($1::text is null or c.tenant_id = $1)
 """
@@ -72,7 +70,7 @@ class ShownCheckpoint:
 
     @property
     def monthly_nano_usd(self) -> int:
-        """What keeping it costs in 720 hours."""
+        """What keeping it costs in 720 hours, before any discount."""
         kilobytes = Decimal(self.size_bytes) / _BYTES_PER_KILOBYTE
         return int(kilobytes * HOURS_PER_MONTH * (self.storage_price or 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,12 @@ from river_gateway.dashboard.viewer import viewer_of
 from river_gateway.dashboard.words import FILTERS
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.errors import GatewayError, UnauthenticatedError, UnavailableError
-from river_gateway.limits import DASHBOARD_KEEP_ALIVE_S, DASHBOARD_LIVE_S, DASHBOARD_STREAMS_MAX
+from river_gateway.limits import (
+    DASHBOARD_KEEP_ALIVE_S,
+    DASHBOARD_LIVE_S,
+    DASHBOARD_STREAMS_MAX,
+    DASHBOARD_STREAMS_OF_TENANT_MAX,
+)
 from river_gateway.services import services_of
 
 if TYPE_CHECKING:
@@ -99,29 +105,35 @@ def follow(
         UnavailableError: too many pages are being watched already.
     """
     streams = cast("LiveStreams", request.app.state.live_streams)
-    streams.check()
+    streams.check(viewer.principal.tenant_id)
     return ServerSentEvent(_part_events(streams, page, request, viewer, read))
 
 
 class LiveStreams:
-    """How many pages are being watched, which is bounded."""
+    """How many pages are being watched, which is bounded, for each tenant too."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self._counts: Counter[str] = Counter()
 
-    def check(self) -> None:
-        """Raises UnavailableError if there may be no more."""
-        if self._count >= DASHBOARD_STREAMS_MAX:
-            raise UnavailableError(f"{DASHBOARD_STREAMS_MAX} pages are being watched already")
+    def check(self, tenant_id: str) -> None:
+        """Raises UnavailableError if a tenant may watch no more."""
+        for count, count_max in (
+            (self._counts[tenant_id], DASHBOARD_STREAMS_OF_TENANT_MAX),
+            (self._counts.total(), DASHBOARD_STREAMS_MAX),
+        ):
+            if count >= count_max:
+                raise UnavailableError(f"{count} pages are being watched already")
 
     @contextmanager
-    def counted(self) -> Generator[None]:
+    def counted(self, tenant_id: str) -> Generator[None]:
         """One more while the block runs."""
-        self._count += 1
+        self._counts[tenant_id] += 1
         try:
             yield
         finally:
-            self._count -= 1
+            self._counts[tenant_id] -= 1
+            if not self._counts[tenant_id]:
+                del self._counts[tenant_id]
 
 
 async def _part_events(
@@ -134,7 +146,7 @@ async def _part_events(
     stopping = services_of(request).stopping
     shown: dict[str, str] = {}
     sent_at = time.monotonic()
-    with streams.counted():
+    with streams.counted(viewer.principal.tenant_id):
         while not stopping.is_set():
             try:
                 await viewer_of(request)

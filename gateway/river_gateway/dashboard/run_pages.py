@@ -82,9 +82,7 @@ async def run_live(request: Request[Any, Any, Any], run_id: str) -> ServerSentEv
 
 
 @get("/runs/{run_id:str}/series", include_in_schema=False)
-async def get_series(
-    request: Request[Any, Any, Any], run_id: str, after: int = -1
-) -> dict[str, list[float | None]]:
+async def get_series(request: Request[Any, Any, Any], run_id: str, after: int = -1) -> runs.Series:
     """Its metrics after a step, in columns."""
     viewer = await viewer_of(request)
     pool = services_of(request).pool

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+import msgspec
+
 from river_gateway.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -153,22 +155,22 @@ async def run_checkpoints(database: Database, run: ShownRun) -> list[Row]:
     return list(await database.fetch(_CHECKPOINTS, run.run_id))
 
 
-async def run_series(
-    database: Database, run: ShownRun, *, after_step: int = -1
-) -> dict[str, list[float | None]]:
-    """Columns of equal length: `step`, and each metric with None where it was not logged.
+class Series(msgspec.Struct, frozen=True):
+    """Columns of equal length: the steps, and each metric by its name with None where it was not logged."""
 
-    At most about `SERIES_STEPS_MAX` steps; `after_step` leaves out what is known already.
-    """
+    step: list[int]
+    metrics: dict[str, list[float | None]]
+
+
+async def run_series(database: Database, run: ShownRun, *, after_step: int = -1) -> Series:
+    """At most about `SERIES_STEPS_MAX` steps; `after_step` leaves out what is known already."""
     rows = await database.fetch(_SERIES, run.run_id, after_step, SERIES_STEPS_MAX)
     points: dict[int, dict[str, float]] = {}
     for row in rows:
         points.setdefault(row["step"], {}).update(_metrics(row["metrics"]))
     names = sorted({name for point in points.values() for name in point})
-    series: dict[str, list[float | None]] = {"step": list(points)}
-    for name in names:
-        series[name] = [point.get(name) for point in points.values()]
-    return series
+    columns = {name: [point.get(name) for point in points.values()] for name in names}
+    return Series(step=list(points), metrics=columns)
 
 
 def _run(row: Row) -> ShownRun:

@@ -31,8 +31,10 @@ async def first_answer(
     Raises whatever `first` raises if there is no answer.
     """
     asked_first: Coroutine[Any, Any, Answer | None] = first
-    asking = winner = asyncio.create_task(asked_first)
+    asking = asyncio.create_task(asked_first)
     tasks: list[asyncio.Task[Answer | None]] = [asking]
+    # None until its answer is returned: of a request that is cancelled meanwhile every answer is discarded.
+    winner: asyncio.Task[Answer | None] | None = None
     try:
         pending = (await asyncio.wait(tasks, timeout=after_s))[1]
         if pending:
@@ -46,11 +48,12 @@ async def first_answer(
                 break
             if asking in done and not isinstance(asking.exception(), _MENDABLE):
                 break
+        winner = winner or asking
         answer = winner.result()
         assert answer is not None
         return answer
     finally:
-        losers = [task for task in tasks if task is not winner or not task.done()]
+        losers = [task for task in tasks if task is not winner]
         for task in losers:
             task.cancel()
         await asyncio.gather(*losers, return_exceptions=True)

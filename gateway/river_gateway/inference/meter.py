@@ -174,7 +174,9 @@ class Meter:
         while True:
             await asyncio.to_thread(self._spool.adopt)
             self._show()
-            while not await self.flush():  # noqa: ASYNC110 - polls NATS, not a variable
+            while not await self.flush():
+                if self._unwritten:  # The disk may have room again.
+                    await self._write_down()
                 await asyncio.sleep(USAGE_RETRY_S)
             self._disk_fails = False
             with suppress(TimeoutError):

@@ -226,7 +226,10 @@ def _read(segment: _Segment, count_max: int | None) -> tuple[list[UsageEvent], i
         payload = data[at + _HEADER.size : at + _HEADER.size + size]
         if len(payload) < size or zlib.crc32(payload) != checksum:
             break
-        events.append(_decoder.decode(payload))
+        try:
+            events.append(_decoder.decode(payload))
+        except msgspec.DecodeError:  # Whole, but of a release that writes others.
+            break
         at += _HEADER.size + size
     return events, at
 

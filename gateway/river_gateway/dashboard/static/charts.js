@@ -35,33 +35,32 @@
     merge(run, await answer.json(), after);
   };
 
-  const merge = (run, columns, after) => {
-    const old = run.columns ?? { step: [] };
-    const kept = old.step.findIndex((step) => step > after);
+  const merge = (run, { step, metrics }, after) => {
+    const old = run.columns ?? { step: [], metrics: {} };
+    const kept = old.step.findIndex((one) => one > after);
     const length = kept < 0 ? old.step.length : kept;
-    const names = new Set([...Object.keys(old), ...Object.keys(columns)]);
-    run.columns = {};
+    const names = new Set([...Object.keys(old.metrics), ...Object.keys(metrics)]);
+    run.columns = { step: old.step.slice(0, length).concat(step), metrics: {} };
     for (const name of names) {
-      const before = (old[name] ?? new Array(length).fill(null)).slice(0, length);
-      run.columns[name] = before.concat(columns[name] ?? new Array(columns.step.length).fill(null));
+      const before = (old.metrics[name] ?? new Array(length).fill(null)).slice(0, length);
+      run.columns.metrics[name] = before.concat(metrics[name] ?? new Array(step.length).fill(null));
     }
   };
 
   const metricNames = () => {
-    const names = new Set(runs.flatMap((run) => Object.keys(run.columns ?? {})));
-    names.delete("step");
+    const names = new Set(runs.flatMap((run) => Object.keys(run.columns?.metrics ?? {})));
     return [...names].sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
   };
 
   const dataOf = (metric) => {
     const tables = runs
-      .filter((run) => run.columns?.[metric])
-      .map((run) => [run.columns.step, run.columns[metric]]);
+      .filter((run) => run.columns?.metrics[metric])
+      .map((run) => [run.columns.step, run.columns.metrics[metric]]);
     return tables.length ? uPlot.join(tables) : [[], []];
   };
 
   const optionsOf = (metric, width) => {
-    const shown = runs.filter((run) => run.columns?.[metric]);
+    const shown = runs.filter((run) => run.columns?.metrics[metric]);
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line") }, ticks: { stroke: colour("--line") } };
     return {
       width,
@@ -109,8 +108,8 @@
     const table = document.createElement("table");
     row(table.createTHead(), "th", ["Run", "First", "Lowest", "Highest", "Last"]);
     const body = table.createTBody();
-    for (const run of runs.filter((one) => one.columns?.[metric])) {
-      const values = run.columns[metric].filter((value) => value !== null);
+    for (const run of runs.filter((one) => one.columns?.metrics[metric])) {
+      const values = run.columns.metrics[metric].filter((value) => value !== null);
       const shown = [values[0], Math.min(...values), Math.max(...values), values.at(-1)];
       row(body, "td", [run.name, ...shown.map((value) => value.toPrecision(4))]);
     }

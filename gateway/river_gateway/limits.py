@@ -138,6 +138,8 @@ STORED_PAGE_MAX = 100
 FEEDBACK_BATCH_MAX = 4096
 FEEDBACK_CLAIM_MAX_S = 24 * 3600.0
 FEEDBACK_NOTE_MAX_CHARS = 4096
+FEEDBACK_REWARD_MAX = 1e6
+"""Of a reward's absolute value. Far below float32's end, so that no advantage made of them can be beyond it."""
 LEARNINGS_MAX = 256
 """Runs that learn, of one gateway at once."""
 LEARNING_LEASE_S = 15.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import msgspec
@@ -98,11 +99,12 @@ async def test_wrong_feedback(rig: Rig, given: dict[str, Any], status: int, para
     assert (await _claim(rig)).batch_id is None
 
 
-async def test_a_reward_must_be_finite(rig: Rig) -> None:
-    """Infinity, which MessagePack can say, is refused."""
+@pytest.mark.parametrize("reward", [math.inf, math.nan, -1.1e6, 1e300])
+async def test_a_reward_must_be_in_range(rig: Rig, reward: float) -> None:
+    """What no float32 could hold, and infinity and NaN, which MessagePack can say, are refused with the limit."""
     (completion,) = await _completions(rig, ["x"])
     given = feedback_wire.GiveFeedback(
-        feedback=[feedback_wire.Feedback(completion_id=completion, reward=1e999)]
+        feedback=[feedback_wire.Feedback(completion_id=completion, reward=reward)]
     )
     answer = await rig.tenant.http.post(
         "/river/v1/feedback",
@@ -111,3 +113,4 @@ async def test_a_reward_must_be_finite(rig: Rig) -> None:
     )
     assert answer.status_code == 422
     assert error_of(answer).param == "feedback[0].reward"
+    assert "must be -1e+06 to 1e+06" in error_of(answer).message

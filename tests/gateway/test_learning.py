@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -31,6 +32,7 @@ from river_billing.prices import seed_prices, set_price
 from river_client import wire
 from river_client.cli import river as command
 from river_gateway.feedback import learning
+from river_gateway.feedback.keeping import ChoiceTokens, Tokens
 from river_trainer import journal, protocol
 
 FORWARD = wire.Forward(data=[wire.Datum(input_ids=[1, 2])])
@@ -92,6 +94,25 @@ async def test_what_teaches_nothing_is_no_step(rig: Rig) -> None:
     await judged(rig, 0.0, 1.0)
     assert (await reached(rig, run.run_id, lambda state: state.steps == 1)).completions == 4
     assert len(steps_of(rig, run.run_id)) == 1
+
+
+async def test_what_can_never_be_trained_on_is_left_out(rig: Rig) -> None:
+    """A reward from before there was a limit, and a sequence of one token: the rest of the batch is trained on."""
+    run = await rig.tenant.new_run()
+    huge, short, *_rest = await judged(rig, 0.0, 0.0, 0.0, 1.0, model=BASE)
+    pool = rig.services.pool
+    await pool.execute("update feedback set reward = 1e300 where completion_id = $1", huge)
+    one_token = msgspec.msgpack.encode(Tokens(prompt=[], choices=[ChoiceTokens(0, [1], [-0.1])]))
+    await pool.execute(
+        "update stored_completion set tokens = $2 where completion_id = $1", short, one_token
+    )
+    await pool.execute("update stored_completion set model = $1", ALIAS)
+    await started(rig, run.run_id, min_batch=4, max_batch=4)
+    state = await reached(rig, run.run_id, lambda state: state.completions == 4)
+    assert (state.status, state.steps) == ("learning", 1)
+    (step,) = steps_of(rig, run.run_id)
+    assert isinstance(step.task, protocol.TrainStep)
+    assert len(step.task.data) == 2
 
 
 async def test_nobody_else_trains_a_run_that_learns(rig: Rig) -> None:

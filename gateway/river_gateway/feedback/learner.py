@@ -11,6 +11,8 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from river_client import wire
 from river_client.feedback_wire import ClaimFeedback
 from river_gateway.bus import BusError
@@ -32,6 +34,7 @@ from river_gateway.limits import (
     LEARNING_RESULT_S,
     LEARNING_RETRY_S,
     LEARNINGS_MAX,
+    SEQUENCE_TOKENS_MIN,
 )
 from river_gateway.tenancy.auth import principal_of_key
 from river_gateway.training import operations
@@ -56,6 +59,7 @@ _IN_PASSING = (
     *POSTGRES_FAILED,
 )
 """What is tried again for as long as it takes; any other `GatewayError` ends a run's learning."""
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Learner:
@@ -303,16 +307,23 @@ class _Worker:
 
 
 def _data(rows: Sequence[Row], run: RunRow, baseline: str) -> list[wire.Datum]:
-    """Training data of a batch, without what is longer than the run can take."""
+    """Training data of a batch, without what the run can never be trained on: it would end its learning."""
+    rows = [row for row in rows if rewards.is_reward(row["reward"])]
     if not rows:
         return []
     data = rewards.training_data(rows, baseline)
-    return [datum for datum in data if _length(datum) <= run.context_length]
+    return [datum for datum in data if _trainable(datum, run.context_length)]
 
 
-def _length(datum: wire.Datum) -> int:
+def _trainable(datum: wire.Datum, context_length: int) -> bool:
     assert isinstance(datum.input_ids, list)
-    return len(datum.input_ids)
+    assert isinstance(datum.old_logprobs, list)
+    length = len(datum.input_ids)
+    return (
+        SEQUENCE_TOKENS_MIN <= length <= context_length
+        and len(datum.old_logprobs) == length  # Not so where the prompt was empty.
+        and bool(np.all(np.abs(np.asarray(datum.old_logprobs)) <= _FLOAT32_MAX))
+    )
 
 
 def _teaches(datum: wire.Datum) -> bool:

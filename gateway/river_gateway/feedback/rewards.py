@@ -6,7 +6,6 @@ acknowledged in time ends, so that a consumer that has died loses nothing.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from river_gateway.limits import (
     FEEDBACK_BATCH_MAX,
     FEEDBACK_CLAIM_MAX_S,
     FEEDBACK_NOTE_MAX_CHARS,
+    FEEDBACK_REWARD_MAX,
     USER_MAX_CHARS,
 )
 
@@ -86,7 +86,7 @@ async def give(
     """Attaches rewards to stored completions: all or none of them.
 
     Raises:
-        InvalidFieldError: a reward is no finite number, a choice does not exist, or there are none or too many.
+        InvalidFieldError: a reward is out of range, a choice does not exist, or there are none or too many.
         NotFoundError: a completion is unknown.
     """
     if not 1 <= len(given) <= FEEDBACK_BATCH_MAX:
@@ -191,6 +191,11 @@ async def acknowledge(database: Database, *, tenant_id: str, batch_id: str) -> N
         raise NotFoundError(f"there is no batch {batch_id!r}", param="batch_id")
 
 
+def is_reward(value: float) -> bool:
+    """Whether it is a number that can be learnt from, which NaN is not."""
+    return abs(value) <= FEEDBACK_REWARD_MAX
+
+
 def training_data(rows: Sequence[Row], baseline: str) -> list[wire.Datum]:
     """A sequence of each row; index i describes the prediction made from position i."""
     tokens = [msgspec.msgpack.decode(row["tokens"], type=Tokens) for row in rows]
@@ -230,9 +235,12 @@ def _baselines(
 def _check(one: feedback_wire.Feedback, where: str, choices: dict[str, int]) -> None:
     if one.completion_id not in choices:
         raise no_completion(one.completion_id, f"{where}.completion_id")
-    if not math.isfinite(one.reward):
+    if not is_reward(one.reward):
         field = f"{where}.reward"
-        raise InvalidFieldError(f"{field}: {one.reward}, must be a finite number", param=field)
+        message = (
+            f"{field}: {one.reward}, must be {-FEEDBACK_REWARD_MAX:g} to {FEEDBACK_REWARD_MAX:g}"
+        )
+        raise InvalidFieldError(message, param=field)
     if not 0 <= one.choice < choices[one.completion_id]:
         field = f"{where}.choice"
         raise InvalidFieldError(

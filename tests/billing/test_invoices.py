@@ -178,7 +178,9 @@ async def test_open_invoices_beside_recording(connection: Any, postgres_url: str
     """What is recorded between two of the queries is not seen by the second alone, which would look like an error."""
     await add_tenant(connection)
     await use(connection, 1, OCTOBER, prompt=10)
-    waiting = "select exists (select from pg_locks where relation = 'price'::regclass and not granted)"
+    waiting = (
+        "select exists (select from pg_locks where relation = 'price'::regclass and not granted)"
+    )
     async with database(postgres_url) as reader:
         async with connection.transaction():
             # Hours are read without prices, events with them: the reader waits between the two.

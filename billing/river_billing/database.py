@@ -32,6 +32,13 @@ CANCELLED = asyncpg.QueryCanceledError
 """What a statement raises that took longer than it was given."""
 
 
+FAILURES = (asyncpg.PostgresError, TimeoutError)
+"""What a statement raises that fails on a connection that may well work: the next statement tells."""
+
+LEAVING = asyncpg.LockNotAvailableError
+"""What an insert raises whose month is being detached: it waits for readers, and works when they are gone."""
+
+
 class Connection(Protocol):
     """An asyncpg connection, of its own or from a pool."""
 

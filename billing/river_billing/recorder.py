@@ -4,7 +4,9 @@
   because a recorder died in between, meets its own primary key and changes nothing.
 * When NATS or Postgres goes away, both connections are dropped and opened anew, with growing
   pauses. Events wait in the stream.
-* A message that can never be recorded is logged, counted and removed, and holds up nobody.
+* A message that can never be recorded is logged, counted and removed, and holds up nobody; nor does
+  one whose month is just being detached, which is delivered again later.
+* What else is due now and then, such as charging storage, holds up no recording when it fails.
 """
 
 # nats-py leaves the keyword arguments of its methods untyped.
@@ -35,6 +37,8 @@ from river_billing.catalog import advance_run, record_checkpoint
 from river_billing.counts import note_counts
 from river_billing.database import (
     CHECK_VIOLATED,
+    FAILURES,
+    LEAVING,
     OUTAGES,
     REFUSALS,
     Connection,
@@ -150,10 +154,16 @@ class Recorder:
                         await record_deliveries(connection, deliveries)
 
     async def _maintain(self, connection: Connection) -> None:
-        """What is due now and then."""
-        attached_months = self._settings.usage_attached_months
-        await maintain_partitions(connection, datetime.now(UTC), attached_months)
-        await charge_storage(connection)
+        """What is due now and then; what fails is logged, and tried again the next time."""
+        try:
+            attached_months = self._settings.usage_attached_months
+            await maintain_partitions(connection, datetime.now(UTC), attached_months)
+        except FAILURES:
+            logger.exception("the months of usage could not be looked after")
+        try:
+            await charge_storage(connection)
+        except FAILURES:
+            logger.exception("storage could not be charged")
 
 
 @asynccontextmanager
@@ -212,7 +222,8 @@ async def recorded_until(js: JetStreamContext) -> datetime | None:
 async def record_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> None:
     """Commits the events of all messages, then acknowledges them.
 
-    When Postgres refuses a value, they are recorded by halves, and the one it refuses is rejected.
+    When Postgres refuses a value, they are recorded by halves, and the one it refuses is rejected. So is found whose
+    month is being detached: it is delivered again later.
     """
     if not deliveries:
         return
@@ -220,11 +231,13 @@ async def record_deliveries(connection: Connection, deliveries: Sequence[Deliver
         unknown = await record_events(
             connection, [event for delivery in deliveries for event in delivery.events]
         )
-    except REFUSALS as error:
+    except (*REFUSALS, LEAVING) as error:
         if len(deliveries) > 1:
             middle = len(deliveries) // 2
             await record_deliveries(connection, deliveries[:middle])
             await record_deliveries(connection, deliveries[middle:])
+        elif isinstance(error, LEAVING):
+            await _retry_leaving_month(deliveries[0])
         elif len(deliveries[0].events) > 1:
             await _record_one_by_one(connection, deliveries[0])
         else:
@@ -248,7 +261,15 @@ async def _record_one_by_one(connection: Connection, delivery: Delivery) -> None
             await record_events(connection, [event])
         except REFUSALS as error:
             report(delivery.message, str(error))
+        except LEAVING:
+            await _retry_leaving_month(delivery)
+            return
     await delivery.message.ack()
+
+
+async def _retry_leaving_month(delivery: Delivery) -> None:
+    """Has it delivered again when its month may be gone, which brings the month back; events written meanwhile stay."""
+    await delivery.message.nak(delay=limits.LEAVING_MONTH_DELAY_S)
 
 
 async def _retry_unknown_run(delivery: Delivery) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import nats
+import pytest
 import pytest_asyncio
 from nats.js import JetStreamContext
 from support.billing import (
@@ -27,8 +28,11 @@ from support.billing import (
     totals,
 )
 
+from river_billing import limits
 from river_billing.events import EVENTS_STREAM, AnyEvent, CheckpointSaved, RunAdvanced
-from river_billing.recorder import Recorder, Settings, recorded_until
+from river_billing.partitions import maintain_partitions
+from river_billing.prices import seed_prices
+from river_billing.recorder import Recorder, Settings, record_events, recorded_until
 from river_billing.streams import encode, ensure_streams, publish, publish_group
 from river_ops.embedded.nats import EmbeddedNats
 
@@ -191,6 +195,61 @@ async def test_groups_are_recorded_like_their_events(
     async with recording(postgres_url, nats_url), database(postgres_url) as connection:
         await until(lambda: drained(js))
         assert (await totals(connection))[:2] == expected_totals(good)
+
+
+async def test_a_month_that_is_leaving_holds_up_only_its_own(
+    postgres_url: str, nats_url: str, js: JetStreamContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a reader delays the end of a detaching, late events of that month wait, alone, and then bring it back."""
+    monkeypatch.setattr(limits, "DETACH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(limits, "MAINTENANCE_INTERVAL_S", 0.2)
+    monkeypatch.setattr(limits, "LEAVING_MONTH_DELAY_S", 0.2)
+    june = datetime(2026, 6, 15, tzinfo=UTC)
+    late = make_event(101, occurred_at=june.timestamp(), prompt=5)
+    also_late = make_event(102, occurred_at=june.timestamp(), prompt=6)
+    current = [make_event(110 + number, prompt=1 + number) for number in range(20)]
+    old = make_event(100, occurred_at=june.timestamp(), prompt=4)
+    async with database(postgres_url) as connection, database(postgres_url) as reader:
+        await seed_prices(connection)
+        await record_events(connection, [old])
+        async with reader.transaction(isolation="repeatable_read"):
+            await reader.fetchval("select count(*) from usage_event")
+            assert await maintain_partitions(connection, june + timedelta(days=90), 1) == []
+            assert await connection.fetchval("select leaving from usage_partitions where leaving")
+            await publish_all(js, [*current[:10], late, *current[10:]])
+            impossible = make_event(103, occurred_at=float("inf"), prompt=1)
+            await publish_group(js, [impossible, also_late])
+
+            async def only_two_wait() -> bool:
+                return (await js.stream_info(EVENTS_STREAM)).state.messages == 2
+
+            async with recording(postgres_url, nats_url) as task:
+                await until(only_two_wait)
+                await asyncio.sleep(1.0)
+                assert not task.done()
+                assert await only_two_wait()
+        async with recording(postgres_url, nats_url):
+            await until(lambda: drained(js))
+        events = [old, late, also_late, *current]
+        assert (await totals(connection))[:2] == expected_totals(events)
+
+
+async def test_maintenance_that_fails_holds_up_no_recording(
+    postgres_url: str, nats_url: str, js: JetStreamContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither storage that cannot be charged nor months that cannot be looked after."""
+    before, after = random_events(40, seed=8), random_events(40, seed=9)
+    async with database(postgres_url) as connection:
+        await seed_prices(connection)
+        await record_events(connection, before)
+        await connection.execute("alter table checkpoint rename column size_bytes to size")
+        await connection.execute("alter view usage_partitions rename to months")
+        await publish_all(js, after)
+        async with recording(postgres_url, nats_url):
+            await until(lambda: drained(js))
+        assert (await totals(connection))[:2] == expected_totals([*before, *after])
+    assert "the months of usage could not be looked after" in caplog.text
+    assert "storage could not be charged" in caplog.text
 
 
 async def test_catalog_events_reach_their_tables(

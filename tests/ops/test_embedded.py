@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from river_ops.embedded.nats import EmbeddedNats
 from river_ops.embedded.postgres import EmbeddedPostgres
 from river_ops.migrate import MIGRATIONS, migrate, numbered
 
+DISCOUNTS = 20
+"""The number of the migration that gives events a column, those of detached months too."""
 
-async def _value(url: str, statement: str) -> object:
-    connection = await asyncpg.connect(url)
+
+async def _value(url: str, statement: str, **settings: str) -> object:
+    connection = await asyncpg.connect(url, server_settings=settings)
     try:
         return await connection.fetchval(statement)
     finally:
@@ -105,6 +109,38 @@ async def test_migrations_apply_once_however_many_callers(
     names = [path.name for _, path in numbered(MIGRATIONS)]
     assert sorted(name for batch in applied for name in batch) == names
     assert await migrate(url) == []
+
+
+async def test_a_detaching_that_was_cut_off_hinders_no_migration(
+    postgres_cluster: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    """The month is out of the table and whole afterwards, with the columns of the others, so that it can come back."""
+    await _value(postgres_cluster.url(), "create database migrations_leaving")
+    url = postgres_cluster.url("migrations_leaving")
+    for number, path in numbered(MIGRATIONS):
+        if number < DISCOUNTS:
+            shutil.copy(path, tmp_path)
+    await migrate(url, tmp_path)
+    await _value(url, "select create_usage_partition('2026-06-01')")
+    reader = await asyncpg.connect(url)
+    try:
+        async with reader.transaction(isolation="repeatable_read"):
+            await reader.fetchval("select count(*) from usage_event")
+            with pytest.raises(asyncpg.QueryCanceledError):
+                await _value(
+                    url,
+                    "alter table usage_event detach partition usage_event_2026_06 concurrently",
+                    statement_timeout="200ms",
+                )
+    finally:
+        await reader.close()
+    assert await _value(url, "select leaving from usage_partitions where month = '2026-06-01'")
+    await migrate(url)
+    assert not await _value(
+        url, "select leaving or attached from usage_partitions where month = '2026-06-01'"
+    )
+    await _value(url, "select create_usage_partition('2026-06-01')")
+    assert await _value(url, "select attached from usage_partitions where month = '2026-06-01'")
 
 
 def test_migrations_with_one_number_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,16 @@ create or replace function price_moments() returns timestamptz[] language sql st
   ) as m
 $$;
 
+-- A month whose detaching was cut off is neither the table's nor its own, and takes no column: its detaching is ended.
+do $$
+declare
+  partition text;
+begin
+  for partition in select name from usage_partitions where leaving loop
+    execute format('alter table usage_event detach partition %I finalize', partition);
+  end loop;
+end $$;
+
 -- The discount that an event was charged with, for ever, as its price.
 alter table usage_event add column discount_id bigint;
 do $$

@@ -136,6 +136,8 @@ COMPLETIONS_KEPT_MAX_S = 10 * 365 * 24 * 3600
 STORED_PAGE_DEFAULT = 20
 STORED_PAGE_MAX = 100
 FEEDBACK_BATCH_MAX = 4096
+FEEDBACK_BATCH_MAX_BYTES = 32 * 1024 * 1024
+"""Of a batch's tokens as they are stored, some 3 bytes each in a prompt and 12 where drawn; a batch ends before it."""
 FEEDBACK_CLAIM_MAX_S = 24 * 3600.0
 FEEDBACK_NOTE_MAX_CHARS = 4096
 FEEDBACK_REWARD_MAX = 1e6

@@ -12,6 +12,7 @@ from support.gateway import Rig, error_of
 from support.stand_ins import BASE
 
 from river_client import feedback_wire, wire
+from river_gateway.feedback import rewards
 
 
 async def _completions(rig: Rig, prompts: list[str], n: int = 1) -> list[str]:
@@ -42,8 +43,8 @@ async def _claim(rig: Rig, **asked: Any) -> feedback_wire.FeedbackBatch:
 async def test_data_are_ready_to_train_on(rig: Rig) -> None:
     """A batch is aligned as losses want it, with the stored log-probabilities and rewards less their mean."""
     (completion,) = await _completions(rig, ["x"], n=2)
-    rewards = [{"completion_id": completion, "choice": n, "reward": float(n)} for n in range(2)]
-    await _give(rig, {"completion_id": completion, "reward": 9.0}, *rewards)
+    given = [{"completion_id": completion, "choice": n, "reward": float(n)} for n in range(2)]
+    await _give(rig, {"completion_id": completion, "reward": 9.0}, *given)
     batch = await _claim(rig)
     assert [one.reward for one in batch.feedback] == [0.0, 1.0]
     assert batch.policy_versions == [BASE, BASE]
@@ -76,6 +77,24 @@ async def test_each_consumer_is_handed_each_reward_once(rig: Rig) -> None:
     assert (await _claim(rig)).batch_id is None
     late = await rig.tenant.post(f"/feedback/batches/{lost.batch_id}/ack", {})
     assert late.status_code == 404
+
+
+async def test_a_batch_ends_before_it_is_too_large(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long completions come in smaller batches, the longest alone, and all of them come."""
+    completions = await _completions(rig, ["a", "b", "c"])
+    await _give(rig, *({"completion_id": one, "reward": 1.0} for one in completions))
+    size = await rig.services.pool.fetchval(
+        "select max(octet_length(tokens)) from stored_completion"
+    )
+    monkeypatch.setattr(rewards, "FEEDBACK_BATCH_MAX_BYTES", 2 * size)
+    batches = [await _claim(rig, min_batch=1) for _ in range(2)]
+    assert [len(batch.data) for batch in batches] == [2, 1]
+    monkeypatch.setattr(rewards, "FEEDBACK_BATCH_MAX_BYTES", size - 1)
+    alone = [await _claim(rig, consumer="other") for _ in range(3)]
+    assert [batch.feedback[0].completion_id for batch in alone] == completions
+    assert [len(batch.data) for batch in alone] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

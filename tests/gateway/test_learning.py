@@ -137,7 +137,31 @@ async def test_an_operation_that_came_in_between_is_not_taken_for_ours(rig: Rig)
     """One that another gateway accepted just before it knew keeps its seq; the batch takes the next."""
     run = await rig.tenant.new_run()
     await started(rig, run.run_id)
-    foreign = protocol.TrainMessage(
+    await journal.submit(rig.nats.jetstream(), _foreign(rig, run))
+    await judged(rig, 0.0, 1.0)
+    state = await reached(rig, run.run_id, lambda state: state.steps == 1)
+    assert state.next_seq == 3
+    assert steps_of(rig, run.run_id)[-1].seq == 2
+
+
+async def test_nor_is_one_that_is_done_and_out_of_the_journal(rig: Rig) -> None:
+    """Its result is not taken for the batch's, which would be used up untrained."""
+    run = await rig.tenant.new_run()
+    await started(rig, run.run_id)
+    jetstream = rig.nats.jetstream()
+    ack = await journal.submit(jetstream, _foreign(rig, run))
+    operation = protocol.operation_id(run.run_id, 1)
+    await until(lambda: journal.find_result(jetstream, operation))
+    await jetstream.delete_msg(protocol.TRAIN_STREAM, ack.seq)
+    await judged(rig, 0.0, 1.0)
+    state = await reached(rig, run.run_id, lambda state: state.completions == 2)
+    assert (state.steps, state.next_seq) == (1, 3)
+    assert [step.seq for step in steps_of(rig, run.run_id)] == [2]
+
+
+def _foreign(rig: Rig, run: wire.Run) -> protocol.TrainMessage:
+    """Operation 1 of a run, which is not the gateway's own."""
+    return protocol.TrainMessage(
         run_id=run.run_id,
         seq=1,
         tenant_id=rig.tenant.tenant_id,
@@ -147,11 +171,6 @@ async def test_an_operation_that_came_in_between_is_not_taken_for_ours(rig: Rig)
         submitted_at=time.time(),
         task=protocol.Forward(data=[], loss_fn="cross_entropy", loss_config={}),
     )
-    await journal.submit(rig.nats.jetstream(), foreign)
-    await judged(rig, 0.0, 1.0)
-    state = await reached(rig, run.run_id, lambda state: state.steps == 1)
-    assert state.next_seq == 3
-    assert steps_of(rig, run.run_id)[-1].seq == 2
 
 
 async def test_who_comes_too_late_is_told(rig: Rig) -> None:

@@ -170,7 +170,7 @@ async def test_whatever_is_in_the_row_is_done_once(
     completions = await judged(rig, 0.0, 1.0)
     assert await learning.lease(pool, "gwy_dead", 1) == [run.run_id]
     asked = ClaimFeedback(model="tutor", consumer=run.run_id, min_batch=2)
-    taken = await learning.take_batch(pool, run.run_id, "gwy_dead", asked)
+    taken = await learning.take_batch(pool, run.run_id, "gwy_dead", asked, 1)
     assert taken is not None
     assert taken.batch is not None
     if accepted:
@@ -216,7 +216,7 @@ async def test_what_was_deleted_after_it_was_claimed_is_not_trained_on(
     completions = await judged(rig, 0.0, 1.0)
     await learning.lease(pool, "gwy_dead", 1)
     asked = ClaimFeedback(model="tutor", consumer=run.run_id, min_batch=2)
-    assert await learning.take_batch(pool, run.run_id, "gwy_dead", asked) is not None
+    assert await learning.take_batch(pool, run.run_id, "gwy_dead", asked, 1) is not None
     for completion in completions:
         await rig.tenant.openai.chat.completions.delete(completion)
     monkeypatch.setattr(learner, "LEARNINGS_MAX", 8)

@@ -186,7 +186,13 @@ class _Worker:
             base_model=run.base_model,
             baseline=settings.baseline,
         )
-        taken = await learning.take_batch(self._services.pool, work.run_id, self._gateway_id, asked)
+        pool = self._services.pool
+        if not await rewards.is_enough(pool, tenant_id=work.tenant_id, asked=asked):
+            return None
+        # One that was accepted just before its gateway knew of the learning may be done, and out of the journal: then
+        # nothing would tell it from the batch's own.
+        seq = await operations.next_seq(self._services, run, at_least=work.state.next_seq)
+        taken = await learning.take_batch(pool, work.run_id, self._gateway_id, asked, seq)
         if taken is not None and taken.batch is not None:
             self._taken_here = taken.batch.batch_id
         return taken
@@ -204,8 +210,9 @@ class _Worker:
         services, batch = self._services, work.batch
         rows = await learning.batch_rows(services.pool, work)
         if not submitted:
-            data = _data(rows, run, work.state.settings.baseline)
-            if not any(_teaches(datum) for datum in data):
+            # Millions of numbers must not hold up everybody else's requests.
+            data = await asyncio.to_thread(_data, rows, run, work.state.settings.baseline)
+            if not data:
                 await self._settle(work, completions=len(rows))
                 return
             if not await self._submit(work, run, data):
@@ -307,12 +314,16 @@ class _Worker:
 
 
 def _data(rows: Sequence[Row], run: RunRow, baseline: str) -> list[wire.Datum]:
-    """Training data of a batch, without what the run can never be trained on: it would end its learning."""
+    """Training data of a batch, without what the run can never be trained on: it would end its learning.
+
+    Nothing if none of it teaches anything.
+    """
     rows = [row for row in rows if rewards.is_reward(row["reward"])]
     if not rows:
         return []
     data = rewards.training_data(rows, baseline)
-    return [datum for datum in data if _trainable(datum, run.context_length)]
+    data = [datum for datum in data if _trainable(datum, run.context_length)]
+    return data if any(_teaches(datum) for datum in data) else []
 
 
 def _trainable(datum: wire.Datum, context_length: int) -> bool:

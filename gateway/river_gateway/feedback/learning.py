@@ -61,7 +61,9 @@ _RELEASE = "update learning set leased_until = now() where leased_by = $1 and le
 _MINE = "run_id = $1 and leased_by = $2 and status in ('learning', 'stopping')"
 _LEASED = f"select * from learning where {_MINE}"  # noqa: S608 - built from constants
 _LOCK_IDLE = f"{_LEASED} and status = 'learning' and batch_id is null for update"
-_TAKE = "update learning set batch_id = $2, batch_at = now() where run_id = $1 returning *"
+_TAKE = """
+update learning set batch_id = $2, batch_at = now(), next_seq = greatest(next_seq, $3) where run_id = $1 returning *
+"""
 _SKIP_SEQ = f"update learning set next_seq = $3 + 1 where {_MINE} and next_seq = $3"  # noqa: S608 - built from constants
 _SETTLE = f"""
 update learning set
@@ -208,20 +210,23 @@ async def leased(database: Database, run_id: str, gateway_id: str) -> Leased | N
 
 
 async def take_batch(
-    pool: Pool, run_id: str, gateway_id: str, asked: ClaimFeedback
+    pool: Pool, run_id: str, gateway_id: str, asked: ClaimFeedback, seq: int
 ) -> Leased | None:
-    """Claims the next batch for good and makes it the one at hand; None while there is too little, or nothing to do."""
+    """Claims the next batch for good and makes it the one at hand; None while there is too little, or nothing to do.
+
+    Its operation will be the run's next one, or `seq` where somebody else's have come in between.
+    """
     batch_id = new_id("bat")
     async with pool.acquire() as connection, connection.transaction():
         row = await connection.fetchrow(_LOCK_IDLE, run_id, gateway_id)
         if row is None:
             return None
-        claimed = await rewards.claim_rows(
+        claimed = await rewards.claim_batch(
             connection, tenant_id=row["tenant_id"], asked=asked, batch_id=batch_id, claim_s=None
         )
         if not claimed:
             return None
-        row = await connection.fetchrow(_TAKE, run_id, batch_id)
+        row = await connection.fetchrow(_TAKE, run_id, batch_id, seq)
     assert row is not None
     return _leased(row)
 

@@ -6,7 +6,9 @@ acknowledged in time ends, so that a consumer that has died loses nothing.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,6 +21,7 @@ from river_gateway.feedback.store import no_completion
 from river_gateway.ids import new_id
 from river_gateway.limits import (
     FEEDBACK_BATCH_MAX,
+    FEEDBACK_BATCH_MAX_BYTES,
     FEEDBACK_CLAIM_MAX_S,
     FEEDBACK_NOTE_MAX_CHARS,
     FEEDBACK_REWARD_MAX,
@@ -47,7 +50,6 @@ set reward = excluded.reward, note = excluded.note, "user" = excluded."user", up
 # Two claims of one consumer at the same time must not be handed the same.
 _LOCK = "select pg_advisory_xact_lock(hashtextextended($1 || chr(10) || $2, 0))"
 _UNUSED = """
-select f.completion_id, f.choice, f.reward, f.note, f."user", c.tokens, c.policy_version
 from feedback f join stored_completion c using (completion_id)
 where f.tenant_id = $1 and c.model = $2 and c.expires_at > now() and c.tokens is not null
   and ($4::text is null or c.base_model = $4)
@@ -57,6 +59,11 @@ where f.tenant_id = $1 and c.model = $2 and c.expires_at > now() and c.tokens is
       and u.completion_id = f.completion_id and u.choice = f.choice
       and (u.claimed_until is null or u.claimed_until > now())
   )
+"""
+_COUNT = f"select count(*) from (select 1 {_UNUSED} limit $5) as unused"  # noqa: S608 - built from constants
+# The tokens stay where they are: their size is known without them.
+_NEXT = f"""
+select f.completion_id, f.choice, octet_length(c.tokens) as bytes {_UNUSED}
 order by f.updated_at, f.completion_id, f.choice limit $5
 """
 _CLAIM = """
@@ -122,34 +129,47 @@ async def claim(
         raise InvalidFieldError(message, param="claim_s")
     batch_id = new_id("bat")
     async with pool.acquire() as connection, connection.transaction():
-        rows = await claim_rows(
+        await claim_batch(
             connection, tenant_id=tenant_id, asked=asked, batch_id=batch_id, claim_s=asked.claim_s
         )
+        rows = await connection.fetch(_OF_BATCH, tenant_id, batch_id)
     if not rows:
         return feedback_wire.FeedbackBatch(batch_id=None, data=[], feedback=[], policy_versions=[])
     return feedback_wire.FeedbackBatch(
         batch_id=batch_id,
-        data=training_data(rows, asked.baseline),
+        # Millions of numbers must not hold up everybody else's requests.
+        data=await asyncio.to_thread(training_data, rows, asked.baseline),
         feedback=[_feedback(row) for row in rows],
         policy_versions=[row["policy_version"] for row in rows],
     )
 
 
-async def claim_rows(
+async def is_enough(
+    database: Database, *, tenant_id: str, asked: feedback_wire.ClaimFeedback
+) -> bool:
+    """Whether there is a batch for a consumer; the cheaper question for whoever asks it again and again."""
+    count = await database.fetchval(
+        _COUNT, tenant_id, asked.model, asked.consumer, asked.base_model, asked.min_batch
+    )
+    return count == asked.min_batch
+
+
+async def claim_batch(
     connection: Connection,
     *,
     tenant_id: str,
     asked: feedback_wire.ClaimFeedback,
     batch_id: str,
     claim_s: float | None,
-) -> Sequence[Row]:
-    """Claims a batch, without `claim_s` for good, in the caller's transaction; nothing when there is too little."""
+) -> bool:
+    """Claims a batch, without `claim_s` for good, in the caller's transaction; False when there is too little."""
     await connection.execute(_LOCK, tenant_id, asked.consumer)
     rows = await connection.fetch(
-        _UNUSED, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
+        _NEXT, tenant_id, asked.model, asked.consumer, asked.base_model, asked.max_batch
     )
     if len(rows) < asked.min_batch:
-        return []
+        return False
+    rows = _that_fit(rows)
     await connection.execute(
         _CLAIM,
         tenant_id,
@@ -159,7 +179,13 @@ async def claim_rows(
         [row["completion_id"] for row in rows],
         [row["choice"] for row in rows],
     )
-    return rows
+    return True
+
+
+def _that_fit(rows: Sequence[Row]) -> Sequence[Row]:
+    """The first of them, as many as a batch may hold, which is one at least."""
+    sizes = accumulate(row["bytes"] for row in rows)
+    return rows[: max(1, sum(size <= FEEDBACK_BATCH_MAX_BYTES for size in sizes))]
 
 
 async def rows_of(database: Database, *, tenant_id: str, batch_id: str) -> Sequence[Row]:

@@ -287,15 +287,15 @@ async def publish_new(services: Services, message: protocol.TrainMessage) -> boo
     return not ack.duplicate
 
 
-async def next_seq(services: Services, run: RunRow) -> int:
-    """The seq after every operation of a run that was ever accepted.
+async def next_seq(services: Services, run: RunRow, *, at_least: int = 1) -> int:
+    """The seq after every operation of a run that was ever accepted, which is known to be no lower than `at_least`.
 
     What Postgres knows lags behind the results, and these behind the journal, which forgets what has been done.
     """
     services.bus.require()
     jetstream = services.bus.jetstream
     newest = await journal.newest_seq(jetstream, run.base_model, run.run_id)
-    seq = max(run.last_seq, 0 if newest is None else newest) + 1
+    seq = max(at_least, run.last_seq + 1, 1 if newest is None else newest + 1)
     while await journal.find_result(jetstream, protocol.operation_id(run.run_id, seq)) is not None:
         seq += 1
     return seq

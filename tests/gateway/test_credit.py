@@ -20,12 +20,15 @@ from click.testing import CliRunner
 from support.gateway import Rig, Tenant, error_of
 from support.stand_ins import BASE
 
+from river_billing.amounts import amount_nano_usd, discounted_unit_prices
+from river_billing.discounts import set_discount
 from river_billing.events import UsageKind
 from river_billing.ledger import add_credit, credit_of, set_billing
 from river_billing.prices import seed_prices, set_price
 from river_billing.recorder import record_events
 from river_client import credit_wire, wire
 from river_client.cli import river
+from river_gateway.checkpoints.catalog import RunRow
 from river_gateway.database import Pool, open_pool
 from river_gateway.errors import OutOfCreditError, UnavailableError
 from river_gateway.tenancy.auth import Principal
@@ -273,6 +276,70 @@ async def test_a_failed_request_gives_its_hold_back(rig: Rig, postgres_url: str)
     await rig.services.credit.close()
     assert (await credit_of(connection, rig.tenant.tenant_id)).reserved_nano_usd == 0
     await connection.close()
+
+
+async def test_holds_are_of_discounted_prices(pool: Pool) -> None:
+    """Whoever pays a quarter has four times the room, in gateways and in Postgres; nobody else has more."""
+    cheap, plain = await prepaid(pool, 10), await prepaid(pool, 10, "ten_b")
+    async with pool.acquire() as connection:
+        await set_discount(
+            connection, tenant_id="ten_a", model="*", kind=None, share=Decimal("0.75")
+        )
+    credit = Credit(pool)
+    run = RunRow(
+        run_id="run_1",
+        session_id="ses_1",
+        base_model=BASE,
+        lora=wire.LoraConfig(),
+        context_length=1024,
+        created_at="2026-11-25T00:00:00+00:00",
+        last_seq=-1,
+        step=0,
+        metrics={},
+        imported=False,
+        lost=None,
+        tags={},
+    )
+    await credit.hold_operation(cheap, run, 1, training_tokens=8)
+    async with pool.acquire() as connection:
+        assert (await credit_of(connection, "ten_a")).reserved_nano_usd == 8 * 2_500
+    for principal, admitted in ((cheap, 40 - 8), (plain, 10)):
+        held = [await hold_one(credit, principal) for _ in range(admitted)]
+        assert await hold_one(credit, principal) is None
+        one = held[0]
+        assert one is not None
+        one.settle(ONE_TOKEN)
+        assert one.reserved_nano_usd == (2_500 if principal is cheap else 10_000)
+    await credit.close()
+
+
+@pytest.mark.parametrize(
+    ("price_nano_usd", "share", "quantity"),
+    [("0.000000001", "0.99999999", 10**9), ("333.333333333", "0.33333333", 4096), ("7", "1", 9)],
+)
+async def test_what_is_held_suffices_for_a_discounted_amount(
+    pool: Pool, price_nano_usd: str, share: str, quantity: int
+) -> None:
+    """However the price of a unit ends, a hold is what Postgres will charge, or a nano-dollar more."""
+    async with pool.acquire() as connection:
+        await set_price(
+            connection,
+            model="m",
+            context_length=1024,
+            kind=UsageKind.COMPLETION,
+            nano_usd_per_unit=Decimal(price_nano_usd),
+        )
+        await set_discount(
+            connection, tenant_id="ten_a", model="m", kind=None, share=Decimal(share)
+        )
+        prices = (await discounted_unit_prices(connection, "m", 1024))["ten_a"]
+        charged = await connection.fetchval(
+            "select round_half_even($1::bigint * $2::numeric * (1 - $3::numeric))",
+            quantity,
+            Decimal(price_nano_usd),
+            Decimal(share),
+        )
+    assert charged <= amount_nano_usd({UsageKind.COMPLETION: quantity}, prices) <= charged + 1
 
 
 async def test_an_operation_is_held_until_its_usage_is_recorded(

@@ -16,7 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
-from river_billing.amounts import UnitPrices, amount_nano_usd, unit_prices
+from river_billing.amounts import (
+    UnitPrices,
+    amount_nano_usd,
+    discounted_unit_prices,
+    unit_prices,
+)
 from river_billing.budgets import next_month, report_warning, warn_of_refusal
 from river_billing.events import UsageKind, operation_id, training_event_id
 from river_billing.leases import Lease, Tightest, place_hold, renew
@@ -111,6 +116,7 @@ class _Prices:
     """Prices of a model at a tier, and when they were read, by the monotonic clock."""
 
     units: UnitPrices
+    discounted: Mapping[str, UnitPrices]  # of the tenants that pay less
     read_at: float
 
 
@@ -143,7 +149,8 @@ class Credit:
         if now > lessee.usable_until or now - prices.read_at > PRICES_STALE_MAX_S:
             return None
         lessee.used_at = now
-        return self._take(lessee, prices.units, amount_nano_usd(quantities, prices.units))
+        units = prices.discounted.get(principal.tenant_id, prices.units)
+        return self._take(lessee, units, amount_nano_usd(quantities, units))
 
     async def hold(
         self, principal: Principal, base_model: str, context_length: int, quantities: Quantities
@@ -157,7 +164,7 @@ class Credit:
         if not principal.bounded:
             return UNBOUNDED
         try:
-            prices = await self._prices_of(base_model, context_length)
+            prices = await self._prices_of(principal.tenant_id, base_model, context_length)
             lessee = self._lessee_of(principal)
             amount = amount_nano_usd(quantities, prices)
             lessee.waiting_nano_usd += amount
@@ -180,7 +187,7 @@ class Credit:
         if not principal.bounded or not training_tokens:
             return
         try:
-            prices = await self._prices_of(run.base_model, run.context_length)
+            prices = await self._prices_of(principal.tenant_id, run.base_model, run.context_length)
             amount = amount_nano_usd({UsageKind.TRAINING: training_tokens}, prices)
             if not amount:
                 return
@@ -331,11 +338,11 @@ class Credit:
 
     # ---- Prices ------------------------------------------------------------------------------------------------------
 
-    async def _prices_of(self, base_model: str, context_length: int) -> UnitPrices:
+    async def _prices_of(self, tenant_id: str, base_model: str, context_length: int) -> UnitPrices:
         known = self._prices.get((base_model, context_length))
         if known is None or time.monotonic() - known.read_at > PRICES_STALE_MAX_S:
             known = await self._read_prices(base_model, context_length)
-        return known.units
+        return known.discounted.get(tenant_id, known.units)
 
     async def _refresh_prices(self) -> None:
         now = time.monotonic()
@@ -346,7 +353,8 @@ class Credit:
     async def _read_prices(self, base_model: str, context_length: int) -> _Prices:
         async with self._pool.acquire() as connection:
             units = await unit_prices(connection, base_model, context_length)
-        read = _Prices(units, time.monotonic())
+            discounted = await discounted_unit_prices(connection, base_model, context_length)
+        read = _Prices(units, discounted, time.monotonic())
         self._prices[base_model, context_length] = read
         return read
 

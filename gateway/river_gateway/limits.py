@@ -144,6 +144,8 @@ FEEDBACK_REWARD_MAX = 1e6
 """Of a reward's absolute value. Far below float32's end, so that no advantage made of them can be beyond it."""
 LEARNINGS_MAX = 256
 """Runs that learn, of one gateway at once."""
+LEARNINGS_PER_TENANT_MAX = 64
+"""Far fewer than one gateway's, so that no tenant's keep those of others waiting for a gateway."""
 LEARNING_LEASE_S = 15.0
 """After a gateway has died, so long at most nobody works on its runs."""
 LEARNING_RENEWAL_S = 2.0

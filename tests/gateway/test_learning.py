@@ -331,6 +331,42 @@ async def test_a_step_that_the_trainer_cannot_do_ends_it(rig: Rig) -> None:
     assert (await rig.tenant.submit(run.run_id, 2, FORWARD)).status_code == 202
 
 
+async def test_what_nobody_thought_of_ends_one_learning_only(rig: Rig) -> None:
+    """Tokens that cannot be read end the learning of their run, with a reason; the gateway and other runs go on."""
+    run, other = await rig.tenant.new_run(), await rig.tenant.new_run()
+    await started(rig, other.run_id, alias="another")
+    await judged(rig, 0.0, 1.0, model=BASE)
+    await rig.services.pool.execute(
+        "update stored_completion set tokens = $1, model = $2", b"\xc1", ALIAS
+    )
+    await started(rig, run.run_id)
+    state = await reached(rig, run.run_id, lambda state: state.status == "failed")
+    assert "internal error" in (state.reason or "")
+    assert (state.steps, state.next_seq) == (0, 1)
+    await judged(rig, 0.0, 1.0, model="another")
+    await reached(rig, other.run_id, lambda state: state.steps == 1)
+    # What could not be read is not handed out again.
+    await started(rig, run.run_id)
+    await judged(rig, 0.0, 1.0)
+    assert (await reached(rig, run.run_id, lambda state: state.steps == 1)).next_seq == 2
+
+
+async def test_a_tenant_has_so_many_runs_that_learn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than the limit is refused, with the limit; the same again is not, and one that is stopped makes room."""
+    monkeypatch.setattr(learning, "LEARNINGS_PER_TENANT_MAX", 1)
+    first, second = await rig.tenant.new_run(), await rig.tenant.new_run()
+    await started(rig, first.run_id)
+    refused = await start(rig, second.run_id, alias="another")
+    assert (refused.status_code, error_of(refused).param) == (409, "run_id")
+    assert "at most 1 of a tenant" in error_of(refused).message
+    assert (await rig.tenant.get("/aliases/another")).status_code == 404
+    await started(rig, first.run_id)
+    await stop(rig, first.run_id)
+    await started(rig, second.run_id, alias="another")
+
+
 async def test_the_command(rig: Rig) -> None:
     """`river learning` starts, lists, shows and stops."""
     run = await rig.tenant.new_run()

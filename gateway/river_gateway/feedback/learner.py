@@ -59,6 +59,7 @@ _IN_PASSING = (
     *POSTGRES_FAILED,
 )
 """What is tried again for as long as it takes; any other `GatewayError` ends a run's learning."""
+_BUG = "an internal error of the gateway; the batch at hand is left out when the run learns again"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -108,7 +109,7 @@ class Learner:
             if older is not None:
                 older.cancel()
             worker = _Worker(self._services, self.gateway_id, run_id)
-            task = tasks.create_task(worker.work(), name=f"learning of {run_id}")
+            task = tasks.create_task(worker.run(), name=f"learning of {run_id}")
             self._working[run_id] = task
             task.add_done_callback(lambda done, run_id=run_id: self._forget(run_id, done))
 
@@ -127,8 +128,29 @@ class _Worker:
         self._taken_here: str | None = None
         """The batch that was claimed here: of any other nobody knows whether its operation was accepted."""
 
-    async def work(self) -> None:
-        """Until it has ended or is somebody else's."""
+    async def run(self) -> None:
+        """Works until the learning has ended or is somebody else's."""
+        try:
+            await self._work()
+        except Exception:  # a supervisor: a bug in one run's learning must not end the gateway
+            logger.exception("learning failed by a bug", extra={"run": self._run_id})
+            await self._give_up()
+
+    async def _give_up(self) -> None:
+        """Ends the learning, whose batch may be what cannot be worked on; or leaves it to whoever leases it next."""
+        try:
+            work = await learning.leased(self._services.pool, self._run_id, self._gateway_id)
+            if work is None:
+                return
+            submitted = False
+            if work.batch is not None:
+                run = await self._services.runs.find(work.run_id, work.tenant_id)
+                submitted = await self._was_accepted(run, work.batch)
+            await self._fail(work, _BUG, submitted=submitted, give_back=False)
+        except Exception:  # the same
+            logger.exception("learning is left as it is", extra={"run": self._run_id})
+
+    async def _work(self) -> None:
         idle_s = LEARNING_IDLE_MIN_S
         while not self._services.stopping.is_set():
             try:

@@ -17,7 +17,7 @@ from river_client.learning_wire import LearningState, StartLearning
 from river_gateway.errors import ConflictError, NotFoundError
 from river_gateway.feedback import rewards
 from river_gateway.ids import new_id
-from river_gateway.limits import LEARNING_LEASE_S, PAGE_ROWS_MAX
+from river_gateway.limits import LEARNING_LEASE_S, LEARNINGS_PER_TENANT_MAX, PAGE_ROWS_MAX
 from river_trainer.protocol import policy_version
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _FIND = "select * from learning where run_id = $1 and tenant_id = $2"
 _LIST = "select * from learning where tenant_id = $1 order by started_at desc, run_id limit $2"
+_COUNT_OTHERS = """
+select count(*) from learning where tenant_id = $1 and run_id != $2 and status in ('learning', 'stopping')
+"""
 # One that has ended makes room for the next.
 _START = """
 insert into learning (run_id, tenant_id, key_id, alias, settings, status, first_seq, next_seq, step)
@@ -169,6 +172,20 @@ def check_startable(current: LearningState | None, settings: StartLearning) -> N
     if current.settings != settings:
         raise ConflictError(
             f"{current.run_id} is learning from {current.alias!r} already, with other settings; stop that first",
+            param="run_id",
+        )
+
+
+async def check_room(database: Database, *, run_id: str, tenant_id: str) -> None:
+    """Bounds the runs of a tenant that learn at once; of requests at the same time a few more may come through.
+
+    Raises:
+        ConflictError: as many others are learning as may.
+    """
+    others = await database.fetchval(_COUNT_OTHERS, tenant_id, run_id)
+    if others >= LEARNINGS_PER_TENANT_MAX:
+        raise ConflictError(
+            f"{others} other runs are learning, at most {LEARNINGS_PER_TENANT_MAX} of a tenant may; stop one first",
             param="run_id",
         )
 

@@ -54,7 +54,7 @@ async def _check(
 
     Raises:
         InvalidFieldError: a setting is wrong.
-        ConflictError: the run is lost, imported, or learning something else.
+        ConflictError: the run is lost, imported, or learning something else, or too many others are learning.
         NotFoundError: nobody can be served by the model name.
     """
     if run.imported:
@@ -76,6 +76,7 @@ async def _check(
         raise NotFoundError(f"there is no alias {data.alias!r}", param="alias")
     current = await learning.find(services.pool, run_id=run.run_id, tenant_id=tenant_id)
     learning.check_startable(current, data)
+    await learning.check_room(services.pool, run_id=run.run_id, tenant_id=tenant_id)
 
 
 @get("/runs/{run_id:str}/learning", guards=_TRAIN)

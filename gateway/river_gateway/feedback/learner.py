@@ -11,8 +11,6 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from river_client import wire
 from river_client.feedback_wire import ClaimFeedback
 from river_gateway.bus import BusError
@@ -26,6 +24,7 @@ from river_gateway.errors import (
     UnavailableError,
 )
 from river_gateway.feedback import learning, rewards
+from river_gateway.feedback.lessons import lesson
 from river_gateway.ids import new_id
 from river_gateway.limits import (
     LEARNING_IDLE_MAX_S,
@@ -34,17 +33,13 @@ from river_gateway.limits import (
     LEARNING_RESULT_S,
     LEARNING_RETRY_S,
     LEARNINGS_MAX,
-    SEQUENCE_TOKENS_MIN,
 )
 from river_gateway.tenancy.auth import principal_of_key
 from river_gateway.training import operations
 from river_trainer import journal, protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from river_gateway.checkpoints.catalog import RunRow
-    from river_gateway.database import Row
     from river_gateway.feedback.learning import Batch, Leased
     from river_gateway.services import Services
 
@@ -60,7 +55,6 @@ _IN_PASSING = (
 )
 """What is tried again for as long as it takes; any other `GatewayError` ends a run's learning."""
 _BUG = "an internal error of the gateway; the batch at hand is left out when the run learns again"
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class Learner:
@@ -233,7 +227,7 @@ class _Worker:
         rows = await learning.batch_rows(services.pool, work)
         if not submitted:
             # Millions of numbers must not hold up everybody else's requests.
-            data = await asyncio.to_thread(_data, rows, run, work.state.settings.baseline)
+            data = await asyncio.to_thread(lesson, rows, run, work.state.settings.baseline)
             if not data:
                 await self._settle(work, completions=len(rows))
                 return
@@ -333,33 +327,3 @@ class _Worker:
     async def _tell(self, work: Leased) -> None:
         """The run is its tenant's again, on all gateways."""
         await self._services.names.changed(work.tenant_id, learning.name_of(work.run_id))
-
-
-def _data(rows: Sequence[Row], run: RunRow, baseline: str) -> list[wire.Datum]:
-    """Training data of a batch, without what the run can never be trained on: it would end its learning.
-
-    Nothing if none of it teaches anything.
-    """
-    rows = [row for row in rows if rewards.is_reward(row["reward"])]
-    if not rows:
-        return []
-    data = rewards.training_data(rows, baseline)
-    data = [datum for datum in data if _trainable(datum, run.context_length)]
-    return data if any(_teaches(datum) for datum in data) else []
-
-
-def _trainable(datum: wire.Datum, context_length: int) -> bool:
-    assert isinstance(datum.input_ids, list)
-    assert isinstance(datum.old_logprobs, list)
-    length = len(datum.input_ids)
-    return (
-        SEQUENCE_TOKENS_MIN <= length <= context_length
-        and len(datum.old_logprobs) == length  # Not so where the prompt was empty.
-        and bool(np.all(np.abs(np.asarray(datum.old_logprobs)) <= _FLOAT32_MAX))
-    )
-
-
-def _teaches(datum: wire.Datum) -> bool:
-    """Whether a sequence was better or worse than what it is compared with; Adam would move without a gradient too."""
-    assert not isinstance(datum.advantages, wire.Tensor)
-    return any(datum.advantages or ())

@@ -64,6 +64,17 @@ def unit_event(
     )
 
 
+_BEHIND = "update recorder_progress set recorded_until = now() - interval '2 minutes'"
+# A minute ago, or after what the recorder has caught up with: one that ended before that has no event left to record.
+_EXPIRE = """
+update credit_lease
+set expires_at = greatest(
+  now() - interval '1 minute', (select recorded_until + interval '1 microsecond' from recorder_progress)
+)
+where lease_id = any ($1)
+"""
+
+
 class LosingAnswers:
     """A connection whose statements are carried out and whose answers get lost."""
 
@@ -108,6 +119,7 @@ class Machine(RuleBasedStateMachine):
         self.connection: Any = self.do(asyncpg.connect(self.postgres_url))
         self.tenant_id = f"ten_{uuid.uuid4().hex}"
         self.do(add_tenant(self.connection, self.tenant_id, billing="prepaid"))
+        self.do(self.connection.execute(_BEHIND))
         self.world = World()
         self.leases = [self.new_lease() for _ in range(GATEWAYS)]
         self.dead: list[Lease] = []
@@ -216,12 +228,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.dead)
     @rule()
     def let_dead_leases_expire(self) -> None:
-        self.do(
-            self.connection.execute(
-                "update credit_lease set expires_at = now() - interval '1 minute' where lease_id = any ($1)",
-                [lease.lease_id for lease in self.dead],
-            )
-        )
+        self.do(self.connection.execute(_EXPIRE, [lease.lease_id for lease in self.dead]))
 
     @precondition(lambda self: self.dead and not self.world.stream)
     @rule()

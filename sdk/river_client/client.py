@@ -5,10 +5,9 @@ Every method here is one of `async_client` that blocks; what it does is written 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Generator
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 from river_client import limits, wire
 from river_client.async_aliases import AsyncAliases
@@ -19,12 +18,11 @@ from river_client.async_model import AsyncModel, AsyncPendingOp
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
 from river_client.chat import ChatMessages
-from river_client.learning import RunsLearning, learning, learning_locally
-from river_client.portal import Blocking, Portal, blocking, next_or_none
+from river_client.learning import Learning, LocalLearning, RunsLearning
+from river_client.portal import Blocking, Portal, blocking, handing, next_or_none
 from river_client.results import TrainingResult
 from river_client.usage_wire import UsageRow
 
-Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
@@ -55,21 +53,6 @@ class PendingOp(Blocking, Generic[Result]):
         return self._portal.run(self._twin.done())
 
 
-def submitting(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncPendingOp[Result]]],
-) -> Callable[Concatenate[Any, Parameters], PendingOp[Result]]:
-    """A method of the twin that blocks until the operation is accepted."""
-
-    @functools.wraps(method)
-    def call(
-        self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs
-    ) -> PendingOp[Result]:
-        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
-        return PendingOp(portal, portal.run(method(twin, *args, **kwargs)))
-
-    return call
-
-
 class Model(Blocking):
     """One adapter in training. Calls may come from many threads; they are carried out in the order made."""
 
@@ -96,16 +79,16 @@ class Model(Blocking):
     log = blocking(AsyncModel.log)
     sample = blocking(AsyncModel.sample)
 
-    learn_from = learning(AsyncModel.learn_from)
-    learn_locally = learning_locally(AsyncModel.learn_locally)
+    learn_from = handing(AsyncModel.learn_from, Learning)
+    learn_locally = handing(AsyncModel.learn_locally, LocalLearning)
 
-    submit_forward = submitting(AsyncModel.submit_forward)
-    submit_forward_backward = submitting(AsyncModel.submit_forward_backward)
-    submit_optim_step = submitting(AsyncModel.submit_optim_step)
-    submit_train_step = submitting(AsyncModel.submit_train_step)
-    submit_batch = submitting(AsyncModel.submit_batch)
-    submit_save_weights = submitting(AsyncModel.submit_save_weights)
-    submit_load_weights = submitting(AsyncModel.submit_load_weights)
+    submit_forward = handing(AsyncModel.submit_forward, PendingOp)
+    submit_forward_backward = handing(AsyncModel.submit_forward_backward, PendingOp)
+    submit_optim_step = handing(AsyncModel.submit_optim_step, PendingOp)
+    submit_train_step = handing(AsyncModel.submit_train_step, PendingOp)
+    submit_batch = handing(AsyncModel.submit_batch, PendingOp)
+    submit_save_weights = handing(AsyncModel.submit_save_weights, PendingOp)
+    submit_load_weights = handing(AsyncModel.submit_load_weights, PendingOp)
 
 
 class Session(Blocking):

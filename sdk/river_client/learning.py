@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Generator
 
 from river_client.async_learning import AsyncLearning, AsyncLocalLearning, AsyncRunsLearning
 from river_client.exceptions import RiverError
 from river_client.learning_wire import LearningState
 from river_client.portal import Blocking, Portal, blocking, next_or_none
-
-Parameters = ParamSpec("Parameters")
 
 
 class Learning(Blocking):
@@ -72,32 +68,6 @@ class LocalLearning(Blocking):
         return self._twin.active
 
     stop = blocking(AsyncLocalLearning.stop)
-
-
-def learning(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLearning]],
-) -> Callable[Concatenate[Any, Parameters], Learning]:
-    """A method of the twin that blocks until the server has been told to learn."""
-
-    @functools.wraps(method)
-    def call(self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Learning:
-        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
-        return Learning(portal, portal.run(method(twin, *args, **kwargs)))
-
-    return call
-
-
-def learning_locally(
-    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, AsyncLocalLearning]],
-) -> Callable[Concatenate[Any, Parameters], LocalLearning]:
-    """A method of the twin that blocks until its loop has begun."""
-
-    @functools.wraps(method)
-    def call(self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> LocalLearning:
-        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
-        return LocalLearning(portal, portal.run(method(twin, *args, **kwargs)))
-
-    return call
 
 
 class RunsLearning(Blocking):

@@ -12,6 +12,7 @@ from river_client import limits
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Twin = TypeVar("Twin")
 
 
 class Portal:
@@ -88,5 +89,19 @@ def blocking(
     @functools.wraps(method)
     def call(self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         return self._portal.run(method(self._twin, *args, **kwargs))  # pyright: ignore[reportPrivateUsage]
+
+    return call
+
+
+def handing(
+    method: Callable[Concatenate[Any, Parameters], Coroutine[Any, Any, Twin]],
+    handle: Callable[[Portal, Twin], Result],
+) -> Callable[Concatenate[Any, Parameters], Result]:
+    """A method of the twin that blocks until it is done, and wraps what it returns in its synchronous `handle`."""
+
+    @functools.wraps(method)
+    def call(self: Blocking, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        portal, twin = self._portal, self._twin  # pyright: ignore[reportPrivateUsage]
+        return handle(portal, portal.run(method(twin, *args, **kwargs)))
 
     return call

@@ -10,10 +10,9 @@ from litestar.response import ServerSentEvent
 
 from river_gateway.dashboard.pages import Page, follow, redirect, show
 from river_gateway.dashboard.viewer import PATH, checked_form, viewer_of
-from river_gateway.errors import PermissionDeniedError
 from river_gateway.services import services_of
 from river_gateway.tenancy import accounts
-from river_gateway.tenancy.auth import SCOPES
+from river_gateway.tenancy.auth import SCOPES, check_scopes
 
 if TYPE_CHECKING:
     from river_client.wire import ApiKey
@@ -90,19 +89,14 @@ async def _show_keys(
 
 async def _admin(request: Request[Any, Any, Any]) -> Viewer:
     viewer = await viewer_of(request)
-    _check_admin(viewer)
+    check_scopes(viewer.principal, ("admin",))
     return viewer
 
 
 async def _admin_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[str, str]]:
     viewer, form = await checked_form(request)
-    _check_admin(viewer)
+    check_scopes(viewer.principal, ("admin",))
     return viewer, form
-
-
-def _check_admin(viewer: Viewer) -> None:
-    if not viewer.is_admin:
-        raise PermissionDeniedError("this page is for keys with the scope `admin`")
 
 
 # ---- Engines and trainers --------------------------------------------------------------------------------------------

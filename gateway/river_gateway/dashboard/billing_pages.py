@@ -9,21 +9,20 @@ from litestar.response import Stream
 
 from river_billing import exports, invoices
 from river_billing.budgets import list_budgets
-from river_billing.invoice_page import CONTENT_SECURITY_POLICY, invoice_page
 from river_billing.ledger import credit_of
 from river_client.usage_wire import DEFAULT_GROUP
 from river_gateway.dashboard import spending
 from river_gateway.dashboard.pages import Page, show
 from river_gateway.dashboard.viewer import viewer_of
-from river_gateway.errors import NotFoundError
 from river_gateway.services import services_of
+from river_gateway.tenancy.invoices_api import find_invoice, printable
+from river_gateway.tenancy.usage_api import csv_answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _PAGE = Page("usage.html")
 _INVOICES_SHOWN = 24
-_NUMBER_MAX = 2**63 - 1
 
 
 @get("/usage", include_in_schema=False)
@@ -60,28 +59,19 @@ async def usage_csv(request: Request[Any, Any, Any]) -> Stream:
     query = exports.usage_query(
         tenant_id=viewer.tenant_id, since=None, until=None, every="day", group=DEFAULT_GROUP
     )
-    return Stream(
-        exports.usage_csv(services_of(request).pool.acquire, query),
-        media_type="text/csv",
-        headers={
-            "cache-control": "no-store",
-            "content-disposition": 'attachment; filename="usage.csv"',
-        },
-    )
+    answer = csv_answer(services_of(request).pool, query)
+    answer.headers["cache-control"] = "no-store"
+    return answer
 
 
 @get("/invoices/{number:int}", include_in_schema=False)
 async def invoice(request: Request[Any, Any, Any], number: int) -> Response[str]:
     """A closed invoice, to be printed."""
     viewer = await viewer_of(request)
-    found = None
-    if 0 < number <= _NUMBER_MAX:
-        async with services_of(request).pool.acquire() as connection:
-            found = await invoices.find_invoice(connection, number, viewer.tenant_id)
-    if found is None:
-        raise NotFoundError(f"there is no invoice {number}")
-    headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "cache-control": "no-store"}
-    return Response(invoice_page(found), media_type="text/html", headers=headers)
+    found = await find_invoice(services_of(request), number, viewer.tenant_id)
+    answer = printable(found)
+    answer.headers["cache-control"] = "no-store"
+    return answer
 
 
 def _choice(

@@ -18,8 +18,9 @@ from river_gateway.context import context_of
 from river_gateway.dashboard import checkpoints
 from river_gateway.dashboard.pages import Page, follow, redirect, show
 from river_gateway.dashboard.viewer import PATH, checked_form, viewer_of
-from river_gateway.errors import InvalidFieldError, PermissionDeniedError
+from river_gateway.errors import InvalidFieldError
 from river_gateway.services import services_of
+from river_gateway.tenancy.auth import check_scopes
 
 if TYPE_CHECKING:
     from river_gateway.dashboard.checkpoints import ShownCheckpoint
@@ -29,6 +30,7 @@ _LIST_PAGE = Page("checkpoints.html", {"checkpoints": "parts/checkpoints.html"})
 _ONE_PAGE = Page("checkpoint.html", {"checkpoint": "parts/checkpoint.html"})
 _LIST_PATH = f"{PATH}/checkpoints"
 _ONE_PATH = f"{PATH}/checkpoint"
+_MAY_CHANGE = ("train", "admin")
 
 
 # ---- All of them -----------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ async def _read_one(request: Request[Any, Any, Any], viewer: Viewer, path: str) 
 async def promote(request: Request[Any, Any, Any]) -> Response[Any]:
     """Points an alias of the checkpoint's tenant at it."""
     viewer, form = await checked_form(request)
-    _check_may_train(viewer)
+    check_scopes(viewer.principal, _MAY_CHANGE)
     services, path = services_of(request), form.get("path", "")
     found = await checkpoints.find_checkpoint(services.pool, viewer.tenant_id, path)
     await aliases.point(
@@ -131,7 +133,7 @@ async def promote(request: Request[Any, Any, Any]) -> Response[Any]:
 async def roll_back(request: Request[Any, Any, Any]) -> Response[Any]:
     """Points an alias at what it pointed at before the version that the page showed."""
     viewer, form = await checked_form(request)
-    _check_may_train(viewer)
+    check_scopes(viewer.principal, _MAY_CHANGE)
     version = form.get("version", "")
     if not version.isdecimal():
         raise InvalidFieldError(f"version: {version!r} is no version", param="version")
@@ -148,7 +150,7 @@ async def roll_back(request: Request[Any, Any, Any]) -> Response[Any]:
 async def delete(request: Request[Any, Any, Any]) -> Response[Any]:
     """Deletes a checkpoint whose name was typed to confirm it."""
     viewer, form = await checked_form(request)
-    _check_may_train(viewer)
+    check_scopes(viewer.principal, _MAY_CHANGE)
     services, path = services_of(request), form.get("path", "")
     found = await checkpoints.find_checkpoint(services.pool, viewer.tenant_id, path)
     if form.get("confirmation", "").strip() != found.name:
@@ -168,11 +170,6 @@ def _tenant_named(viewer: Viewer, form: dict[str, str]) -> str:
     """The tenant that a form is about; only an admin's may name another."""
     own = viewer.principal.tenant_id
     return form.get("tenant", own) if viewer.is_admin else own
-
-
-def _check_may_train(viewer: Viewer) -> None:
-    if viewer.principal.scopes.isdisjoint(("train", "admin")):
-        raise PermissionDeniedError("the API key lacks the scope `train`")
 
 
 CHECKPOINT_HANDLERS: list[Any] = [

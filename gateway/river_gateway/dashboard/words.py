@@ -53,19 +53,18 @@ def span(seconds: float) -> str:
 
 def ago(moment: datetime, now: datetime | None = None) -> Markup:
     """How long ago something was, with the moment in the tooltip."""
-    now = now or datetime.now(UTC)
-    exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    words = f"{span(max(0.0, (now - moment).total_seconds()))} ago"
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        moment.isoformat(), exact, words
-    )
+    passed = (now or datetime.now(UTC)) - moment
+    return _time(moment, f"{span(max(0.0, passed.total_seconds()))} ago")
 
 
 def ahead(moment: datetime, now: datetime | None = None) -> Markup:
     """How far ahead something is, with the moment in the tooltip."""
-    now = now or datetime.now(UTC)
+    left = moment - (now or datetime.now(UTC))
+    return _time(moment, f"in {span(max(0.0, left.total_seconds()))}")
+
+
+def _time(moment: datetime, words: str) -> Markup:
     exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    words = f"in {span(max(0.0, (moment - now).total_seconds()))}"
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         moment.isoformat(), exact, words
     )

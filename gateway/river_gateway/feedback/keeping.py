@@ -6,6 +6,7 @@ asked for them too, and gathered with the whole answer, streamed or not, for `Co
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -55,7 +56,7 @@ def wants_keeping(fields: Mapping[str, msgspec.Raw]) -> bool:
     return store is not None and bytes(store) == _TRUE
 
 
-class Keeper:
+class Keeper(ABC):
     """Gathers one completion. What chats and texts differ in is for the classes below."""
 
     kind: str
@@ -75,21 +76,21 @@ class Keeper:
         self._tokens: dict[int, tuple[list[int], list[float]]] = {}
         self.answer: Json | None = None
 
+    @abstractmethod
     def engine_fields(self, fields: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
         """The fields of the request to the engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _logprobs(self, told: Json) -> Iterable[float]:
         """The log-probabilities in what a choice tells of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _new_choice(self) -> Json:
         """A choice of which nothing is there yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _grow(self, choice: Json, part: Json) -> None:
         """Adds a part of a stream to its choice."""
-        raise NotImplementedError
 
     @property
     def tokens(self) -> Tokens | None:

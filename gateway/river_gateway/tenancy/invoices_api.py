@@ -16,7 +16,7 @@ from river_billing.invoice_page import CONTENT_SECURITY_POLICY, invoice_page
 from river_client import invoice_wire as wire
 from river_gateway.codec import WireRequest, reply
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError
-from river_gateway.services import services_of
+from river_gateway.services import Services, services_of
 from river_gateway.tenancy.accounts import find_tenant
 from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.tenancy.usage_api import tenant_asked
@@ -75,16 +75,31 @@ async def get_invoice(
     """One invoice, as JSON or, by `format` or Accept, as a page to print."""
     principal = principal_of(request)
     tenant_id = None if "admin" in principal.scopes else principal.tenant_id
+    found = await find_invoice(services_of(request), number, tenant_id)
+    if format == "html" or HTML in request.headers.get("accept", ""):
+        return printable(found)
+    return reply(request, found)
+
+
+async def find_invoice(services: Services, number: int, tenant_id: str | None) -> wire.Invoice:
+    """The closed invoice of a number, of one tenant or (None) of any.
+
+    Raises:
+        NotFoundError: there is none.
+    """
     found = None
     if 0 < number <= _NUMBER_MAX:
-        async with services_of(request).pool.acquire() as connection:
+        async with services.pool.acquire() as connection:
             found = await invoices.find_invoice(connection, number, tenant_id)
     if found is None:
         raise NotFoundError(f"there is no invoice {number}", param="number")
-    if format == "html" or HTML in request.headers.get("accept", ""):
-        headers = {"content-security-policy": CONTENT_SECURITY_POLICY}
-        return Response(invoice_page(found), media_type=HTML, headers=headers)
-    return reply(request, found)
+    return found
+
+
+def printable(invoice: wire.Invoice) -> Response[str]:
+    """An invoice as a page to print."""
+    headers = {"content-security-policy": CONTENT_SECURITY_POLICY}
+    return Response(invoice_page(invoice), media_type=HTML, headers=headers)
 
 
 @post("/invoices", guards=_ADMIN, status_code=HTTPStatus.OK)

@@ -15,6 +15,7 @@ from river_billing.errors import ExportError
 from river_billing.usage import usage_lines
 from river_client import usage_wire, wire
 from river_gateway.codec import WireRequest, reply
+from river_gateway.database import Pool
 from river_gateway.errors import InvalidFieldError, PermissionDeniedError
 from river_gateway.services import services_of
 from river_gateway.tenancy.accounts import find_tenant, parse_time
@@ -90,17 +91,22 @@ async def get_usage_series(
             group=_group(group),
         )
         if format == "csv" or CSV in request.headers.get("accept", ""):
-            return Stream(
-                exports.usage_csv(pool.acquire, query),
-                media_type=CSV,
-                headers={"content-disposition": 'attachment; filename="usage.csv"'},
-            )
+            return csv_answer(pool, query)
         async with pool.acquire() as connection:
             page = await exports.usage_page(connection, query, after=after, rows_max=limit)
     except ExportError as error:
         message = str(error)
         raise InvalidFieldError(message, param=message.partition(":")[0]) from None
     return reply(request, page)
+
+
+def csv_answer(pool: Pool, query: exports.UsageQuery) -> Stream:
+    """All that a query finds, as a file."""
+    return Stream(
+        exports.usage_csv(pool.acquire, query),
+        media_type=CSV,
+        headers={"content-disposition": 'attachment; filename="usage.csv"'},
+    )
 
 
 def _every(text: str) -> usage_wire.Every:

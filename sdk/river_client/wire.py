@@ -441,7 +441,7 @@ class CreateKey(Wire, frozen=True):
 
 
 class ApiKey(Wire, frozen=True):
-    """`secret` is present only in the answer that created the key."""
+    """`secret` is present only in the answer that created the key; `tml-` in place of its `rv-` is the same key."""
 
     key_id: str
     tenant: str

@@ -14,13 +14,15 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from click.testing import CliRunner
 from support.gateway import Rig, eventually, running_rig
 
 from river_client import wire
+from river_client.cli import river
 from river_gateway.database import Pool, Row, open_pool
 from river_gateway.errors import UnauthenticatedError, UnavailableError
 from river_gateway.limits import KEY_CACHE_ENTRIES_MAX
-from river_gateway.tenancy.accounts import create_key, create_tenant
+from river_gateway.tenancy.accounts import create_key, create_tenant, revoke_key
 from river_gateway.tenancy.auth import KeyCache
 from river_gateway.tenancy.messages import AccountChanged
 from river_ops.children import free_port
@@ -89,6 +91,25 @@ async def test_a_key_is_found_without_asking_twice(database: Counting) -> None:
     assert (found.key_id, found.tenant_id) == (key.key_id, key.tenant)
     assert found.limits == wire.Limits(concurrent_requests=2)
     assert found.tenant_limits == wire.Limits(tokens_per_minute=9)
+
+
+async def test_both_prefixes_are_one_key(database: Counting) -> None:
+    """Written as `tml-…`, for Tinker's SDK, a key is the one it is as `rv-…`: known already, and ended with it."""
+    keys = KeyCache(database)
+    header, key = await _new_key(database)
+    assert key.secret is not None
+    assert key.secret.startswith("rv-")
+    as_tinker_s = "tml-" + key.secret.removeprefix("rv-")
+    found = await keys.authenticate(f"Bearer {as_tinker_s}")
+    database.asked = 0
+    assert keys.find_cached(header) is found
+    assert keys.find_cached(None, as_tinker_s) is found
+    for other in (f"tml-{key.secret}", "tml-" + as_tinker_s, as_tinker_s.removeprefix("tml-")):
+        with pytest.raises(UnauthenticatedError):
+            await keys.authenticate(f"Bearer {other}")
+    keys.forget(await revoke_key(database, key.key_id))
+    with pytest.raises(UnauthenticatedError):
+        await keys.authenticate(None, as_tinker_s)
 
 
 async def test_many_at_once_ask_once(database: Counting) -> None:
@@ -183,6 +204,20 @@ async def test_anthropic_s_header_is_a_key_too(rig: Rig) -> None:
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
         wrong = await client.get("/v1/models", headers={"x-api-key": "rv-wrong"})
         assert wrong.status_code == 401
+
+
+async def test_the_command_writes_keys_as_tinker_wants_them(rig: Rig) -> None:
+    """`river keys create --tinker` shows a secret as `tml-…`, which opens the gateway as it is and as `rv-…`."""
+    environment = {"RIVER_BASE_URL": rig.url, "RIVER_API_KEY": rig.admin.secret}
+    asked = ["keys", "create", rig.tenant.tenant_id, "--tinker"]
+    done = await asyncio.to_thread(CliRunner().invoke, river, asked, env=environment)
+    assert done.exit_code == 0, done.output
+    prefix, _, random = done.output.strip().partition("-")
+    assert prefix == "tml"
+    async with httpx.AsyncClient(base_url=rig.url) as client:
+        for secret in (f"tml-{random}", f"rv-{random}"):
+            headers = {"authorization": f"Bearer {secret}"}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
 
 
 # ---- Between gateways ------------------------------------------------------------------------------------------------

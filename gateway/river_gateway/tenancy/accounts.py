@@ -21,7 +21,7 @@ from river_gateway.limits import (
     NAME_MAX_CHARS,
     PAGE_ROWS_MAX,
 )
-from river_gateway.tenancy.auth import KEY_PREFIXES, SCOPES, hash_secret, limits_of
+from river_gateway.tenancy.auth import KEY_PREFIX, SCOPES, hash_secret, limits_of
 from river_gateway.tenancy.messages import ACCOUNTS_SUBJECT, AccountChanged
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ async def create_key(
             )
     expires = parse_time(expires_at, "expires_at") if expires_at is not None else None
     tenant_id = await find_tenant(database, tenant)
-    secret = KEY_PREFIXES[0] + secrets.token_urlsafe(_SECRET_BYTES)
+    secret = KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     row = await database.fetchrow(
         _INSERT_KEY,
         new_id("key"),

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("river.gateway")
 
-KEY_PREFIXES = ("rv-", "tml-")
+KEY_PREFIX, TINKER_PREFIX = "rv-", "tml-"
 SCOPES = ("infer", "train", "admin")
 _PRINCIPAL = "river_principal"
 
@@ -213,7 +213,13 @@ async def principal_of_key(database: Database, key_id: str) -> Principal:
 
 
 def hash_secret(secret: str) -> bytes:
-    """What is stored of a key."""
+    """What is stored of a key.
+
+    It is the same for `rv-…` and `tml-…`: Tinker's SDK refuses keys that do not begin with its own prefix, so that
+    every key may be written either way, and is one key with one set of limits.
+    """
+    if secret.startswith(TINKER_PREFIX):
+        secret = KEY_PREFIX + secret.removeprefix(TINKER_PREFIX)
     return hashlib.sha256(secret.encode()).digest()
 
 
@@ -230,7 +236,7 @@ def _secret(authorization: str | None, api_key: str | None) -> str:
         raise UnauthenticatedError(
             "no API key: send `Authorization: Bearer <key>` or `x-api-key: <key>`"
         )
-    if len(secret) > KEY_MAX_CHARS or not secret.startswith(KEY_PREFIXES):
+    if len(secret) > KEY_MAX_CHARS or not secret.startswith((KEY_PREFIX, TINKER_PREFIX)):
         raise UnauthenticatedError("the API key is not valid")
     return secret
 

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 
 import click
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, structs
 
 from river_client import feedback_wire, wire
 from river_client.cli.output import json_option, moment, say, show
@@ -16,6 +16,7 @@ from river_client.settings import DEFAULT_BASE_URL, Login, save_login
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+KEY_PREFIX, TINKER_PREFIX = "rv-", "tml-"
 TIME = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%d %H:%M"])
 
 
@@ -70,6 +71,12 @@ def limit_options(command: Command) -> Command:
     ):
         command = click.option(option, type=LimitType(), default=UNSET, help=text)(command)
     return command
+
+
+def tinker_option(command: Command) -> Command:
+    """The option that writes a secret as Tinker's SDK wants to see it."""
+    text = "Write the secret as `tml-…`, as Tinker's SDK insists; it is the same key either way."
+    return click.option("--tinker", is_flag=True, help=text)(command)
 
 
 def limits_text(limits: wire.Limits | None) -> str:
@@ -211,6 +218,7 @@ def list_keys(tenant: str | None, as_json: bool) -> None:
     type=click.Choice(["infer", "train", "admin"]),
 )
 @click.option("--expires", type=TIME, help="When it ends (local time); never if left out.")
+@tinker_option
 @limit_options
 @json_option
 def create_key(
@@ -218,6 +226,7 @@ def create_key(
     name: str,
     scopes: tuple[str, ...],
     expires: datetime | None,
+    tinker: bool,
     as_json: bool,
     **limits: Any,
 ) -> None:
@@ -227,7 +236,7 @@ def create_key(
         key = client.admin.create_key(
             tenant, name=name, scopes=scopes, expires_at=expires_at, limits=_new_limits(limits)
         )
-    say(key, key.secret or "", as_json=as_json)
+    _show_secret(key, tinker=tinker, as_json=as_json)
 
 
 @keys.command("limits")
@@ -249,6 +258,14 @@ def revoke_key(key_id: str, as_json: bool) -> None:
     with Client() as client:
         client.admin.revoke_key(key_id)
     say({"revoked": key_id}, f"{key_id} is revoked.", as_json=as_json)
+
+
+def _show_secret(key: wire.ApiKey, *, tinker: bool, as_json: bool) -> None:
+    secret = key.secret
+    assert secret is not None
+    if tinker:
+        secret = TINKER_PREFIX + secret.removeprefix(KEY_PREFIX)
+    say(structs.replace(key, secret=secret), secret, as_json=as_json)
 
 
 def _kept_text(kept_s: int | None) -> str:

@@ -37,7 +37,7 @@ from river_gateway.limits import IMPORT_CONFIG_MAX_BYTES, IMPORT_MAX_BYTES
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.training import validation
-from river_gateway.training.training_api import rank_max
+from river_gateway.training.opening import rank_max
 from river_trainer.store import FileSets
 
 if TYPE_CHECKING:

@@ -19,6 +19,8 @@ from nats.js.kv import KeyValue
 
 from river_gateway.errors import UnavailableError
 from river_gateway.limits import (
+    ANSWER_MAX_BYTES,
+    ANSWER_PART_BYTES,
     NATS_ACK_TIMEOUT_S,
     NATS_CONNECT_PATIENCE_S,
     NATS_CONNECT_TIMEOUT_S,
@@ -40,6 +42,9 @@ BusError = nats.errors.Error
 
 REFUSALS = (BadRequestError, nats.errors.MaxPayloadError)
 """What publishing raises when the message itself is at fault; it will never be stored."""
+
+_NOBODY_LISTENS = "503"
+"""What the server itself answers to a question on a subject without listeners."""
 
 NoBucketError = BucketNotFoundError
 
@@ -178,6 +183,42 @@ class Bus:
         except (nats.errors.NoRespondersError, nats.errors.TimeoutError):
             return None
         return answer.data
+
+    async def ask_at_length(
+        self, subject: str, question: bytes, *, timeout_s: float
+    ) -> bytes | None:
+        """As `ask`, for what `answer_at_length` sends: None if nobody listens, empty if no whole answer comes in time.
+
+        Raises:
+            BusError: the connection is down.
+        """
+        inbox = self.client.new_inbox()
+        parts = await self.client.subscribe(inbox, pending_bytes_limit=ANSWER_MAX_BYTES)
+        gathered: list[bytes] = []
+        try:
+            await self.client.publish(subject, question, reply=inbox)
+            deadline = time.monotonic() + timeout_s
+            while True:
+                part = await parts.next_msg(timeout=max(0.001, deadline - time.monotonic()))
+                if (part.headers or {}).get("Status") == _NOBODY_LISTENS:
+                    return None
+                if not part.data:
+                    return b"".join(gathered)
+                gathered.append(part.data)
+        except nats.errors.TimeoutError:
+            return b""
+        finally:
+            await parts.unsubscribe()
+
+    async def answer_at_length(self, question: Msg, answer: bytes) -> None:
+        """Sends an answer in parts, and an empty one after the last.
+
+        Raises:
+            BusError: the connection is down.
+        """
+        for start in range(0, len(answer), ANSWER_PART_BYTES):
+            await self.client.publish(question.reply, answer[start : start + ANSWER_PART_BYTES])
+        await self.client.publish(question.reply, b"")
 
     # ---- Buckets -----------------------------------------------------------------------------------------------------
 

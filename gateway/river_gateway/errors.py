@@ -9,6 +9,7 @@
     │   └── UnknownModelError     404
     ├── ClientGoneError           499  nobody is left to read the answer
     ├── ConflictError             409
+    ├── GoneError                 410  it was there, and is kept no longer
     ├── TooLargeError             413
     ├── InvalidFieldError         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
     │   ├── InvalidTypeError      422  a value of another type
@@ -115,6 +116,11 @@ class ClientGoneError(GatewayError):
 class ConflictError(GatewayError):
     status = HTTPStatus.CONFLICT
     type = "conflict"
+
+
+class GoneError(GatewayError):
+    status = HTTPStatus.GONE
+    type = "gone"
 
 
 class TooLargeError(GatewayError):

@@ -217,6 +217,24 @@ SAMPLE_STOPS_MAX = 16
 SAMPLE_LOGPROBS_MAX = 20
 TEMPERATURE_MAX = 100.0
 
+# ---- Work to be collected later --------------------------------------------------------------------------------------
+
+FUTURES_MAX = 65_536
+"""Unfinished, of one gateway."""
+FUTURES_OF_TENANT_MAX = 16_384
+FUTURES_RUNNING_OF_TENANT_MAX = 512
+"""The rest waits here and not in the engines' queues, which would refuse it."""
+FUTURE_PATIENCE_S = 600.0
+"""How long a limit that is used up, or the lack of an engine, is waited out."""
+FUTURES_KEPT_S = 3600.0
+FUTURES_COLLECTED_KEPT_S = 60.0
+"""For a client whose connection broke while it was being told."""
+FUTURES_KEPT_MAX_BYTES = 256 * 1024 * 1024
+FUTURES_SWEEP_INTERVAL_S = 5.0
+ANSWER_PART_BYTES = 256 * 1024
+"""Of what one gateway tells another: NATS takes messages up to a size, and they pass each other between parts."""
+ANSWER_MAX_BYTES = 256 * 1024 * 1024
+
 # ---- Lists and files -------------------------------------------------------------------------------------------------
 
 PAGE_ROWS_MAX = 1000

@@ -18,6 +18,7 @@ from river_gateway.engines.upstream import Upstream
 from river_gateway.feedback.learner import Learner
 from river_gateway.feedback.store import CompletionStore
 from river_gateway.feedback.store import sweep_forever as sweep_completions
+from river_gateway.inference.futures import Futures
 from river_gateway.inference.meter import Meter
 from river_gateway.inference.spool import Spool
 from river_gateway.limits import IMPORTS_CONCURRENT_MAX, USAGE_RETRY_S
@@ -60,6 +61,7 @@ class Services:
     completions: CompletionStore
     live: LiveVersions
     results: Results
+    futures: Futures
     engines: Engines
     trainers: Trainers
     upstream: Upstream
@@ -118,6 +120,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         completions=CompletionStore(pool, kept_s=settings.completions_kept_s),
         live=LiveVersions(bus),
         results=Results(bus),
+        futures=Futures(bus),
         engines=engines,
         trainers=Trainers(bus),
         upstream=Upstream(
@@ -134,6 +137,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         await services.live.listen()
         await services.names.listen()
         await services.results.listen()
+        await services.futures.listen()
         await bus.hear(ACCOUNTS_SUBJECT, services.keys.hear)
         bus.on_back.append(services.keys.distrust)
         exchange = Exchange(bus, services.quotas)
@@ -142,6 +146,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         async with _delivering(services), asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(services.results.stop_with(services.stopping), name="results"),
+                tasks.create_task(services.futures.run(services.stopping), name="futures"),
                 tasks.create_task(services.engines.watch(), name="engines"),
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.run(), name="usage"),
@@ -159,6 +164,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
             try:
                 yield services
             finally:
+                # While usage still goes out: what is cut off here may have been produced in part.
+                await services.futures.close()
                 for task in background:
                     task.cancel()
         await learner.close()

@@ -10,72 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
+from support.browser import PHONE, Visit
 
 import river_client as river
-from river_ops.chromium import ARGUMENTS, ChromiumMissingError, ensure_chromium
 from river_ops.models import TINY_MOE_NAME
 from river_ops.settings import StackInfo
-
-SERIOUS = ("serious", "critical")
-PHONE = {"width": 390, "height": 844}
-DESKTOP = {"width": 1280, "height": 900}
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    """A browser."""
-    try:
-        path = ensure_chromium()
-    except ChromiumMissingError as error:
-        pytest.skip(str(error))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page of a browser that remembers what went wrong and whom it asked."""
-
-    def __init__(self, page: Page, stack: StackInfo) -> None:
-        self.page = page
-        self._host = urlsplit(stack.base_url).netloc
-        self.problems: list[str] = []
-        page.on("console", lambda message: self.problems.append(message.text))
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("request", lambda request: self._asked(request.url))
-
-    def _asked(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "data" and parts.netloc != self._host:
-            self.problems.append(f"asked {url}")
-
-    def sign_in(self, base_url: str, key: str) -> None:
-        self.page.goto(f"{base_url}/admin")
-        self.page.get_by_label("API key").fill(key)
-        self.page.get_by_role("button", name="Sign in").click()
-        expect(self.page.get_by_role("heading", name="Overview")).to_be_visible()
-
-    def check(self) -> None:
-        """Nothing serious for those who see, hear or touch otherwise; nothing on the console."""
-        found = Axe().run(self.page).response["violations"]
-        serious = [(each["id"], each["help"]) for each in found if each["impact"] in SERIOUS]
-        assert serious == [], self.page.url
-        assert self.problems == [], self.page.url
-
-
-@pytest.fixture(params=["light", "dark"])
-def visit(chromium: Browser, stack: StackInfo, request: pytest.FixtureRequest) -> Iterator[Visit]:
-    """A fresh browser window in a colour scheme."""
-    context = chromium.new_context(color_scheme=request.param, viewport=DESKTOP)  # type: ignore[arg-type]
-    yield Visit(context.new_page(), stack)
-    context.close()
 
 
 @contextmanager
@@ -146,7 +89,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(
     visit: Visit, stack: StackInfo, new_client: Callable[[], river.Client]
 ) -> None:
     """Tables scroll in their own boxes; the page does not. An admin sees every tenant's."""
-    visit.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    visit.page.set_viewport_size(PHONE)
     with training(new_client(), task="phone") as run_id:
         visit.sign_in(stack.base_url, stack.admin_key)
         for path in ("/admin", "/admin/runs", f"/admin/runs/{run_id}"):

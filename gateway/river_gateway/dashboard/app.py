@@ -10,6 +10,7 @@ from litestar import Request, Response, Router
 from river_gateway.context import context_of
 from river_gateway.dashboard.account_pages import ACCOUNT_HANDLERS
 from river_gateway.dashboard.billing_pages import BILLING_HANDLERS
+from river_gateway.dashboard.chat_pages import CHAT_HANDLERS
 from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
@@ -46,6 +47,7 @@ dashboard_router = Router(
         run_live,
         get_series,
         *CHECKPOINT_HANDLERS,
+        *CHAT_HANDLERS,
         *BILLING_HANDLERS,
         *ACCOUNT_HANDLERS,
         get_static,

@@ -51,7 +51,9 @@ async def checkpoints_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
 
 
 async def _read_list(request: Request[Any, Any, Any], viewer: Viewer) -> dict[str, Any]:
-    asked = {name: request.query_params.get(name, "") for name in ("search", "tenant", "before")}
+    asked = {
+        name: request.query_params.get(name, "") for name in ("search", "tenant", "left", "before")
+    }
     services, before = services_of(request), asked.pop("before")
     found = await checkpoints.list_checkpoints(
         services.pool,

@@ -83,7 +83,23 @@ async def checked_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[st
 def check_form(request: Request[Any, Any, Any], viewer: Viewer, form: Mapping[str, str]) -> None:
     """Raises PermissionDeniedError unless a form comes from a page of ours that this viewer was shown."""
     check_origin(request)
-    token = form.get(TOKEN_FIELD, "")
+    _check_token(viewer, form.get(TOKEN_FIELD, ""))
+
+
+async def checked_script(request: Request[Any, Any, Any]) -> tuple[Viewer, str]:
+    """The viewer, and its key, of a request that a script of ours makes, with the page's token in a header.
+
+    Raises:
+        UnauthenticatedError: nobody is signed in.
+        PermissionDeniedError: the script is none of ours.
+    """
+    viewer = await viewer_of(request)
+    check_origin(request)
+    _check_token(viewer, request.headers.get(TOKEN_HEADER, ""))
+    return viewer, request.cookies[COOKIE]
+
+
+def _check_token(viewer: Viewer, token: str) -> None:
     if not hmac.compare_digest(token.encode(), viewer.csrf_token.encode()):
         raise PermissionDeniedError("the form is out of date: reload the page and try again")
 

@@ -41,6 +41,7 @@ PAGES: Mapping[str, str] = {
     "runs-found": "/admin/runs?search=task-3&status=ended",
     "run": f"/admin/runs/{LONG_RUN}",
     "checkpoints": "/admin/checkpoints",
+    "chat": "/admin/chat?left=river/model-0&right=river/model-1",
     "usage": "/admin/usage?days=90&by=key",
     "engines": "/admin/machines",
     "keys": "/admin/keys",

@@ -5,6 +5,9 @@ from __future__ import annotations
 # ---- Requests --------------------------------------------------------------------------------------------------------
 
 BODY_MAX_BYTES = 64 * 1024 * 1024
+DECODE_INLINE_MAX_BYTES = 64 * 1024
+"""Larger bodies of the dialects are parsed and converted beside the event loop, by so many threads:"""
+DECODE_THREADS = 4
 CLIENT_WATCHED_AFTER_S = 0.05
 """How long a request works before anybody looks whether its client is still there."""
 UPSTREAM_CONCURRENT_MAX = 4096

@@ -16,6 +16,7 @@ from nats.errors import NoServersError
 from river_client.service import SettingsError, read_settings
 from river_engine.stores import check_store
 from river_gateway.app import create_app
+from river_gateway.dialects.river_grpc.server import RiverServerError, river_server
 from river_gateway.http_protocol import GatewayProtocol
 from river_gateway.limits import GC_THRESHOLD, STOP_GRACE_S
 from river_gateway.reload import reload_settings
@@ -39,6 +40,8 @@ def main() -> None:
         sys.exit(str(error))
     if settings.store_url and (problem := check_store(settings.store_url)):
         sys.exit(problem)
+    if (settings.grpc_certificate is None) != (settings.grpc_key is None):
+        sys.exit("RIVER_GRPC_CERTIFICATE and RIVER_GRPC_KEY: give both or neither")
     try:
         settings.usage_spool.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -54,6 +57,8 @@ def main() -> None:
         uvloop.run(serve(settings))
     except NoServersError:
         sys.exit(f"no NATS server at {settings.nats_url}")
+    except RiverServerError as error:
+        sys.exit(f"RIVER_GRPC_PORT: {error}")
 
 
 async def serve(settings: Settings) -> None:
@@ -75,7 +80,8 @@ async def serve(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, reload_settings, services)
         logger.info("gateway on http://%s:%d", settings.host, settings.port)
-        await GatewayServer(config, services).serve()
+        async with river_server(services, settings):
+            await GatewayServer(config, services).serve()
 
 
 class GatewayServer(uvicorn.Server):

@@ -33,10 +33,14 @@ TINY_BASE = Base(name=TINY_MOE_NAME, path=str(TINY_MOE))
 
 @dataclass(frozen=True, slots=True)
 class StackOptions:
-    """What `river up` starts. `port` 0 asks for a free one."""
+    """What `river up` starts.
+
+    `port` 0 asks for a free one; `grpc_port` is by default the one after it, or a free one as well.
+    """
 
     data_directory: Path
     port: int = DEFAULT_PORT
+    grpc_port: int | None = None
     bases: tuple[Base, ...] = (TINY_BASE,)
     engines: int = 1
     trainers: int = 1
@@ -49,6 +53,7 @@ class StackInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     process_id: int
     base_url: str
+    grpc_port: int
     admin_key: str
     postgres_url: str
     bases: list[str]

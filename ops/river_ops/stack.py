@@ -73,17 +73,19 @@ class Stack:
             ChildError: a part ended early.
         """
         port = self._options.port or free_port()
+        grpc_port = self._grpc_port()
         base_url = f"http://127.0.0.1:{port}"
         self._start_servers()
         asyncio.run(migrate(self._postgres_url))
         admin_key = asyncio.run(first_admin_key(self._postgres_url, self._data / ADMIN_KEY_FILE))
-        for child in self._parts(port):
+        for child in self._parts(port, grpc_port):
             child.start()
             self._watches.append(_Watch(child, time.monotonic()))
         self._wait_until_ready(base_url, admin_key)
         info = StackInfo(
             process_id=os.getpid(),
             base_url=base_url,
+            grpc_port=grpc_port,
             admin_key=admin_key,
             postgres_url=self._postgres_url,
             bases=[base.name for base in self._options.bases],
@@ -124,7 +126,12 @@ class Stack:
         server.start()
         self._server_watches.append(_Watch(server.child, time.monotonic()))
 
-    def _parts(self, port: int) -> Iterator[Child]:
+    def _grpc_port(self) -> int:
+        if self._options.grpc_port is not None:
+            return self._options.grpc_port or free_port()
+        return self._options.port + 1 if self._options.port else free_port()
+
+    def _parts(self, port: int, grpc_port: int) -> Iterator[Child]:
         store_url = self._options.external.store_url or (self._data / "store").as_uri()
         common = {
             "RIVER_POSTGRES_URL": self._postgres_url,
@@ -139,7 +146,8 @@ class Stack:
             for number in range(self._options.trainers):
                 yield self._model_part("trainer", base, number, common, self._trainer_metrics_urls)
         yield self._part("recorder", "recorder", {**common, "RIVER_PORT": str(free_port())})
-        yield self._part("gateway", "gateway", {**common, "RIVER_PORT": str(port)})
+        ports = {"RIVER_PORT": str(port), "RIVER_GRPC_PORT": str(grpc_port)}
+        yield self._part("gateway", "gateway", common | ports)
 
     def _model_part(
         self, part: str, base: Base, number: int, common: dict[str, str], metrics_urls: list[str]

@@ -23,6 +23,7 @@ INFO = StackInfo(
     postgres_url="postgresql://127.0.0.1/river",
     process_id=os.getpid(),
     base_url="http://127.0.0.1:1",
+    grpc_port=2,
     admin_key="rv-secret",
     bases=[TINY_MOE_NAME],
     engine_metrics_urls=[],

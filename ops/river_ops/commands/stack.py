@@ -34,6 +34,12 @@ data_dir_option = click.option(
 @click.command()
 @data_dir_option
 @click.option("--port", default=DEFAULT_PORT, envvar="RIVER_PORT", show_default=True)
+@click.option(
+    "--grpc-port",
+    type=int,
+    envvar="RIVER_GRPC_PORT",
+    help="For the River gRPC client; by default the port after the other.",
+)
 @click.option("--base", "bases", multiple=True, help="A model directory or id; repeatable.")
 @click.option("--engines", default=1, show_default=True, help="Engines per base model.")
 @click.option(
@@ -47,6 +53,7 @@ data_dir_option = click.option(
 def up(
     data_dir: Path,
     port: int,
+    grpc_port: int | None,
     bases: tuple[str, ...],
     engines: int,
     trainers: int,
@@ -67,6 +74,7 @@ def up(
         options: StackOptions = options_from_environment(
             data_directory=data_dir,
             port=port,
+            grpc_port=grpc_port,
             bases=tuple(parse_base(base) for base in bases) or (TINY_BASE,),
             engines=engines,
             trainers=trainers,
@@ -147,5 +155,6 @@ def print_info(info: StackInfo, *, as_json: bool) -> None:
         return
     click.echo(f"Base URL    {info.base_url}")
     click.echo(f"Dashboard   {info.base_url}/admin")
+    click.echo(f"River gRPC  127.0.0.1:{info.grpc_port}")
     click.echo(f"Admin key   {info.admin_key}")
     click.echo(f"Models      {', '.join(info.bases)}")

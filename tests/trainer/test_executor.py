@@ -261,6 +261,25 @@ def test_checkpoints_bring_a_run_back(make_executor: Maker) -> None:
     assert_same(before, copy)
 
 
+def test_a_loaded_checkpoint_brings_its_step(make_executor: Maker) -> None:
+    """A fresh run goes on at the checkpoint's step; one that has come further itself never takes a step again."""
+    executor = make_executor()
+    script = training_script("run_a", steps=3)
+    for message in script.messages:
+        executor.execute(message)
+    saved = executor.execute(
+        script.do(SaveWeights(checkpoint_id="ckpt_1", name="x", mode="training"))
+    )
+    assert saved.checkpoint is not None
+    load = LoadWeights(
+        location=saved.checkpoint.location, optimizer=True, step=saved.checkpoint.step
+    )
+    fresh = RunScript("run_b")
+    executor.execute(fresh.do(CreateRun(shape=shape())))
+    assert executor.execute(fresh.do(load)).step == 3
+    assert executor.execute(script.do(load)).step == 4
+
+
 def test_an_inference_checkpoint_has_no_optimizer(make_executor: Maker) -> None:
     """It is smaller, loads without the optimizer, and says what it lacks when asked for it."""
     executor = make_executor()

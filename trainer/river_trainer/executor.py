@@ -189,7 +189,8 @@ class Executor:
             assert work.files is not None
             run = self._run_of(work)
             load_files(run, self.base.sites, work.files, self.base.home, optimizer=task.optimizer)
-            run.step += 1
+            # A version's name is never used again for other weights.
+            run.step = max(run.step + 1, task.step)
         # The snapshot that is made of it says that this operation is done.
         self.pass_seq(message.run_id, message.seq)
         frozen = None if work.files is None else run.frozen()

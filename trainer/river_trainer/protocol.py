@@ -167,8 +167,11 @@ class SaveWeights(Task, frozen=True, tag="save_weights"):
 
 
 class LoadWeights(Task, frozen=True, tag="load_weights"):
+    """The run goes on from `step`, that of the checkpoint, or from its own next one if it has come further itself."""
+
     location: str
     optimizer: bool
+    step: int = 0
 
 
 ComputeTask = Forward | ForwardBackward | TrainStep

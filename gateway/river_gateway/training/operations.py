@@ -92,7 +92,9 @@ async def make_task(
                 lora=run.lora,
                 with_optimizer=load.optimizer,
             )
-            return protocol.LoadWeights(location=source.location, optimizer=load.optimizer)
+            return protocol.LoadWeights(
+                location=source.location, optimizer=load.optimizer, step=source.step
+            )
         case _:
             limits = _limits(services, run)
             # Checking millions of numbers must not hold up everybody else's requests.
@@ -187,6 +189,7 @@ class Source:
     base_model: str
     lora: wire.LoraConfig
     has_optimizer: bool
+    step: int
 
 
 async def find_source(services: Services, path: str, tenant_id: str) -> Source:
@@ -199,7 +202,8 @@ async def find_source(services: Services, path: str, tenant_id: str) -> Source:
     run_id = row.checkpoint.run_id
     run = await services.runs.find(run_id, tenant_id)
     has_optimizer = row.checkpoint.mode == "training"
-    return Source(path, row.location, run.base_model, run.lora, has_optimizer)
+    step = int(row.checkpoint.policy_version.rpartition("@")[2])
+    return Source(path, row.location, run.base_model, run.lora, has_optimizer, step)
 
 
 def check_source(

@@ -75,25 +75,54 @@ class Completions:
         context = context_of(scope)
         scope["path_template"] = self._dialect.path
         try:
-            await self._complete(context, scope, receive, send)
+            principal, body = await self._ask(context, scope, receive)
+            await self._complete(context, principal, body, _pin(scope), receive, send)
         except Exception as error:
             if context.status:
                 raise  # The answer has begun; the server can only cut it off.
             await self._refuse(context, error, send)
 
-    async def _complete(
-        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    async def complete(
+        self,
+        context: RequestContext,
+        principal: Principal,
+        body: bytes,
+        receive: Receive,
+        send: Send,
     ) -> None:
-        services = self._services
-        services.meter.admit()
-        principal = await services.keys.authenticate(*credentials(scope))
+        """The same for a caller in this process who knows who asks and for what; `receive` says when nobody waits.
+
+        Raises:
+            GatewayError: it cannot be done; nothing has been sent then, or the answer is cut off.
+        """
+        check_scopes(principal, _SCOPES)
+        self._services.meter.admit()
+        await self._complete(context, principal, body, None, receive, send)
+
+    async def _ask(
+        self, context: RequestContext, scope: Scope, receive: Receive
+    ) -> tuple[Principal, bytes]:
+        """Who asks, and for what."""
+        self._services.meter.admit()
+        principal = await self._services.keys.authenticate(*credentials(scope))
         context.tenant_id = principal.tenant_id
         check_scopes(principal, _SCOPES)
-        body = await _read_body(receive)
+        return principal, await _read_body(receive)
+
+    async def _complete(
+        self,
+        context: RequestContext,
+        principal: Principal,
+        body: bytes,
+        pin: str | None,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        services = self._services
         fields = read_fields(body)
         asked = self._dialect.read(body, fields)
         with services.quotas.admit(principal, asked.tokens_guessed(len(body))) as ticket:
-            wish = Wish(pin=_pin(scope), stick=_stick(fields))
+            wish = Wish(pin=pin, stick=_stick(fields))
             target = await resolve_model(services, asked.model, principal.tenant_id, wish)
             with await self._hold(principal, target, fields, len(body)) as hold:
                 exchange = _Exchange(

@@ -91,8 +91,18 @@ class StreamUsage(Struct, frozen=True):
     completion_tokens: int
 
 
+class TokenTable(Struct, frozen=True, kw_only=True):
+    """Token ids [rows, `width`], int32 and little-endian; -1 stands for none."""
+
+    width: int
+    token_ids: bytes
+
+
 class EngineSample(Struct, frozen=True, kw_only=True):
-    """Token-in/token-out sampling; exactly one of the two prompt fields is set. Fields as in `river_client.wire`."""
+    """Token-in/token-out sampling; exactly one of the two prompt fields is set. Fields as in `river_client.wire`.
+
+    `prompt_targets`, where there are any, has a table for each prompt, of one row less than the prompt has tokens.
+    """
 
     request_id: str
     tenant_id: str | None = None
@@ -100,14 +110,19 @@ class EngineSample(Struct, frozen=True, kw_only=True):
     prompts: list[str] | None = None
     prompt_token_ids: list[list[int]] | None = None
     num_samples: int = 1
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     stop: list[str] = field(default_factory=list[str])
+    stop_token_ids: list[int] = field(default_factory=list[int])
+    ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
     return_prompt_logprobs: bool = False
+    prompt_top_logprobs: int | None = None
+    prompt_logprobs_last: int | None = None
+    prompt_targets: list[TokenTable] | None = None
     return_expert_routing: bool = False
 
 
@@ -139,11 +154,26 @@ class EngineSequence(Struct, frozen=True, kw_only=True):
     expert_routing: ExpertRouting | None = None
 
 
+class TopLogprobs(Struct, frozen=True, kw_only=True):
+    """The most likely tokens of every position of a prompt, [T, `width`], most likely first, little-endian.
+
+    `token_ids` int32, `logprobs` float32; a row that was not scored holds -1 and minus infinity.
+    """
+
+    width: int
+    token_ids: bytes
+    logprobs: bytes
+
+
 class EngineSampleGroup(Struct, frozen=True, kw_only=True):
+    """`prompt_target_logprobs` are float32, of the shape of the prompt's `TokenTable`; minus infinity for its -1."""
+
     prompt_token_ids: list[int]
     samples: list[EngineSequence]
     cached_prompt_tokens: int = 0
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: TopLogprobs | None = None
+    prompt_target_logprobs: bytes | None = None
 
 
 class EngineSampleResult(Struct, frozen=True, kw_only=True):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,19 @@ _completion = tokens_total.labels(kind="completion")
 
 many_prompts: ContextVar[bool] = ContextVar("many_prompts", default=False)
 """Set for a request with several prompts whose answer has one place only for the number of cached tokens."""
+
+
+_prompts_only: ContextVar[bool] = ContextVar("prompts_only", default=False)
+
+
+@contextmanager
+def prompts_only() -> Iterator[None]:
+    """What is generated in the block only brings out what is said of prompts: its tokens are told to nobody."""
+    token = _prompts_only.set(True)
+    try:
+        yield
+    finally:
+        _prompts_only.reset(token)
 
 
 class TokenCounts:
@@ -144,7 +157,7 @@ def counted(generate: Generate) -> Generate:
                     _prompt.inc(len(output.prompt_token_ids or ()) - cached)
                     _cached.inc(cached)
                     note_prompt(len(output.prompt_token_ids or ()), cached)
-                for part in output.outputs:
+                for part in output.outputs if not _prompts_only.get() else ():
                     before = counted_by_index.get(part.index, 0) if cumulative else 0
                     produced = len(part.token_ids) - before
                     _completion.inc(produced)

@@ -15,8 +15,12 @@ PROMPT_CHARACTERS_PER_TOKEN_MAX = 64
 TOKENIZE_INLINE_CHARACTERS_MAX = 10_000
 """More text than this is tokenised in a thread, so that the event loop goes on."""
 SAMPLES_MAX = 256
-TOP_LOGPROBS_MAX = 20
+TOP_LOGPROBS_MAX = 256
+"""So many tokens a position may be told of, as many as training takes for soft targets."""
 STOPS_MAX = 16
+STOP_TOKENS_MAX = 128
+TEMPERATURE_MAX = 2.0
+"""vLLM's own."""
 SEED_MAX = 2**63 - 1
 
 ADAPTER_CONFIG_MAX_BYTES = 1024 * 1024

@@ -35,12 +35,7 @@ def prompt_logprobs_with_adapter() -> None:
             for request_id, count in list(wanted.items()):
                 if request_id not in num_scheduled_tokens:
                     continue
-                row = self.input_batch.req_id_to_index[request_id]
-                adapters = (
-                    int(self.input_batch.request_lora_mapping[row]),
-                ) * num_scheduled_tokens[request_id]
-                mapping = LoRAMapping(adapters, adapters, is_prefill=True)
-                self.lora_manager._adapter_manager.set_adapter_mapping(mapping)  # noqa: SLF001 - no public way
+                use_adapter_of(self, request_id, num_scheduled_tokens[request_id])
                 self.num_prompt_logprobs = {request_id: count}
                 results.update(original(self, hidden_states, num_scheduled_tokens))
                 if request_id not in self.num_prompt_logprobs:  # Its last prompt token is done.
@@ -50,6 +45,16 @@ def prompt_logprobs_with_adapter() -> None:
         return results
 
     GPUModelRunner._get_prompt_logprobs_dict = get_prompt_logprobs_dict  # noqa: SLF001
+
+
+def use_adapter_of(runner: GPUModelRunner, request_id: str, rows: int) -> None:
+    """Has the head compute so many rows of hidden states, all of one request, with its adapter."""
+    if not runner.lora_config:
+        return
+    row = runner.input_batch.req_id_to_index[request_id]
+    adapters = (int(runner.input_batch.request_lora_mapping[row]),) * rows
+    mapping = LoRAMapping(adapters, adapters, is_prefill=True)
+    runner.lora_manager._adapter_manager.set_adapter_mapping(mapping)  # noqa: SLF001 - no public way
 
 
 def head_and_router_adapters() -> None:

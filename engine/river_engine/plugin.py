@@ -28,6 +28,7 @@ def register() -> None:
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     from river_engine.lora_wiring import head_and_router_adapters, prompt_logprobs_with_adapter  # noqa: PLC0415
+    from river_engine.prompt_targets import score_targets_on_cpu  # noqa: PLC0415
     from river_engine.routing import record_on_cpu, tell_shape  # noqa: PLC0415
 
     prompt_logprobs_with_adapter()
@@ -38,6 +39,7 @@ def register() -> None:
         _rotary_on_cpu()
         _seeds_on_cpu()
         record_on_cpu()
+        score_targets_on_cpu()
 
 
 def _lora_on_cpu(platform: Any) -> None:

@@ -2,7 +2,9 @@
 
 Every prompt is one `AsyncLLM.generate` of `num_samples` samples, when its turn has come; vLLM batches them. The
 log-probabilities are those of the distribution the tokens were drawn from (after temperature and top-k/top-p): the
-engine runs with `logprobs_mode=processed_logprobs`.
+engine runs with `logprobs_mode=processed_logprobs`. Those of prompts are the model's own (`prompt_scores.py`).
+
+vLLM always draws a token. Where none is wanted, it is not told and not counted.
 """
 
 from __future__ import annotations
@@ -17,22 +19,25 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.lora.request import LoRARequest
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from river_engine import limits
 from river_engine.adapters import AdapterStore, Version
 from river_engine.admission import Turn
-from river_engine.counting import Generate, final
+from river_engine.counting import Generate, final, prompts_only
 from river_engine.errors import EngineBusy, InvalidField
+from river_engine.prompt_scores import PromptWish, prompt_wishes
 from river_engine.protocol import (
     EngineSample,
     EngineSampleGroup,
     EngineSampleResult,
     EngineSequence,
+    ExpertRouting,
 )
 from river_engine.routing import ROUTING_SALT, RoutingShape
+from river_engine.sample_fields import check_fields
 from river_engine.turns import Turnstile
 
 
@@ -71,7 +76,7 @@ class Sampler:
         Raises:
             EngineRefusal: a field is wrong, the adapter is unfit, too many wait, or the engine is going down.
         """
-        _check_fields(request)
+        check_fields(request, self._vocab_size)
         if request.return_expert_routing and self._routing is None:
             raise InvalidField(
                 "this engine does not record it: its model has no routed experts, or it was started without "
@@ -79,8 +84,13 @@ class Sampler:
                 param="return_expert_routing",
             )
         prompts = await self._prompt_tokens(request)
+        wishes = prompt_wishes(request, prompts, self._vocab_size)
         async with AsyncExitStack() as stack:
-            turns = [_turn(request, tokens) for tokens in prompts]
+            if request.max_tokens == 0:
+                stack.enter_context(prompts_only())
+            turns = [
+                _turn(request, tokens, self._draws_at_most(request, tokens)) for tokens in prompts
+            ]
             ready = request.adapter is None or self._store.is_here(request.adapter)
             stack.enter_context(self._turnstile.joined(turns, ready=ready))
             version = None
@@ -92,9 +102,11 @@ class Sampler:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(
-                            self._sample_in_turn(request, index, tokens, turn, version)
+                            self._sample_in_turn(request, index, tokens, wish, turn, version)
                         )
-                        for index, (tokens, turn) in enumerate(zip(prompts, turns, strict=True))
+                        for index, (tokens, wish, turn) in enumerate(
+                            zip(prompts, wishes, turns, strict=True)
+                        )
                     ]
             except BaseExceptionGroup as errors:
                 raise _first(errors) from errors
@@ -122,10 +134,11 @@ class Sampler:
                     f"token {tokens[position]} is not in the vocabulary of {self._vocab_size}",
                     param=f"{param}[{position}]",
                 )
-            if len(tokens) + request.max_tokens > self._context_length:
+            drawn = request.max_tokens or 1
+            if len(tokens) + drawn > self._context_length:
                 raise InvalidField(
-                    f"{len(tokens)} prompt tokens and max_tokens={request.max_tokens} exceed the context "
-                    f"length of {self._context_length}",
+                    f"{len(tokens)} prompt tokens and {drawn} to be drawn exceed the context length of "
+                    f"{self._context_length}",
                     param=param,
                 )
         return prompts
@@ -146,7 +159,15 @@ class Sampler:
             return await asyncio.to_thread(encode)
         return encode()
 
-    def _sampling_params(self, request: EngineSample, prompt_index: int) -> SamplingParams:
+    def _draws_at_most(self, request: EngineSample, prompt: list[int]) -> int:
+        """How many tokens vLLM may draw for each sample of a prompt."""
+        if request.max_tokens is None:
+            return self._context_length - len(prompt)
+        return max(1, request.max_tokens)
+
+    def _sampling_params(
+        self, request: EngineSample, prompt_index: int, tokens: list[int], wish: PromptWish
+    ) -> SamplingParams:
         stop_ids = [self._special_ids[stop] for stop in request.stop if stop in self._special_ids]
         stop_strings = [stop for stop in request.stop if stop not in self._special_ids]
         # vLLM adds the sample's index to the seed; prompts are kept as far apart as that reaches.
@@ -154,20 +175,22 @@ class Sampler:
         if seed is not None:
             seed = (seed + prompt_index * request.num_samples) % limits.SEED_MAX
         return SamplingParams(
-            n=request.num_samples,
-            max_tokens=request.max_tokens,
+            n=request.num_samples if request.max_tokens != 0 else 1,
+            max_tokens=self._draws_at_most(request, tokens),
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             stop=stop_strings or None,
-            stop_token_ids=stop_ids or None,
+            stop_token_ids=[*stop_ids, *request.stop_token_ids] or None,
+            ignore_eos=request.ignore_eos,
             seed=seed,
             logprobs=request.logprobs or 0,
-            prompt_logprobs=0 if request.return_prompt_logprobs else None,
             flat_logprobs=True,
             # Stop strings have to be looked for in text as it comes; otherwise decoding once at the end is cheaper.
             detokenize=bool(stop_strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # vLLM leaves the prefix cache alone for prompts to be scored.
+            **wish.options(),
         )
 
     async def _sample_in_turn(
@@ -175,16 +198,22 @@ class Sampler:
         request: EngineSample,
         index: int,
         tokens: list[int],
+        wish: PromptWish,
         turn: Turn,
         version: Version | None,
     ) -> EngineSampleGroup:
         async with self._turnstile.inside(turn, version) as lora:
-            return await self._sample_prompt(request, index, tokens, lora)
+            return await self._sample_prompt(request, index, tokens, wish, lora)
 
     async def _sample_prompt(
-        self, request: EngineSample, index: int, tokens: list[int], lora: LoRARequest | None
+        self,
+        request: EngineSample,
+        index: int,
+        tokens: list[int],
+        wish: PromptWish,
+        lora: LoRARequest | None,
     ) -> EngineSampleGroup:
-        params = self._sampling_params(request, index)
+        params = self._sampling_params(request, index, tokens, wish)
         request_id = f"{request.request_id}-{index}"
         # A tenant finds in the cache what it has asked itself, and nothing of others.
         salt = (ROUTING_SALT if request.return_expert_routing else "") + (request.tenant_id or "")
@@ -193,12 +222,43 @@ class Sampler:
                 tokens_input(tokens, cache_salt=salt or None), params, request_id, lora_request=lora
             )
         )
+        if request.max_tokens == 0:
+            samples = [
+                self._nothing_drawn(output.outputs[0], request, tokens)
+            ] * request.num_samples
+        else:
+            samples = [self._sequence(part, request, tokens, params) for part in output.outputs]
         return EngineSampleGroup(
             prompt_token_ids=tokens,
-            samples=[self._sequence(part, request, tokens, params) for part in output.outputs],
+            samples=samples,
             cached_prompt_tokens=output.num_cached_tokens or 0,
-            prompt_logprobs=_prompt_logprobs(output) if request.return_prompt_logprobs else None,
+            prompt_logprobs=wish.logprobs_of(output),
+            prompt_top_logprobs=wish.top_of(output),
+            prompt_target_logprobs=wish.targets_of(output),
         )
+
+    def _nothing_drawn(
+        self, part: CompletionOutput, request: EngineSample, prompt: list[int]
+    ) -> EngineSequence:
+        """The sample of a request for no tokens, without the one that vLLM has drawn."""
+        return EngineSequence(
+            text="",
+            tokens=[],
+            logprobs=[],
+            stop_reason="length",
+            top_logprobs=[] if request.logprobs else None,
+            expert_routing=self._experts_of(part, request, len(prompt)),
+        )
+
+    def _experts_of(
+        self, part: CompletionOutput, request: EngineSample, tokens: int
+    ) -> ExpertRouting | None:
+        """Of a sequence of `tokens` tokens, as far as it is told."""
+        if not request.return_expert_routing:
+            return None
+        assert self._routing is not None
+        rows = part.routed_experts
+        return self._routing.of_sample(None if rows is None else rows[: tokens - 1], tokens)
 
     def _sequence(
         self,
@@ -215,10 +275,6 @@ class Sampler:
         text = part.text
         if not params.detokenize:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        routing = None
-        if request.return_expert_routing:
-            assert self._routing is not None
-            routing = self._routing.of_sample(part.routed_experts, len(prompt) + len(tokens))
         return EngineSequence(
             text=text,
             tokens=tokens,
@@ -226,50 +282,19 @@ class Sampler:
             logprobs=[flat.logprobs[start] for start in flat.start_indices],
             stop_reason=part.finish_reason,
             top_logprobs=_top_logprobs(flat, request.logprobs) if request.logprobs else None,
-            expert_routing=routing,
+            expert_routing=self._experts_of(part, request, len(prompt) + len(tokens)),
         )
 
 
-def _turn(request: EngineSample, prompt: list[int]) -> Turn:
+def _turn(request: EngineSample, prompt: list[int], draws_max: int) -> Turn:
     return Turn(
         tenant=request.tenant_id or "",
         version=None if request.adapter is None else request.adapter.name,
         prompt_tokens=len(prompt),
-        completion_tokens_max=request.max_tokens,
+        completion_tokens_max=draws_max,
         sequences=request.num_samples,
         size_bytes=len(prompt) * limits.BYTES_PER_TOKEN,
     )
-
-
-def _check_fields(request: EngineSample) -> None:
-    """The ranges of everything but the prompts' tokens."""
-    if (request.prompts is None) == (request.prompt_token_ids is None):
-        raise InvalidField(
-            "exactly one of prompts and prompt_token_ids must be given", param="prompts"
-        )
-    count = len(request.prompts if request.prompts is not None else request.prompt_token_ids or [])
-    checks = (
-        (
-            "prompts" if request.prompts is not None else "prompt_token_ids",
-            count,
-            1,
-            limits.PROMPTS_MAX,
-        ),
-        ("num_samples", request.num_samples, 1, limits.SAMPLES_MAX),
-        ("max_tokens", request.max_tokens, 1, float("inf")),
-        ("temperature", request.temperature, 0.0, 1e6),
-        ("logprobs", request.logprobs or 0, 0, limits.TOP_LOGPROBS_MAX),
-        ("stop", len(request.stop), 0, limits.STOPS_MAX),
-        ("seed", request.seed or 0, 0, limits.SEED_MAX),
-        ("top_k", request.top_k, -1, float("inf")),
-    )
-    for name, value, lowest, highest in checks:
-        if not lowest <= value <= highest:
-            raise InvalidField(f"must be between {lowest} and {highest}, is {value}", param=name)
-    if not 0.0 < request.top_p <= 1.0:
-        raise InvalidField(f"must be above 0 and at most 1, is {request.top_p}", param="top_p")
-    if "" in request.stop:
-        raise InvalidField("must not be empty", param=f"stop[{request.stop.index('')}]")
 
 
 def _top_logprobs(flat: FlatLogprobs, top: int) -> list[list[tuple[int, float]]]:
@@ -279,18 +304,6 @@ def _top_logprobs(flat: FlatLogprobs, top: int) -> list[list[tuple[int, float]]]
         first, last = start + 1, start + 1 + top
         rows.append(list(zip(flat.token_ids[first:last], flat.logprobs[first:last], strict=True)))
     return rows
-
-
-def _prompt_logprobs(output: RequestOutput) -> list[float | None]:
-    """[T], of each prompt token given those before it; None for the first."""
-    flat = output.prompt_logprobs
-    assert isinstance(flat, FlatLogprobs)
-    assert len(flat) == len(output.prompt_token_ids or [])
-    values: list[float | None] = [
-        flat.logprobs[start] if end > start else None
-        for start, end in zip(flat.start_indices, flat.end_indices, strict=True)
-    ]
-    return values
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

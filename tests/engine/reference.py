@@ -25,11 +25,15 @@ def _model(path: Path, adapter: AdapterRef | None) -> torch.nn.Module:
     return model.eval()
 
 
+def all_logits(path: Path, adapter: AdapterRef | None, tokens: list[int]) -> torch.Tensor:
+    """What each position says of the token after it, float32 [T, V]."""
+    with torch.inference_mode():
+        return _model(path, adapter)(torch.tensor([tokens])).logits[0].float()
+
+
 def token_logprobs(path: Path, adapter: AdapterRef | None, tokens: list[int]) -> list[float]:
     """Of `tokens[1:]`, each given those before it."""
-    with torch.inference_mode():
-        logits = _model(path, adapter)(torch.tensor([tokens])).logits[0]
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = all_logits(path, adapter, tokens).log_softmax(-1)
     return [logprobs[position, token].item() for position, token in enumerate(tokens[1:])]
 
 

@@ -33,9 +33,10 @@ def score_targets_on_cpu() -> None:
         setattr(self, _SCORES, _scores(self, hidden_states, num_scheduled_tokens))
         return compute(self, hidden_states, num_scheduled_tokens)
 
-    sample = GPUModelRunner.sample_tokens
+    runner: Any = GPUModelRunner
+    sample = runner.sample_tokens
 
-    def sample_tokens(self: GPUModelRunner, *args: Any, **options: Any) -> Any:
+    def sample_tokens(self: Any, *args: Any, **options: Any) -> Any:
         setattr(self, _SCORES, {})
         output = sample(self, *args, **options)
         finished = getattr(self, _SCORES)
@@ -43,15 +44,16 @@ def score_targets_on_cpu() -> None:
             output.prompt_token_id_logprobs_dict = finished
         return output
 
-    GPUModelRunner._get_prompt_logprobs_dict = get_prompt_logprobs_dict  # noqa: SLF001
-    GPUModelRunner.sample_tokens = sample_tokens
+    runner._get_prompt_logprobs_dict = get_prompt_logprobs_dict  # noqa: SLF001
+    runner.sample_tokens = sample_tokens
 
 
 def _let_through() -> None:
     """Has vLLM accept the parameter for this runner too; `sampling.py` has checked it."""
-    validate = InputProcessor._validate_params  # noqa: SLF001 - what is being replaced
+    processor: Any = InputProcessor
+    validate = processor._validate_params  # noqa: SLF001 - what is being replaced
 
-    def validate_params(self: InputProcessor, params: Any, *args: Any) -> Any:
+    def validate_params(self: Any, params: Any, *args: Any) -> Any:
         ids = getattr(params, "prompt_logprob_token_ids", None)
         if ids is None:
             return validate(self, params, *args)
@@ -62,7 +64,7 @@ def _let_through() -> None:
         finally:
             params.prompt_logprob_token_ids, params.prompt_logprob_start = ids, start
 
-    InputProcessor._validate_params = validate_params  # noqa: SLF001
+    processor._validate_params = validate_params  # noqa: SLF001
 
 
 def _scores(
@@ -105,7 +107,8 @@ def _score_chunk(
     use_adapter_of(runner, request_id, end - first)
     row = runner.input_batch.req_id_to_index[request_id]
     offset = int(runner.query_start_loc.np[row]) + first - chunk[0]
-    logits = runner.model.compute_logits(hidden_states[offset : offset + end - first])
+    model: Any = runner.get_model()
+    logits = model.compute_logits(hidden_states[offset : offset + end - first])
     logprobs = runner.sampler.compute_logprobs(logits)
     assert params.prompt_logprob_token_ids is not None
     ids = torch.as_tensor(params.prompt_logprob_token_ids[first - start : end - start]).long()

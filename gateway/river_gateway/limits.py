@@ -217,8 +217,9 @@ SAMPLE_PROMPTS_MAX = 1024
 SAMPLES_MAX = 1024
 PROMPT_CHARS_PER_TOKEN_MAX = 64
 SAMPLE_STOPS_MAX = 16
-SAMPLE_LOGPROBS_MAX = 20
-TEMPERATURE_MAX = 100.0
+SAMPLE_STOP_TOKENS_MAX = 128
+SAMPLE_LOGPROBS_MAX = 256
+TEMPERATURE_MAX = 2.0  # vLLM takes no more
 
 # ---- Work to be collected later --------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from river_client.exceptions import (
 from river_client.feedback_wire import Feedback, FeedbackBatch
 from river_client.learning import Learning, LocalLearning
 from river_client.learning_wire import LearningState, StartLearning
-from river_client.results import ChatReply, Sample, SampleOptions, TrainingResult
+from river_client.results import ChatReply, Sample, SampleOptions, TopLogprobs, TrainingResult
 from river_client.usage_wire import UsageRow
 from river_client.wire import (
     AdamParams,
@@ -97,6 +97,7 @@ __all__ = [
     "Tenant",
     "TimeoutError",
     "TopLogprob",
+    "TopLogprobs",
     "TorchLoss",
     "TrainingResult",
     "UsageLine",

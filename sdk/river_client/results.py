@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from river_client import wire
-from river_client.arrays import token_lists, unpack
+from river_client.arrays import pack, token_lists, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,12 +55,27 @@ def saved_checkpoint(result: wire.OperationResult) -> wire.Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogprobs:
+    """The K most likely tokens at each of the T positions of a prompt, most likely first.
+
+    `token_ids` int32 [T, K], `logprobs` float32 [T, K]. What was not scored, such as the first token, has rows of -1
+    and minus infinity.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One sampled sequence.
 
     `logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from; `prompt_logprobs[0]`
     is None, as nothing precedes the first token; `policy_version` says which weights answered. `expert_routing` [T, MoE
     layers, experts per token] goes back with `prompt_token_ids + tokens` as the datum's field of that name.
+
+    What all samples of a prompt share: `prompt_top_logprobs`, `prompt_target_logprobs` (float32 [T - 1, K] for a prompt
+    of T tokens, minus infinity where -1 was asked), and how many of the prompt's tokens were `cached_prompt_tokens`.
     """
 
     text: str
@@ -72,25 +87,36 @@ class Sample:
     prompt_logprobs: list[float | None] | None = None
     top_logprobs: list[list[wire.TopLogprob]] | None = None
     expert_routing: npt.NDArray[np.generic] | None = None
+    prompt_top_logprobs: TopLogprobs | None = None
+    prompt_target_logprobs: npt.NDArray[np.float32] | None = None
+    cached_prompt_tokens: int = 0
 
 
 class SampleOptions(TypedDict, total=False):
     """How to sample; what is left out is as in `wire.SampleRequest`.
 
     Either `prompts` or `prompt_token_ids` (a list of ids per prompt) is given. `logprobs=K` asks for the K most likely
-    tokens at each position.
+    tokens at each position of the samples, `prompt_top_logprobs=K` at each of the prompts. `prompt_targets` are token
+    ids to be scored, an array [T - 1, K] per prompt of T tokens. `max_tokens=None` samples to the end of the context,
+    `max_tokens=0` only scores the prompts. With `ignore_eos` nothing stops a sample but what `stop` (text) and
+    `stop_token_ids` name.
     """
 
     prompt_token_ids: Sequence[Any]
     num_samples: int
-    max_tokens: int
+    max_tokens: int | None
     temperature: float
     top_p: float
     top_k: int
     stop: str | list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
     seed: int | None
     logprobs: int | None
     return_prompt_logprobs: bool
+    prompt_top_logprobs: int | None
+    prompt_logprobs_last: int | None
+    prompt_targets: Sequence[Any]
     return_expert_routing: bool
 
 
@@ -105,6 +131,11 @@ def sample_request(
     fields: dict[str, Any] = dict(options)
     if "prompt_token_ids" in fields:
         fields["prompt_token_ids"] = token_lists(fields["prompt_token_ids"])
+    if fields.get("prompt_targets") is not None:
+        fields["prompt_targets"] = [
+            pack(targets, f"prompt_targets[{index}]")
+            for index, targets in enumerate(fields["prompt_targets"])
+        ]
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     if prompts is not None:
@@ -114,22 +145,34 @@ def sample_request(
 
 def sample_groups(response: wire.SampleResponse) -> list[list[Sample]]:
     """A list of samples per prompt."""
+    return [_samples(group, response.policy_version) for group in response.groups]
+
+
+def _samples(group: wire.SampleGroup, policy_version: str) -> list[Sample]:
+    top: TopLogprobs | None = None
+    if group.prompt_top_logprobs is not None:
+        ids: Any = unpack(group.prompt_top_logprobs.token_ids)
+        logprobs: Any = unpack(group.prompt_top_logprobs.logprobs)
+        top = TopLogprobs(token_ids=ids, logprobs=logprobs)
+    scores: Any = None
+    if group.prompt_target_logprobs is not None:
+        scores = unpack(group.prompt_target_logprobs)
     return [
-        [
-            Sample(
-                text=sequence.text,
-                tokens=sequence.tokens,
-                logprobs=sequence.logprobs,
-                stop_reason=sequence.stop_reason,
-                prompt_token_ids=group.prompt_token_ids,
-                policy_version=response.policy_version,
-                prompt_logprobs=group.prompt_logprobs,
-                top_logprobs=sequence.top_logprobs,
-                expert_routing=unpack(sequence.expert_routing) if sequence.expert_routing else None,
-            )
-            for sequence in group.samples
-        ]
-        for group in response.groups
+        Sample(
+            text=sequence.text,
+            tokens=sequence.tokens,
+            logprobs=sequence.logprobs,
+            stop_reason=sequence.stop_reason,
+            prompt_token_ids=group.prompt_token_ids,
+            policy_version=policy_version,
+            prompt_logprobs=group.prompt_logprobs,
+            top_logprobs=sequence.top_logprobs,
+            expert_routing=unpack(sequence.expert_routing) if sequence.expert_routing else None,
+            prompt_top_logprobs=top,
+            prompt_target_logprobs=scores,
+            cached_prompt_tokens=group.cached_prompt_tokens,
+        )
+        for sequence in group.samples
     ]
 
 

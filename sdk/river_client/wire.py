@@ -7,10 +7,22 @@ made from position i, and the last index is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, UnsetType, field
+
+from river_client.data_wire import Datum as Datum
+from river_client.data_wire import Numbers as Numbers
+from river_client.data_wire import Tensor as Tensor
+from river_client.data_wire import Wire as Wire
+from river_client.sample_wire import SampleGroup as SampleGroup
+from river_client.sample_wire import SampleRequest as SampleRequest
+from river_client.sample_wire import SampleResponse as SampleResponse
+from river_client.sample_wire import SampleSequence as SampleSequence
+from river_client.sample_wire import StopReason as StopReason
+from river_client.sample_wire import TokenUsage as TokenUsage
+from river_client.sample_wire import TopLogprob as TopLogprob
+from river_client.sample_wire import TopLogprobs as TopLogprobs
 
 API_PREFIX = "/river/v1"
 NANO_USD_PER_USD = 10**9
@@ -19,50 +31,6 @@ LossName = Literal[
     "cross_entropy", "importance_sampling", "ppo", "cispo", "echo_cispo", "dro", "gspo", "dpo"
 ]
 SaveMode = Literal["training", "inference"]
-StopReason = Literal["stop", "length", "abort"]
-
-
-class Wire(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of every wire struct: immutable, built by keyword, defaults left out."""
-
-
-# ---- Data ------------------------------------------------------------------------------------------------------------
-
-
-class Tensor(Wire, frozen=True):
-    """A C-contiguous little-endian array: `data` holds `prod(shape)` items of `dtype`."""
-
-    dtype: Literal["int32", "int64", "float32", "uint8", "uint16"]
-    shape: tuple[int, ...]
-    data: bytes
-
-
-Numbers = Sequence[float | Sequence[float]] | Tensor
-"""A list of numbers, a list of rows of numbers, or the same packed. Integers are numbers."""
-
-
-class Datum(Wire, frozen=True):
-    """One training sequence of T tokens.
-
-    `input_ids` int [T]; `target_tokens` int [T] (absent: `input_ids` shifted left by one; the last may be any filler);
-    `weights` (absent: one everywhere), `old_logprobs`, `advantages` float [T]; `echo_weights` float [T], for
-    `echo_cispo` alone; `attention_mask` [T] of ones and zeros, whose zeros may only form a tail (padding).
-
-    Soft targets, for `cross_entropy` alone: `target_tokens` [T, K] with `weights` [T, K], such as a teacher's K most
-    likely tokens and their probabilities.
-
-    `expert_routing` int [T, MoE layers, experts per token]: the experts that `SampleSequence.expert_routing` names for
-    these tokens. As for the other fields the last index is ignored; it may also be left out.
-    """
-
-    input_ids: Numbers
-    target_tokens: Numbers | None = None
-    weights: Numbers | None = None
-    old_logprobs: Numbers | None = None
-    advantages: Numbers | None = None
-    attention_mask: Numbers | None = None
-    echo_weights: Numbers | None = None
-    expert_routing: Tensor | None = None
 
 
 ExpertLayout = Literal["shared_outer", "per_expert"]
@@ -263,105 +231,6 @@ class OperationAccepted(Wire, frozen=True):
 class LogMetrics(Wire, frozen=True):
     metrics: dict[str, float]
     step: int | None = None
-
-
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-
-class SampleRequest(Wire, frozen=True):
-    """`model` is a base model, a checkpoint path, `river://<run>` or an alias.
-
-    Exactly one of the two prompt fields is set. `max_tokens` None samples to the end of the context; 0 draws nothing and
-    only scores the prompts.
-
-    A sample ends at the model's end tokens, unless `ignore_eos`, at a token of `stop_token_ids`, which `ignore_eos` leaves
-    alone, or when its text holds a string of `stop`, over the borders of tokens too. The token that ended it, or the tokens
-    through the end of the string, are part of the sample's `tokens`.
-
-    Log-probabilities of samples are those of the distribution drawn from: after `temperature`, `top_k` and `top_p`. Those
-    of prompts are the model's own, whatever these are. `logprobs` and `prompt_top_logprobs` ask for the K most likely
-    tokens at each position of the samples and of the prompts; `prompt_logprobs_last` scores only the last N tokens of each
-    prompt, with `return_prompt_logprobs` and `prompt_top_logprobs`. `prompt_targets` has an array of token ids for each
-    prompt of T tokens, [T - 1, K]: row i is scored as what position i predicts, so beside the prompt's token i + 1; -1
-    asks for nothing. A last row T is ignored.
-    """
-
-    model: str
-    prompts: list[str] | None = None
-    prompt_token_ids: list[list[int]] | None = None
-    num_samples: int = 1
-    max_tokens: int | None = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    stop: list[str] = field(default_factory=list[str])
-    stop_token_ids: list[int] = field(default_factory=list[int])
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
-    return_prompt_logprobs: bool = False
-    prompt_top_logprobs: int | None = None
-    prompt_logprobs_last: int | None = None
-    prompt_targets: list[Numbers] | None = None
-    return_expert_routing: bool = False
-
-
-class TopLogprob(Wire, frozen=True):
-    token: int
-    logprob: float
-
-
-class SampleSequence(Wire, frozen=True):
-    """`logprobs[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from.
-
-    `expert_routing` [T, MoE layers, experts per token] has a row for each of the T tokens of prompt and sample; the
-    last is filler, since the model never ran over the last token.
-    """
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    stop_reason: StopReason
-    top_logprobs: list[list[TopLogprob]] | None = None
-    expert_routing: Tensor | None = None
-
-
-class TopLogprobs(Wire, frozen=True):
-    """The K most likely tokens of T positions, most likely first: `token_ids` int32 [T, K], `logprobs` float32 [T, K].
-
-    A row that was not scored, such as that of the first token, holds -1 and minus infinity.
-    """
-
-    token_ids: Tensor
-    logprobs: Tensor
-
-
-class SampleGroup(Wire, frozen=True):
-    """The samples of one prompt of T tokens; `prompt_logprobs[0]` is None, nothing precedes the first token.
-
-    `prompt_top_logprobs` has a row for each of the T tokens. `prompt_target_logprobs` float32 [T - 1, K] answers
-    `prompt_targets`, with minus infinity where that had -1. Of the prompt's tokens, `cached_prompt_tokens` did not have to
-    be computed.
-    """
-
-    prompt_token_ids: list[int]
-    samples: list[SampleSequence]
-    prompt_logprobs: list[float | None] | None = None
-    prompt_top_logprobs: TopLogprobs | None = None
-    prompt_target_logprobs: Tensor | None = None
-    cached_prompt_tokens: int = 0
-
-
-class TokenUsage(Wire, frozen=True):
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class SampleResponse(Wire, frozen=True):
-    groups: list[SampleGroup]
-    policy_version: str
-    usage: TokenUsage
 
 
 # ---- Checkpoints, aliases, models, usage, administration ------------------------------------------------------------

@@ -27,6 +27,11 @@ def table(ids: np.ndarray) -> TokenTable:
     return TokenTable(width=ids.shape[1], token_ids=ids.astype("<i4").tobytes())
 
 
+def scores_of(group: EngineSampleGroup) -> np.ndarray:
+    assert group.prompt_target_logprobs is not None
+    return np.frombuffer(group.prompt_target_logprobs, "<f4")
+
+
 def top_of(group: EngineSampleGroup) -> tuple[np.ndarray, np.ndarray]:
     top = group.prompt_top_logprobs
     assert top is not None
@@ -68,7 +73,7 @@ def test_prompts_are_scored_by_the_model_itself(
         expected = logprobs.topk(4)
         np.testing.assert_allclose(top_logprobs[1:], expected.values.numpy(), atol=1e-4)
         assert (top_ids[1:] == expected.indices.numpy()).mean() > 0.95
-        scores = np.frombuffer(group.prompt_target_logprobs, "<f4").reshape(ids.shape)
+        scores = scores_of(group).reshape(ids.shape)
         rows = np.arange(len(ids))
         np.testing.assert_allclose(scores[:, 0], logprobs.numpy()[rows, ids[:, 0]], atol=1e-4)
         assert np.isneginf(scores[:, 1]).all()
@@ -127,7 +132,7 @@ def test_only_the_last_tokens_of_a_prompt(engine: RunningEngine) -> None:
     assert part.prompt_logprobs[-5:] == pytest.approx(whole.prompt_logprobs[-5:], abs=1e-5)
     assert (top_of(part)[0][:-5] == -1).all()
     np.testing.assert_array_equal(top_of(part)[0][-5:], top_of(whole)[0][-5:])
-    scores = np.frombuffer(part.prompt_target_logprobs, "<f4")
+    scores = scores_of(part)
     assert np.isfinite(scores).tolist() == [row == 3 for row in range(len(ids))]
 
 
@@ -144,7 +149,7 @@ def test_a_long_prompt_is_scored_in_pieces(engine: RunningEngine, tiny_moe: Path
         ).groups
         for group in groups[::5]:
             logprobs = all_logits(tiny_moe, None, group.prompt_token_ids).log_softmax(-1)
-            scores = np.frombuffer(group.prompt_target_logprobs, "<f4")
+            scores = scores_of(group)
             expected = logprobs.numpy()[np.arange(699), ids[:, 0]]
             np.testing.assert_allclose(scores, expected, atol=2e-4)
 

@@ -257,6 +257,32 @@ async def test_sampling(rig: Rig) -> None:
     assert sent[0].adapter.name == f"{run.run_id}@0"
 
 
+async def test_what_a_sample_may_ask_reaches_the_engine(rig: Rig) -> None:
+    """Stops, scores of prompts and open ends arrive as asked; tables may have a row more than is scored."""
+    targets: list[wire.Numbers] = [[[1, -1], [2, 3], [0, 0]]]
+    asked = wire.SampleRequest(
+        model=BASE,
+        prompt_token_ids=[[5, 6, 7]],
+        max_tokens=None,
+        stop_token_ids=[4],
+        ignore_eos=True,
+        prompt_top_logprobs=2,
+        prompt_logprobs_last=1,
+        prompt_targets=targets,
+    )
+    answer = await rig.tenant.post("/sample", asked)
+    group = msgspec.json.decode(answer.content, type=wire.SampleResponse).groups[0]
+    assert group.cached_prompt_tokens == 1
+    assert group.prompt_top_logprobs is not None
+    assert group.prompt_top_logprobs.token_ids.shape == (3, 2)
+    assert group.prompt_target_logprobs is not None
+    assert group.prompt_target_logprobs.shape == (2, 2)
+    assert np.frombuffer(group.prompt_target_logprobs.data, "<f4").tolist() == [1, -1, 2, 3]
+    (sent,) = [sample for engine in rig.engines for sample in engine.samples]
+    assert (sent.max_tokens, sent.stop_token_ids, sent.ignore_eos) == (None, [4], True)
+    assert (sent.prompt_top_logprobs, sent.prompt_logprobs_last) == (2, 1)
+
+
 def wrong_samples() -> list[Any]:
     return [
         pytest.param({"prompts": None}, "prompts", id="no prompt"),
@@ -276,8 +302,30 @@ def wrong_samples() -> list[Any]:
         pytest.param({"top_p": 0.0}, "top_p", id="top_p"),
         pytest.param({"top_k": 0}, "top_k", id="top_k"),
         pytest.param({"num_samples": 0}, "num_samples", id="num_samples"),
-        pytest.param({"max_tokens": 0}, "max_tokens", id="max_tokens"),
+        pytest.param({"max_tokens": -1}, "max_tokens", id="max_tokens"),
+        pytest.param({"temperature": 2.5}, "temperature", id="too hot"),
         pytest.param({"stop": [""]}, "stop[0]", id="stop"),
+        pytest.param({"stop_token_ids": [1, VOCAB_SIZE]}, "stop_token_ids[1]", id="stop token"),
+        pytest.param({"stop_token_ids": [1] * 129}, "stop_token_ids", id="stop tokens"),
+        pytest.param({"logprobs": 257}, "logprobs", id="logprobs"),
+        pytest.param({"prompt_top_logprobs": -1}, "prompt_top_logprobs", id="prompt top"),
+        pytest.param({"prompt_logprobs_last": 0}, "prompt_logprobs_last", id="last"),
+        pytest.param({"prompt_targets": [[[1]]]}, "prompt_targets", id="targets of text"),
+        *(
+            pytest.param(
+                {"prompts": None, "prompt_token_ids": [[1, 2, 3]], "prompt_targets": targets},
+                param,
+                id=f"targets {number}",
+            )
+            for number, (targets, param) in enumerate(
+                [
+                    ([], "prompt_targets"),
+                    ([[[1, 2]]], "prompt_targets[0]"),
+                    ([[[1, 2], [3, -2]]], "prompt_targets[0][1][1]"),
+                    ([[[1, 2], [VOCAB_SIZE, 2]]], "prompt_targets[0][1][0]"),
+                ]
+            )
+        ),
     ]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from river_client import wire
 from river_gateway.errors import InvalidFieldError
+from river_gateway.inference.sample_checks import check_sample
 from river_gateway.training import validation
 from river_gateway.training.validation import Limits
 
@@ -219,9 +220,9 @@ def test_the_last_target_may_be_any_filler(pack: bool) -> None:
 def test_long_texts() -> None:
     """A prompt of more characters than the context could hold is refused before anybody tokenizes it."""
     good = wire.SampleRequest(model="m", prompts=["x" * 512], max_tokens=1)
-    validation.sample_request(good, LIMITS)
+    check_sample(good, LIMITS)
     with pytest.raises(InvalidFieldError, match="513 characters, at most 512") as refused:
-        validation.sample_request(msgspec.structs.replace(good, prompts=["x", "x" * 513]), LIMITS)
+        check_sample(msgspec.structs.replace(good, prompts=["x", "x" * 513]), LIMITS)
     assert refused.value.param == "prompts[1]"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 from aiohttp import web
 from nats.aio.client import Client
 from support import stand_in_answers
@@ -32,6 +33,8 @@ from river_engine.protocol import (
     EngineSequence,
     ExpertRouting,
     StreamUsage,
+    TokenTable,
+    TopLogprobs,
 )
 from river_trainer import journal
 from river_trainer.protocol import (
@@ -258,15 +261,30 @@ class StandInEngine:
             expert_routing=ROUTING if asked.return_expert_routing else None,
         )
         prompts = asked.prompt_token_ids or [[1] * len(prompt) for prompt in asked.prompts or ()]
+        targets = asked.prompt_targets or [None] * len(prompts)
         groups = [
             EngineSampleGroup(
                 prompt_token_ids=prompt,
                 samples=[sequence] * asked.num_samples,
                 cached_prompt_tokens=1,
+                prompt_top_logprobs=_top(len(prompt), asked.prompt_top_logprobs or 0),
+                prompt_target_logprobs=_scores(table) if table else None,
             )
-            for prompt in prompts
+            for prompt, table in zip(prompts, targets, strict=True)
         ]
         return web.Response(body=msgspec.msgpack.encode(EngineSampleResult(groups=groups)))
+
+
+def _top(tokens: int, width: int) -> TopLogprobs | None:
+    """So many tokens, none of them scored."""
+    ids, logprobs = np.full((tokens, width), -1, "<i4"), np.full((tokens, width), -np.inf, "<f4")
+    top = TopLogprobs(width=width, token_ids=ids.tobytes(), logprobs=logprobs.tobytes())
+    return top if width else None
+
+
+def _scores(table: TokenTable) -> bytes:
+    """Each token's number as its log-probability."""
+    return np.frombuffer(table.token_ids, "<i4").astype("<f4").tobytes()
 
 
 def _tell_tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -21,12 +22,14 @@ from river_gateway.codec import MSGPACK
 from river_gateway.errors import NotSupportedError, UnavailableError
 from river_gateway.inference.metering import usage_event
 from river_gateway.inference.models import Target, Wish, ask_current, resolve_model
+from river_gateway.inference.sample_checks import check_sample, target_tables
 from river_gateway.tenancy.quotas import tokens_guessed
-from river_gateway.training import validation
+from river_gateway.training.validation import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from river_engine.protocol import TokenTable
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
 
@@ -72,12 +75,15 @@ async def sample(
             f"return_expert_routing: the engines of {target.base_model!r} do not record it",
             param="return_expert_routing",
         )
-    validation.sample_request(
-        asked, validation.Limits(context_length=known.context_length, vocab_size=known.vocab_size)
-    )
+    limits = Limits(context_length=known.context_length, vocab_size=known.vocab_size)
+    check_sample(asked, limits)
+    targets = None
+    if asked.prompt_targets is not None:
+        # Checking many numbers must not hold up everybody else's requests.
+        targets = await asyncio.to_thread(target_tables, asked, limits)
     worst = _worst_case(asked, known.context_length)
     with (
-        services.quotas.admit(principal, _tokens_at_most(asked)) as ticket,
+        services.quotas.admit(principal, _tokens_at_most(asked, known.context_length)) as ticket,
         await services.credit.hold(
             principal, target.base_model, known.context_length, worst
         ) as hold,
@@ -88,7 +94,10 @@ async def sample(
                 principal.tenant_id,
                 target,
                 lambda current: _ask_engine(
-                    services, current, asked, principal.tenant_id, request_id
+                    services,
+                    current,
+                    _engine_sample(asked, current, targets, principal.tenant_id, request_id),
+                    tokens=worst[UsageKind.COMPLETION],
                 ),
             )
         usage = _usage(result)
@@ -115,30 +124,43 @@ async def sample(
     return Sampled(response, ticket.headers)
 
 
-def _tokens_at_most(asked: wire.SampleRequest) -> int:
+def _tokens_at_most(asked: wire.SampleRequest, context_length: int) -> int:
     """What a request may use, with a guess for prompts that are text."""
     if asked.prompt_token_ids is not None:
         prompts = [len(prompt) for prompt in asked.prompt_token_ids]
     else:
         prompts = [tokens_guessed(len(prompt)) for prompt in asked.prompts or ()]
-    return sum(prompts) + len(prompts) * asked.num_samples * asked.max_tokens
+    return sum(prompts) + sum(_draws_at_most(asked, size, context_length) for size in prompts)
 
 
 def _worst_case(asked: wire.SampleRequest, context_length: int) -> dict[UsageKind, int]:
-    """The most tokens that it may be billed: a text has no more of them than bytes."""
-    sizes = [len(ids) for ids in asked.prompt_token_ids or ()]
-    sizes += [min(len(text.encode()), context_length) for text in asked.prompts or ()]
+    """The most tokens that it may be billed: a text has at least one of them, and no more than bytes."""
+    sizes = [(len(ids), len(ids)) for ids in asked.prompt_token_ids or ()]
+    sizes += [(1, min(len(text.encode()), context_length)) for text in asked.prompts or ()]
     return {
-        UsageKind.PROMPT: sum(sizes),
-        UsageKind.COMPLETION: len(sizes) * asked.num_samples * asked.max_tokens,
+        UsageKind.PROMPT: sum(most for _, most in sizes),
+        UsageKind.COMPLETION: sum(
+            _draws_at_most(asked, least, context_length) for least, _ in sizes
+        ),
     }
 
 
-async def _ask_engine(
-    services: Services, target: Target, asked: wire.SampleRequest, tenant_id: str, request_id: str
-) -> tuple[EngineSampleResult, int]:
-    """The engine's samples and its context length."""
-    body = EngineSample(
+def _draws_at_most(asked: wire.SampleRequest, prompt_tokens: int, context_length: int) -> int:
+    """How many tokens may be drawn for a prompt, in all its samples."""
+    each = asked.max_tokens
+    if each is None:
+        each = max(0, context_length - prompt_tokens)
+    return asked.num_samples * each
+
+
+def _engine_sample(
+    asked: wire.SampleRequest,
+    target: Target,
+    targets: list[TokenTable] | None,
+    tenant_id: str,
+    request_id: str,
+) -> EngineSample:
+    return EngineSample(
         request_id=request_id,
         tenant_id=tenant_id,
         adapter=target.adapter,
@@ -150,20 +172,31 @@ async def _ask_engine(
         top_p=asked.top_p,
         top_k=asked.top_k,
         stop=asked.stop,
+        stop_token_ids=asked.stop_token_ids,
+        ignore_eos=asked.ignore_eos,
         seed=asked.seed,
         logprobs=asked.logprobs,
         return_prompt_logprobs=asked.return_prompt_logprobs,
+        prompt_top_logprobs=asked.prompt_top_logprobs,
+        prompt_logprobs_last=asked.prompt_logprobs_last,
+        prompt_targets=targets,
         return_expert_routing=asked.return_expert_routing,
     )
-    prompts = len(asked.prompts or asked.prompt_token_ids or ())
+
+
+async def _ask_engine(
+    services: Services, target: Target, body: EngineSample, *, tokens: int
+) -> tuple[EngineSampleResult, int]:
+    """The engine's samples and its context length; at most so many `tokens` are to be drawn."""
+    assert body.tenant_id is not None
     opened = await services.upstream.open(
         "/river/sample",
         msgspec.msgpack.encode(body),
         target=target,
-        tenant_id=tenant_id,
-        request_id=request_id,
+        tenant_id=body.tenant_id,
+        request_id=body.request_id,
         content_type=MSGPACK,
-        tokens=prompts * asked.num_samples * asked.max_tokens,
+        tokens=tokens,
     )
     result = msgspec.msgpack.decode(await opened.read(), type=EngineSampleResult)
     return result, opened.engine.context_length
@@ -181,10 +214,25 @@ def _usage(result: EngineSampleResult) -> wire.TokenUsage:
 
 
 def _group(group: EngineSampleGroup) -> wire.SampleGroup:
+    tokens, top, scores = len(group.prompt_token_ids), None, None
+    if group.prompt_top_logprobs is not None:
+        found = group.prompt_top_logprobs
+        shape = (tokens, found.width)
+        top = wire.TopLogprobs(
+            token_ids=wire.Tensor(dtype="int32", shape=shape, data=found.token_ids),
+            logprobs=wire.Tensor(dtype="float32", shape=shape, data=found.logprobs),
+        )
+    if group.prompt_target_logprobs is not None:
+        data = group.prompt_target_logprobs
+        width = len(data) // 4 // max(1, tokens - 1)
+        scores = wire.Tensor(dtype="float32", shape=(tokens - 1, width), data=data)
     return wire.SampleGroup(
         prompt_token_ids=group.prompt_token_ids,
         samples=[_sequence(sequence) for sequence in group.samples],
         prompt_logprobs=group.prompt_logprobs,
+        prompt_top_logprobs=top,
+        prompt_target_logprobs=scores,
+        cached_prompt_tokens=group.cached_prompt_tokens,
     )
 
 

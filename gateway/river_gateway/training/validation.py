@@ -1,4 +1,4 @@
-"""Everything a training or sampling request must satisfy before it is accepted.
+"""Everything a training request must satisfy before it is accepted.
 
 Pure functions from wire structs to the trainer's, raising `InvalidFieldError` with the field, the index and the limit.
 """
@@ -20,17 +20,11 @@ from river_gateway.limits import (
     METRIC_NAME_MAX_CHARS,
     METRICS_MAX,
     NAME_MAX_CHARS,
-    PROMPT_CHARS_PER_TOKEN_MAX,
-    SAMPLE_LOGPROBS_MAX,
-    SAMPLE_PROMPTS_MAX,
-    SAMPLE_STOPS_MAX,
-    SAMPLES_MAX,
     SEED_MAX,
     SEQUENCE_TOKENS_MIN,
     SEQUENCES_MAX,
     TAG_MAX_CHARS,
     TAGS_MAX,
-    TEMPERATURE_MAX,
 )
 from river_gateway.training.arrays import finite_floats, integers, token_ids
 from river_gateway.training.expert_routing import RoutedExperts, routing_bytes
@@ -323,68 +317,3 @@ def in_range(value: float, field: str, low: float, high: float) -> None:
     if not low <= value <= high:
         limits = f"must be {low:.6g} to {high:.6g}"
         raise InvalidFieldError(f"{field}: {value}, {limits}", param=field)
-
-
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-
-
-def sample_request(request: wire.SampleRequest, limits: Limits) -> None:
-    """Checks a sampling request against the base model's limits.
-
-    Raises:
-        InvalidFieldError: see the module.
-    """
-    if (request.prompts is None) == (request.prompt_token_ids is None):
-        raise InvalidFieldError(
-            "exactly one of prompts and prompt_token_ids must be given", param="prompts"
-        )
-    _check_prompts(request, limits)
-    in_range(request.num_samples, "num_samples", 1, SAMPLES_MAX)
-    in_range(request.max_tokens, "max_tokens", 1, limits.context_length)
-    in_range(request.temperature, "temperature", 0.0, TEMPERATURE_MAX)
-    in_range(request.top_p, "top_p", math.ulp(0.0), 1.0)
-    if request.top_k != -1:
-        in_range(request.top_k, "top_k", 1, limits.vocab_size)
-    if request.seed is not None:
-        in_range(request.seed, "seed", 0, SEED_MAX)
-    if request.logprobs is not None:
-        in_range(request.logprobs, "logprobs", 0, SAMPLE_LOGPROBS_MAX)
-    if len(request.stop) > SAMPLE_STOPS_MAX:
-        raise InvalidFieldError(
-            f"stop: {len(request.stop)}, at most {SAMPLE_STOPS_MAX}", param="stop"
-        )
-    for index, stop in enumerate(request.stop):
-        if not stop:
-            raise InvalidFieldError(f"stop[{index}]: empty", param=f"stop[{index}]")
-
-
-def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
-    field = "prompts" if request.prompts is not None else "prompt_token_ids"
-    prompts = request.prompts if request.prompts is not None else request.prompt_token_ids
-    assert prompts is not None
-    if not 1 <= len(prompts) <= SAMPLE_PROMPTS_MAX:
-        raise InvalidFieldError(
-            f"{field}: {len(prompts)} prompts, must be 1 to {SAMPLE_PROMPTS_MAX}", param=field
-        )
-    for index, prompt in enumerate(prompts):
-        where = f"{field}[{index}]"
-        if not prompt:
-            raise InvalidFieldError(f"{where}: empty", param=where)
-    chars_max = PROMPT_CHARS_PER_TOKEN_MAX * limits.context_length
-    for index, text in enumerate(request.prompts or ()):
-        if len(text) > chars_max:
-            where = f"prompts[{index}]"
-            raise InvalidFieldError(
-                f"{where}: {len(text)} characters, at most {chars_max} for the context length of "
-                f"{limits.context_length}",
-                param=where,
-            )
-    for index, ids in enumerate(request.prompt_token_ids or ()):
-        where = f"prompt_token_ids[{index}]"
-        token_ids(ids, where, limits.vocab_size)
-        if len(ids) + request.max_tokens > limits.context_length:
-            raise InvalidFieldError(
-                f"{where}: {len(ids)} tokens and max_tokens {request.max_tokens} are more than the "
-                f"context length of {limits.context_length}",
-                param=where,
-            )

@@ -9,6 +9,7 @@
     │   └── UnknownModelError     404
     ├── ClientGoneError           499  nobody is left to read the answer
     ├── ConflictError             409
+    │   └── AheadError            409  an operation is too far ahead of those done; later it may be not
     ├── GoneError                 410  it was there, and is kept no longer
     ├── TooLargeError             413
     ├── InvalidFieldError         422  names field, index and limit; 400 on `/v1`, as the `openai` package expects
@@ -116,6 +117,10 @@ class ClientGoneError(GatewayError):
 class ConflictError(GatewayError):
     status = HTTPStatus.CONFLICT
     type = "conflict"
+
+
+class AheadError(ConflictError):
+    pass
 
 
 class GoneError(GatewayError):

@@ -42,6 +42,7 @@ from river_trainer.protocol import (
     Forward,
     ForwardBackward,
     LiveVersion,
+    Refused,
     SaveWeights,
     TaskError,
     TrainerRecord,
@@ -386,7 +387,7 @@ class StandInTrainer:
             logprobs=logprobs,
             training_tokens=3,
             checkpoint=self._save(message, task, step) if isinstance(task, SaveWeights) else None,
-            error=error,
+            error=task.error if isinstance(task, Refused) else error,
         )
         await journal.publish_result(jetstream, result)
 

@@ -30,8 +30,10 @@ from river_trainer.protocol import (
     ForwardBackward,
     LoadWeights,
     OptimStep,
+    Refused,
     SaveWeights,
     Sequence,
+    TaskError,
     TrainStep,
 )
 from river_trainer.runs import Run
@@ -145,6 +147,10 @@ def bad_tasks() -> dict[str, tuple[AnyTask, str]]:
         "no such checkpoint": (
             LoadWeights(location="file:///nonexistent-river/x", optimizer=True),
             "checkpoint_missing",
+        ),
+        "refused at the door": (
+            Refused(error=TaskError(type="not_found", message="there is no checkpoint")),
+            "not_found",
         ),
     }
 

@@ -47,6 +47,7 @@ from river_trainer.protocol import (
     ForwardBackward,
     LoadWeights,
     OptimStep,
+    Refused,
     SaveWeights,
     TaskError,
     TrainMessage,
@@ -140,8 +141,12 @@ class Executor:
             # A run whose train_step has only been computed has to wait with what comes after it.
             stepping = {done.run.run_id for done in computed}
             self._optimize(batch, computed, stepping)
-            for work in batch.take(SaveWeights, waiting=stepping):
-                self._guard(batch, work, lambda work=work: self._save(work))
+            for work in batch.take(SaveWeights, Refused, waiting=stepping):
+                task = work.message.task
+                if isinstance(task, Refused):
+                    self._fail(batch, work, task.error)
+                else:
+                    self._guard(batch, work, lambda work=work: self._save(work))
         return batch.outcomes(), report
 
     def _pass_over(self, batch: Batch, work: Work) -> None:

@@ -174,10 +174,34 @@ class LoadWeights(Task, frozen=True, tag="load_weights"):
     step: int = 0
 
 
+class TaskError(Struct, frozen=True, kw_only=True):
+    type: str
+    message: str
+    param: str | None = None
+
+
+class Refused(Task, frozen=True, tag="refused"):
+    """An operation that the gateway found to be wrong: in its turn it fails with `error`, and changes nothing.
+
+    It keeps the place of what was asked for, so that what its client has sent behind it need not wait for it.
+    """
+
+    error: TaskError
+
+
 ComputeTask = Forward | ForwardBackward | TrainStep
 """Tasks with data."""
 
-AnyTask = CreateRun | Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
+AnyTask = (
+    CreateRun
+    | Forward
+    | ForwardBackward
+    | OptimStep
+    | TrainStep
+    | SaveWeights
+    | LoadWeights
+    | Refused
+)
 
 ADVANCING = (CreateRun, OptimStep, TrainStep, LoadWeights)
 """Tasks that, when they succeed, make a new policy version."""
@@ -205,12 +229,6 @@ class TrainMessage(Struct, frozen=True, kw_only=True):
     submitted_at: float
     task: AnyTask
     context_length: int = 0
-
-
-class TaskError(Struct, frozen=True, kw_only=True):
-    type: str
-    message: str
-    param: str | None = None
 
 
 class TrainResult(Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from river_trainer.protocol import (
     CreateRun,
     Forward,
     LoadWeights,
+    Refused,
     SaveWeights,
     TaskError,
     TrainMessage,
@@ -20,7 +21,7 @@ from river_trainer.protocol import (
 )
 from river_trainer.runs import Run
 
-PURE = (Forward, SaveWeights)
+PURE = (Forward, SaveWeights, Refused)
 """Tasks that leave no trace in the run: replaying the journal may skip them."""
 LOADING = (CreateRun, LoadWeights)
 """Tasks that may read a checkpoint, which may be gone when the journal is replayed."""

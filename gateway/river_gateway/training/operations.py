@@ -20,7 +20,13 @@ from river_client import wire
 from river_gateway.bus import BusError
 from river_gateway.checkpoints import catalog
 from river_gateway.database import POSTGRES_AWAY
-from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError, UnavailableError
+from river_gateway.errors import (
+    AheadError,
+    ConflictError,
+    InvalidFieldError,
+    NotFoundError,
+    UnavailableError,
+)
 from river_gateway.feedback import learning
 from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
@@ -57,24 +63,11 @@ async def make_task(
 
     Raises:
         InvalidFieldError: a field is wrong.
-        ConflictError: `seq` is too far ahead, or the run is an imported adapter.
+        ConflictError: as `check_seq`.
         NotFoundError: a checkpoint is unknown.
         UnavailableError: no trainer of the base model was ever heard of.
     """
-    if run.imported:
-        raise ConflictError(
-            f"{run.run_id} is an imported adapter; start a run from its checkpoint", param="run_id"
-        )
-    validation.in_range(submitted.seq, "seq", 1, SEQ_MAX)
-    # What lies behind a gap waits in the journal that all tenants share, maybe for ever.
-    if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
-        run = await services.runs.current(run.run_id, tenant_id)
-    if submitted.seq > run.last_seq + SEQ_AHEAD_MAX:
-        raise ConflictError(
-            f"seq: {submitted.seq}, at most {SEQ_AHEAD_MAX} more than the newest one done, "
-            f"which is {run.last_seq}",
-            param="seq",
-        )
+    await check_seq(services, run, tenant_id, submitted.seq)
     match submitted.operation:
         case wire.SaveWeights() as save:
             return protocol.SaveWeights(
@@ -99,6 +92,30 @@ async def make_task(
             limits = _limits(services, run)
             # Checking millions of numbers must not hold up everybody else's requests.
             return await asyncio.to_thread(_data_task, submitted.operation, limits)
+
+
+async def check_seq(services: Services, run: RunRow, tenant_id: str, seq: int) -> None:
+    """Makes sure that a run takes operations, and one of this seq.
+
+    Raises:
+        InvalidFieldError: `seq` is none.
+        AheadError: it is too far ahead; later it may be not.
+        ConflictError: the run is an imported adapter.
+    """
+    if run.imported:
+        raise ConflictError(
+            f"{run.run_id} is an imported adapter; start a run from its checkpoint", param="run_id"
+        )
+    validation.in_range(seq, "seq", 1, SEQ_MAX)
+    # What lies behind a gap waits in the journal that all tenants share, maybe for ever.
+    if seq > run.last_seq + SEQ_AHEAD_MAX:
+        run = await services.runs.current(run.run_id, tenant_id)
+    if seq > run.last_seq + SEQ_AHEAD_MAX:
+        raise AheadError(
+            f"seq: {seq}, at most {SEQ_AHEAD_MAX} more than the newest one done, "
+            f"which is {run.last_seq}",
+            param="seq",
+        )
 
 
 async def check_not_learning(services: Services, run: RunRow, tenant_id: str, seq: int) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from river_client import wire
     from river_gateway.checkpoints.catalog import RunRow
+    from river_gateway.errors import GatewayError
     from river_gateway.services import Services
     from river_gateway.tenancy.auth import Principal
 
@@ -47,3 +48,17 @@ async def submit(
         operation = await operations.publish_task(services, run, principal, asked.seq, task)
         ticket.settle(tokens)
     return Accepted(operation, ticket.headers)
+
+
+async def refuse(
+    services: Services, principal: Principal, run: RunRow, seq: int, error: GatewayError
+) -> None:
+    """Accepts that an operation fails in its turn, so that those which have been sent behind it need not wait for it.
+
+    Raises:
+        InvalidFieldError, ConflictError, UnavailableError, nats.errors.Error: as `submit`.
+    """
+    await operations.check_not_learning(services, run, principal.tenant_id, seq)
+    await operations.check_seq(services, run, principal.tenant_id, seq)
+    reason = protocol.TaskError(type=error.type, message=error.message, param=error.param)
+    await operations.publish_task(services, run, principal, seq, protocol.Refused(error=reason))

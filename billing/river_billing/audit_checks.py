@@ -281,6 +281,17 @@ INVOICE_PRICES = Check(
     """,
 )
 
+INVOICE_DISCOUNTS = Check(
+    "invoice_line",
+    "a line has the share of a discount of its tenant",
+    """
+    select concat_ws(' ', 'invoice', l.number, 'line', l.line) as id,
+           concat_ws(' ', d.tenant_id, d.share) as expected, concat_ws(' ', i.tenant_id, l.discount_share) as found
+    from invoice_line l join invoice i using (number) left join discount d using (discount_id)
+    where l.discount_id is not null and (d.tenant_id, d.share) is distinct from (i.tenant_id, l.discount_share)
+    """,
+)
+
 # Invoices may lack what came too late for them, and nothing else: so all of a tenant's together say at least what was
 # recorded a minute before the last was closed (no batch takes that long), and at most what there is now.
 INVOICED = Check(
@@ -376,6 +387,7 @@ CHECKS = (
     INVOICE_SUMS,
     INVOICE_TOTALS,
     INVOICE_PRICES,
+    INVOICE_DISCOUNTS,
     INVOICED,
     COUNTS,
 )

@@ -65,9 +65,14 @@ async def list_discounts(connection: Connection, tenant_id: str | None) -> list[
             tenant=row["tenant_id"],
             model=row["model"],
             kind=row["kind"],
-            percent=f"{(100 * row['share']).normalize():f}",
+            percent=shown_percent(row["share"]),
             valid_from=row["valid_from"].isoformat(),
             valid_to=row["valid_to"].isoformat() if row["valid_to"] else None,
         )
         for row in await connection.fetch(_LIST, tenant_id)
     ]
+
+
+def shown_percent(share: Decimal) -> str:
+    """A share as people quote it: `12.5`."""
+    return f"{(100 * share).normalize():f}"

@@ -98,12 +98,13 @@ def _facts(invoice: Invoice) -> str:
 
 
 def _table(caption: str, lines: Iterable[InvoiceLine]) -> str:
-    rows = "".join(map(_row, lines)) or '<tr><td colspan="7">Nothing.</td></tr>'
+    rows = "".join(map(_row, lines)) or '<tr><td colspan="8">Nothing.</td></tr>'
     return f"""<table>
 <caption>{escape(caption)}</caption>
 <thead><tr><th scope="col">Month</th><th scope="col">Model</th><th scope="col">Kind</th>
 <th scope="col" class="number">Context</th><th scope="col" class="number">Quantity</th>
-<th scope="col" class="number">Price, USD</th><th scope="col" class="number">Amount, USD</th></tr></thead>
+<th scope="col" class="number">Price, USD</th><th scope="col" class="number">Discount</th>
+<th scope="col" class="number">Amount, USD</th></tr></thead>
 <tbody>{rows}</tbody>
 </table>"""
 
@@ -117,7 +118,8 @@ def _row(line: InvoiceLine) -> str:
     texts = "".join(
         f"<td>{escape(text)}</td>" for text in (line.month, line.model, line.kind.replace("_", " "))
     )
-    numbers = (tier, f"{line.quantity:,} {unit}", price, usd(line.amount_nano_usd))
+    discount = "" if line.discount_percent is None else f"-{line.discount_percent} %"
+    numbers = (tier, f"{line.quantity:,} {unit}", price, discount, usd(line.amount_nano_usd))
     cells = "".join(f'<td class="number">{escape(number)}</td>' for number in numbers)
     return f"<tr>{texts}{cells}</tr>\n"
 

@@ -22,6 +22,7 @@ from msgspec import structs
 from river_billing import limits
 from river_billing.amounts import divide_half_even
 from river_billing.database import Connection
+from river_billing.discounts import shown_percent
 from river_billing.errors import ClosingError, UnknownAccountError
 from river_billing.events import UsageKind
 from river_billing.prices import shown_price
@@ -53,9 +54,9 @@ _LINES = "select * from invoice_line where number = $1 order by line"
 
 _MONTHS = "select * from months_to_invoice($1) order by month"
 _USAGE = """
-select u.*, p.context_length, p.nano_usd_per_unit
-from usage_to_invoice($1, $2) u left join price p using (price_id)
-order by base_model, p.context_length, kind, p.valid_from
+select u.*, p.context_length, p.nano_usd_per_unit, d.share as discount_share
+from usage_to_invoice($1, $2) u left join price p using (price_id) left join discount d using (discount_id)
+order by base_model, p.context_length, kind, p.valid_from, d.valid_from nulls first, d.discount_id
 """
 _CREDIT_ADDED = """
 select coalesce(sum(e.amount_nano_usd), 0)::bigint
@@ -71,10 +72,11 @@ values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
 """
 _ADD_LINES = """
 insert into invoice_line (number, line, month, base_model, kind, price_id, context_length, nano_usd_per_unit,
-                          quantity, events, amount_nano_usd, credit_used_nano_usd)
+                          quantity, events, amount_nano_usd, credit_used_nano_usd, tells_discount, discount_id,
+                          discount_share)
 select $1, l.* from unnest(
   $2::integer[], $3::date[], $4::text[], $5::text[], $6::bigint[], $7::integer[], $8::numeric[], $9::bigint[],
-  $10::bigint[], $11::bigint[], $12::bigint[]
+  $10::bigint[], $11::bigint[], $12::bigint[], $13::boolean[], $14::bigint[], $15::numeric[]
 ) as l
 """
 
@@ -89,6 +91,9 @@ _LINE_COLUMNS = (
     "events",
     "amount_nano_usd",
     "credit_used_nano_usd",
+    "tells_discount",
+    "discount_id",
+    "discount_share",
 )
 """Those of `_ADD_LINES`, in its order."""
 
@@ -345,6 +350,7 @@ def _invoice(row: Mapping[str, Any]) -> Invoice:
 
 def _line(row: Mapping[str, Any], invoice_month: dt.date) -> InvoiceLine:
     price: Decimal | None = row["nano_usd_per_unit"]
+    share: Decimal | None = row["discount_share"]
     return InvoiceLine(
         month=f"{row['month']:%Y-%m}",
         model=row["base_model"],
@@ -356,5 +362,6 @@ def _line(row: Mapping[str, Any], invoice_month: dt.date) -> InvoiceLine:
         tier=row["context_length"],
         price=None if price is None else shown_price(UsageKind(row["kind"]), price),
         nano_usd_per_unit=None if price is None else f"{price:f}",
+        discount_percent=None if share is None else shown_percent(share),
         adjustment=row["month"] != invoice_month,
     )

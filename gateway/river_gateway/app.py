@@ -27,6 +27,7 @@ from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
 from river_gateway.tenancy.admin_api import ADMIN_HANDLERS
+from river_gateway.tenancy.audit_api import AUDIT_HANDLERS
 from river_gateway.tenancy.credit_api import CREDIT_HANDLERS
 from river_gateway.tenancy.invoices_api import INVOICE_HANDLERS
 from river_gateway.tenancy.prices_api import PRICE_HANDLERS
@@ -79,6 +80,7 @@ def create_litestar(services: Services) -> Litestar:
             *PRICE_HANDLERS,
             *USAGE_HANDLERS,
             *INVOICE_HANDLERS,
+            *AUDIT_HANDLERS,
         ],
         tags=["River"],
     )

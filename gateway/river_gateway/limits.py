@@ -76,6 +76,15 @@ KEY_CACHE_STALE_MAX_S = 900.0
 KEY_RETRY_S = 1.0
 """How long an old answer stands in after Postgres could not be asked, before it is asked again."""
 KEY_MAX_CHARS = 256
+KEY_GRACE_MAX_S = 7 * 86_400
+"""How long the old secret of a rotated key may go on."""
+KEY_USE_NOTED_S = 60.0
+"""When a key was last used is known to within this long; it is looked at when the key is looked up."""
+
+# ---- Audit log -------------------------------------------------------------------------------------------------------
+
+AUDIT_DETAILS_MAX_BYTES = 16 * 1024
+AUDIT_PAGE_ROWS_MAX = 1000
 
 # ---- Limits of keys and tenants --------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import msgspec
 
 from river_client import exceptions, feedback_wire, limits, wire
 from river_client.async_aliases import AsyncAliases
+from river_client.async_audit import AsyncAudit
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_feedback import (
     acknowledge_feedback,
@@ -75,6 +76,7 @@ class AsyncClient:
         self.credit = AsyncCredit(self._transport)
         self.budgets = AsyncBudgets(self._transport)
         self.invoices = AsyncInvoices(self._transport)
+        self.audit = AsyncAudit(self._transport)
 
     async def __aenter__(self) -> Self:
         return self

@@ -253,6 +253,17 @@ class AsyncAdmin:
         path = f"/keys/{quote(key_id, safe='')}/limits"
         return await self._transport.call("PATCH", path, wire.ApiKey, body=change)
 
+    async def change_key(self, key_id: str, change: wire.ChangeKey) -> wire.ApiKey:
+        """Changes name, scopes and expiry of a key, those that are given; None ends an expiry."""
+        path = f"/keys/{quote(key_id, safe='')}"
+        return await self._transport.call("PATCH", path, wire.ApiKey, body=change)
+
+    async def rotate_key(self, key_id: str, *, grace_s: int = 0) -> wire.ApiKey:
+        """Gives a key a new secret, in this answer and nowhere else; for `grace_s`, up to 7 days, the old goes on."""
+        path = f"/keys/{quote(key_id, safe='')}/rotate"
+        body = wire.RotateKey(grace_s=grace_s)
+        return await self._transport.call("POST", path, wire.ApiKey, body=body)
+
     async def revoke_key(self, key_id: str) -> None:
         """Ends a key."""
         await self._transport.tell("DELETE", f"/keys/{quote(key_id, safe='')}")

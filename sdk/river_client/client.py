@@ -11,6 +11,7 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 from river_client import limits, wire
 from river_client.async_aliases import AsyncAliases
+from river_client.async_audit import AsyncAudit
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_invoices import AsyncInvoices
@@ -199,6 +200,8 @@ class Admin(Blocking):
     keys = blocking(AsyncAdmin.keys)
     create_key = blocking(AsyncAdmin.create_key)
     change_key_limits = blocking(AsyncAdmin.change_key_limits)
+    change_key = blocking(AsyncAdmin.change_key)
+    rotate_key = blocking(AsyncAdmin.rotate_key)
     revoke_key = blocking(AsyncAdmin.revoke_key)
 
 
@@ -240,6 +243,16 @@ class Invoices(Blocking):
     close = blocking(AsyncInvoices.close)
 
 
+class Audit(Blocking):
+    """`client.audit`: who changed what."""
+
+    def __init__(self, portal: Portal, twin: AsyncAudit) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncAudit.list)
+
+
 class Client(Blocking):
     """A River server, as seen with one API key.
 
@@ -269,6 +282,7 @@ class Client(Blocking):
         self.credit = Credit(self._portal, self._twin.credit)
         self.budgets = Budgets(self._portal, self._twin.budgets)
         self.invoices = Invoices(self._portal, self._twin.invoices)
+        self.audit = Audit(self._portal, self._twin.audit)
 
     def __enter__(self) -> Self:
         return self

@@ -10,12 +10,14 @@ NANO_USD_PER_CENT = 10**7
 
 
 class InvoiceLine(Wire, frozen=True):
-    """What was used of one thing in a `month` (`2026-10`) at one price.
+    """What was used of one thing in a `month` (`2026-10`) at one price and discount.
 
     The amount is the sum of the requests', each less the discount in force and then rounded to a whole nano-dollar,
     half to even. `price` is the list price in dollars per million tokens, or per GB and month of storage;
-    `nano_usd_per_unit` is the same exactly, per token or kilobyte-hour.
-    Both and `tier` are absent where nothing was asked. An `adjustment` was recorded after its month had been closed.
+    `nano_usd_per_unit` is the same exactly, per token or kilobyte-hour. Both and `tier` are absent where nothing was
+    asked. `discount_percent` is what was taken off the list price, absent where that was nothing, and in months whose
+    invoices were closed before lines told discounts apart. An `adjustment` was recorded after its month had been
+    closed.
     """
 
     month: str
@@ -28,6 +30,7 @@ class InvoiceLine(Wire, frozen=True):
     tier: int | None = None
     price: str | None = None
     nano_usd_per_unit: str | None = None
+    discount_percent: str | None = None
     adjustment: bool = False
 
 

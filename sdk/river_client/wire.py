@@ -344,8 +344,25 @@ class CreateKey(Wire, frozen=True):
     limits: Limits | None = None
 
 
+class ChangeKey(Wire, frozen=True):
+    """What is absent stays as it is; None ends an expiry."""
+
+    name: str | UnsetType = UNSET
+    scopes: list[str] | UnsetType = UNSET
+    expires_at: str | UnsetType | None = UNSET
+
+
+class RotateKey(Wire, frozen=True):
+    """For `grace_s`, up to seven days, the old secret goes on beside the new one; 0 ends it at once."""
+
+    grace_s: int = 0
+
+
 class ApiKey(Wire, frozen=True):
-    """`secret` is present only in the answer that created the key; `tml-` in place of its `rv-` is the same key."""
+    """`secret` is only in the answer that made it, of a new key or a rotation; with `tml-` for `rv-` it is the same.
+
+    Until `previous_until` the secret before the last rotation works too. `last_used_at` is right to within a minute.
+    """
 
     key_id: str
     tenant: str
@@ -355,6 +372,9 @@ class ApiKey(Wire, frozen=True):
     created_at: str
     expires_at: str | None = None
     revoked_at: str | None = None
+    rotated_at: str | None = None
+    previous_until: str | None = None
+    last_used_at: str | None = None
     limits: Limits | None = None
     secret: str | None = None
 

@@ -247,6 +247,11 @@ LATER = "update invoice set closed_at = closed_at + interval '1 hour'"
             id="a line's price",
         ),
         pytest.param(
+            [f"update invoice_line set discount_id = 99, discount_share = 0.5 where {ONE_LINE}"],
+            {"invoice_line"},
+            id="a line's discount",
+        ),
+        pytest.param(
             [f"update invoice set due_cents = due_cents + 1 where {ONE_INVOICE}"],
             {"invoice"},
             id="what is due",

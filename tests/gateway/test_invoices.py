@@ -113,7 +113,7 @@ async def test_the_sdk_and_the_command(
     assert len(table) == 2
     number = table[1].split()[0]
     shown = await run(rig.tenant, "show", number)
-    assert shown.splitlines()[2].split()[-3:] == ["1,000,000", "0.03", "0.03"]
+    assert shown.splitlines()[2].split()[-4:] == ["1,000,000", "0.03", "-", "0.03"]
     assert ["due", "0.03"] in [line.split() for line in shown.splitlines()]
     path = tmp_path / "invoice.html"
     await run(rig.tenant, "show", number, "--html", str(path))

@@ -219,6 +219,7 @@ NOTHING_TO_GUESS = {
     ("GET", f"{River}/credit"),
     ("GET", f"{River}/credit/entries"),
     ("GET", f"{River}/budgets"),
+    ("GET", f"{River}/audit"),
 }
 
 # Routes for administrators alone, who see all tenants.
@@ -255,6 +256,10 @@ ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
     ),
     ("PUT", f"{River}/budgets"): _call(
         "PUT", f"{River}/budgets", {"key_id": "<key_id>", "monthly_budget_nano_usd": 1}
+    ),
+    ("PATCH", f"{River}/keys/{{key_id:str}}"): _call("PATCH", River + "/keys/{key_id}", {}),
+    ("POST", f"{River}/keys/{{key_id:str}}/rotate"): _call(
+        "POST", River + "/keys/{key_id}/rotate", {}
     ),
     ("DELETE", f"{River}/keys/{{key_id:str}}"): _call("DELETE", River + "/keys/{key_id}"),
 }

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 from click.testing import CliRunner
-from support.gateway import Rig, eventually, running_rig
+from support.gateway import Rig, error_of, eventually, running_rig
 
 from river_client import wire
 from river_client.cli import river
@@ -107,7 +108,8 @@ async def test_both_prefixes_are_one_key(database: Counting) -> None:
     for other in (f"tml-{key.secret}", "tml-" + as_tinker_s, as_tinker_s.removeprefix("tml-")):
         with pytest.raises(UnauthenticatedError):
             await keys.authenticate(f"Bearer {other}")
-    keys.forget(await revoke_key(database, key.key_id))
+    await revoke_key(database, key.key_id)
+    keys.forget(AccountChanged(key_id=key.key_id))
     with pytest.raises(UnauthenticatedError):
         await keys.authenticate(None, as_tinker_s)
 
@@ -218,6 +220,139 @@ async def test_the_command_writes_keys_as_tinker_wants_them(rig: Rig) -> None:
         for secret in (f"tml-{random}", f"rv-{random}"):
             headers = {"authorization": f"Bearer {secret}"}
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+
+# ---- Changed and rotated ---------------------------------------------------------------------------------------------
+
+
+async def _opens(rig: Rig, secret: str) -> bool:
+    """Whether a secret is a key's at the moment."""
+    headers = {"authorization": f"Bearer {secret}"}
+    async with httpx.AsyncClient(base_url=rig.url, headers=headers) as client:
+        status = (await client.get("/v1/models")).status_code
+    assert status in (200, 401)
+    return status == 200
+
+
+async def _rotate(rig: Rig, grace_s: int, **headers: str) -> wire.ApiKey:
+    """Rotates the tenant's key."""
+    answer = await rig.admin.post(
+        f"/keys/{rig.tenant.key_id}/rotate", wire.RotateKey(grace_s=grace_s), headers=headers
+    )
+    assert answer.status_code == 200, answer.text
+    return msgspec.json.decode(answer.content, type=wire.ApiKey)
+
+
+async def test_a_rotated_key_goes_on_until_its_grace_is_over(rig: Rig) -> None:
+    """Both secrets are one key with one set of limits until the old one ends; with none it ends at once."""
+    first = rig.tenant.secret
+    assert await _opens(rig, first)
+    key = await _rotate(rig, 1)
+    assert key.secret is not None
+    assert key.secret.startswith(key.prefix)
+    assert key.previous_until is not None
+    assert await _opens(rig, first)
+    assert await _opens(rig, key.secret)
+    old, new = [
+        await rig.services.keys.authenticate(f"Bearer {secret}") for secret in (first, key.secret)
+    ]
+    assert old.key_id == new.key_id == rig.tenant.key_id
+    await asyncio.sleep(1.1)
+    assert not await _opens(rig, first)
+    assert await _opens(rig, key.secret)
+    at_once = await _rotate(rig, 0)
+    assert at_once.previous_until is None
+    assert not await _opens(rig, key.secret)
+    assert await _opens(rig, at_once.secret or "")
+
+
+async def test_a_rotation_that_is_sent_again_is_one(rig: Rig) -> None:
+    """When the answer was lost the old secret still goes on for its grace, and the secret nobody saw does not."""
+    first = rig.tenant.secret
+    lost = await _rotate(rig, 60, **{"idempotency-key": "one"})
+    seen = await _rotate(rig, 60, **{"idempotency-key": "one"})
+    assert seen.previous_until == lost.previous_until
+    assert not await _opens(rig, lost.secret or "")
+    assert await _opens(rig, seen.secret or "")
+    assert await _opens(rig, first)
+    other = await _rotate(rig, 60, **{"idempotency-key": "two"})
+    assert await _opens(rig, other.secret or "")
+    assert await _opens(rig, seen.secret or "")
+    assert not await _opens(rig, first)
+
+
+async def test_a_revoked_key_ends_with_both_secrets(rig: Rig) -> None:
+    """Neither the new nor the old one opens anything, and there is nothing left to rotate."""
+    key = await _rotate(rig, 60)
+    path = f"/river/v1/keys/{rig.tenant.key_id}"
+    assert (await rig.admin.http.delete(path)).status_code == 204
+    assert not await _opens(rig, rig.tenant.secret)
+    assert not await _opens(rig, key.secret or "")
+    assert (await rig.admin.http.post(f"{path}/rotate", json={})).status_code == 404
+    for grace_s in (-1, 7 * 86_400 + 1):
+        refused = await rig.admin.http.post(f"{path}/rotate", json={"grace_s": grace_s})
+        assert (refused.status_code, error_of(refused).param) == (422, "grace_s")
+
+
+async def test_a_key_is_changed_with_the_next_request(rig: Rig) -> None:
+    """Scopes and expiry count at once; what is not given stays, and what is wrong changes nothing."""
+    path = f"/river/v1/keys/{rig.tenant.key_id}"
+    changed = await rig.admin.http.patch(path, json={"scopes": ["infer"], "name": "app"})
+    assert (changed.json()["scopes"], changed.json()["name"]) == (["infer"], "app")
+    assert (await rig.tenant.get("/learning")).status_code == 403
+    assert await _opens(rig, rig.tenant.secret)
+    for body, param in (
+        ({"scopes": ["infer", "root"]}, "scopes[1]"),
+        ({"expires_at": "tomorrow"}, "expires_at"),
+        ({"name": ""}, "name"),
+    ):
+        refused = await rig.admin.http.patch(path, json=body)
+        assert (refused.status_code, error_of(refused).param) == (422, param)
+    await rig.admin.http.patch(path, json={"expires_at": "2020-01-01T00:00:00Z"})
+    assert not await _opens(rig, rig.tenant.secret)
+    again = await rig.admin.http.patch(path, json={"expires_at": None})
+    assert again.json().get("expires_at") is None
+    assert (again.json()["scopes"], again.json()["name"]) == (["infer"], "app")
+    assert await _opens(rig, rig.tenant.secret)
+
+
+async def test_when_a_key_was_last_used_is_known(rig: Rig) -> None:
+    """A key that nobody has used has no time, one that was has it, and a refused one leaves it as it was."""
+
+    async def last_used() -> str | None:
+        keys = (await rig.admin.get("/keys", tenant="tenant")).json()["keys"]
+        return keys[0].get("last_used_at")
+
+    assert await last_used() is None
+    assert await _opens(rig, rig.tenant.secret)
+    used_at = await last_used()
+    assert used_at is not None
+    await rig.services.pool.execute(
+        "update api_key set last_used_at = now() - interval '1 hour' where key_id = $1",
+        rig.tenant.key_id,
+    )
+    await rig.admin.http.delete(f"/river/v1/keys/{rig.tenant.key_id}")
+    assert not await _opens(rig, rig.tenant.secret)
+    assert (await last_used() or "") < used_at
+
+
+async def test_the_command_changes_and_rotates(rig: Rig) -> None:
+    """`river keys change` and `river keys rotate`, whose secret then opens the gateway."""
+    environment = {"RIVER_BASE_URL": rig.url, "RIVER_API_KEY": rig.admin.secret}
+
+    async def invoke(*arguments: str, code: int = 0) -> str:
+        done = await asyncio.to_thread(CliRunner().invoke, river, arguments, env=environment)
+        assert done.exit_code == code, done.output
+        return done.output.strip()
+
+    key_id = rig.tenant.key_id
+    said = await invoke("keys", "change", key_id, "--scope", "infer", "--never-expires")
+    assert said == "default: infer, never ends."
+    secret = await invoke("keys", "rotate", key_id, "--grace", "1h", "--tinker")
+    assert secret.startswith("tml-")
+    assert await _opens(rig, secret)
+    assert await _opens(rig, rig.tenant.secret)
+    await invoke("keys", "rotate", key_id, "--grace", "soon", code=2)
 
 
 # ---- Between gateways ------------------------------------------------------------------------------------------------

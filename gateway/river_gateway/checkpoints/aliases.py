@@ -19,14 +19,16 @@ from river_gateway.limits import (
     ALIAS_WEIGHT_MAX,
     PAGE_ROWS_MAX,
 )
+from river_gateway.tenancy import audit
 from river_gateway.training import validation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from river_billing.database import Connection
-    from river_gateway.database import Database, Pool, Row
+    from river_gateway.database import Database, Row
     from river_gateway.services import Services
+    from river_gateway.tenancy.audit import Actor
 
 _CURRENT = """
 select a.name, a.version, a.updated_at, v.targets
@@ -115,7 +117,7 @@ async def history(database: Database, *, name: str, tenant_id: str) -> list[wire
 
 
 async def point(
-    services: Services, *, tenant_id: str, name: str, asked: wire.PutAlias
+    services: Services, *, tenant_id: str, name: str, asked: wire.PutAlias, by: Actor
 ) -> wire.Alias:
     """Points a name at a base model, a checkpoint or a run's live version, or shares its requests among several.
 
@@ -129,17 +131,20 @@ async def point(
         raise ConflictError(f"{name!r} is the name of a base model", param="name")
     targets = targets_of(asked)
     await check_targets(services, targets, tenant_id)
-    alias = await put(services.pool, tenant_id=tenant_id, name=name, targets=targets)
+    async with audit.recorded(services.pool, by, "aliases.put") as line:
+        alias = await put(line.connection, tenant_id=tenant_id, name=name, targets=targets)
+        details = {"targets": targets, "version": alias.version}
+        line.about(name, tenant_id=tenant_id, details=details)
     await services.names.changed(tenant_id, name)
     return alias
 
 
 async def put(
-    pool: Pool, *, tenant_id: str, name: str, targets: Sequence[wire.AliasTarget]
+    connection: Connection, *, tenant_id: str, name: str, targets: Sequence[wire.AliasTarget]
 ) -> wire.Alias:
     """Points a name at targets, new or anew; the same again is a no-op, so that a repeated request is none too many."""
     wanted = msgspec.json.encode(targets).decode()
-    async with pool.acquire() as connection, connection.transaction():
+    async with connection.transaction():
         before = await connection.fetchval(_LOCK, tenant_id, name)
         current = await connection.fetchrow(_FIND, tenant_id, name)
         if current is None or _targets(current) != list(targets):
@@ -158,7 +163,7 @@ async def _add_version(
 
 
 async def roll_back(
-    services: Services, *, tenant_id: str, name: str, version: int | None = None
+    services: Services, *, tenant_id: str, name: str, version: int | None = None, by: Actor
 ) -> wire.Alias:
     """Points a name at what it pointed at before; `version` is the one to be left, else the one in force.
 
@@ -178,25 +183,31 @@ async def roll_back(
         raise ConflictError(
             f"{name!r} cannot go back to version {row['version']}: {error.message}", param="name"
         ) from None
-    await services.pool.execute(_ROLL_BACK, tenant_id, name, row["version"], row["now"])
+    async with audit.recorded(services.pool, by, "aliases.rollback") as line:
+        await line.connection.execute(_ROLL_BACK, tenant_id, name, row["version"], row["now"])
+        current = await get(line.connection, name=name, tenant_id=tenant_id)
+        if current.version != row["version"]:
+            raise ConflictError(
+                f"{name!r} is at version {current.version}, not {row['now']}; look again",
+                param="version",
+            )
+        details = {"from_version": row["now"], "to_version": row["version"]}
+        line.about(name, tenant_id=tenant_id, details=details)
     await services.names.changed(tenant_id, name)
-    current = await get(services.pool, name=name, tenant_id=tenant_id)
-    if current.version != row["version"]:
-        raise ConflictError(
-            f"{name!r} is at version {current.version}, not {row['now']}; look again",
-            param="version",
-        )
     return current
 
 
-async def delete(database: Database, *, tenant_id: str, name: str) -> None:
+async def delete(services: Services, *, tenant_id: str, name: str, by: Actor) -> None:
     """Removes an alias with its history.
 
     Raises:
         NotFoundError: there is none of that name.
     """
-    if await database.fetchval(_DELETE, tenant_id, name) is None:
-        raise _no_alias(name)
+    async with audit.recorded(services.pool, by, "aliases.delete") as line:
+        if await line.connection.fetchval(_DELETE, tenant_id, name) is None:
+            raise _no_alias(name)
+        line.about(name, tenant_id=tenant_id)
+    await services.names.changed(tenant_id, name)
 
 
 # ---- Targets ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from river_client import wire
 from river_gateway.checkpoints import aliases
 from river_gateway.codec import WireRequest, reply
 from river_gateway.services import services_of
+from river_gateway.tenancy.audit import actor_of
 from river_gateway.tenancy.auth import principal_of, requires
 
 _EITHER = [requires("train", "infer")]
@@ -45,7 +46,11 @@ async def get_alias_history(request: WireRequest, name: str) -> Response[wire.Pa
 async def put_alias(request: WireRequest, name: str, data: wire.PutAlias) -> Response[wire.Alias]:
     """Points a name at a base model, a checkpoint or a run's live version, or shares its requests among several."""
     alias = await aliases.point(
-        services_of(request), tenant_id=principal_of(request).tenant_id, name=name, asked=data
+        services_of(request),
+        tenant_id=principal_of(request).tenant_id,
+        name=name,
+        asked=data,
+        by=actor_of(request),
     )
     return reply(request, alias)
 
@@ -59,7 +64,10 @@ async def roll_back_alias(
     With `version`, that to be left, a request that is sent again goes back once only.
     """
     services, tenant_id = services_of(request), principal_of(request).tenant_id
-    alias = await aliases.roll_back(services, tenant_id=tenant_id, name=name, version=version)
+    by = actor_of(request)
+    alias = await aliases.roll_back(
+        services, tenant_id=tenant_id, name=name, version=version, by=by
+    )
     return reply(request, alias)
 
 
@@ -67,8 +75,7 @@ async def roll_back_alias(
 async def delete_alias(request: WireRequest, name: str) -> None:
     """Removes an alias and its history; what it pointed at stays."""
     services, tenant_id = services_of(request), principal_of(request).tenant_id
-    await aliases.delete(services.pool, tenant_id=tenant_id, name=name)
-    await services.names.changed(tenant_id, name)
+    await aliases.delete(services, tenant_id=tenant_id, name=name, by=actor_of(request))
 
 
 ALIAS_HANDLERS: list[Any] = [

@@ -23,6 +23,7 @@ from river_gateway.checkpoints.removal import remove_checkpoint
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
 from river_gateway.services import Services, services_of
+from river_gateway.tenancy.audit import actor_of
 from river_gateway.tenancy.auth import principal_of, requires
 
 _EITHER = [requires("train", "infer")]
@@ -50,6 +51,7 @@ async def delete_checkpoint(request: WireRequest, path: str) -> None:
         path=path,
         tenant_id=principal_of(request).tenant_id,
         log_ids=context_of(request.scope).log_ids(),
+        by=actor_of(request),
     )
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from litestar import Request, Response, get, post
 from litestar.response import ServerSentEvent
 
+from river_client import wire
 from river_gateway.dashboard.pages import Page, follow, redirect, show
-from river_gateway.dashboard.viewer import PATH, checked_form, viewer_of
+from river_gateway.dashboard.viewer import PATH, actor_of, checked_form, viewer_of
 from river_gateway.services import services_of
-from river_gateway.tenancy import accounts
+from river_gateway.tenancy import accounts, administration
 from river_gateway.tenancy.auth import SCOPES, check_scopes
 
 if TYPE_CHECKING:
-    from river_client.wire import ApiKey
     from river_gateway.dashboard.viewer import Viewer
 
 _KEYS_PAGE = Page("keys.html")
@@ -37,31 +37,31 @@ async def create_key(request: Request[Any, Any, Any]) -> Response[str]:
     """Makes a key; the page that answers is the only one that ever shows it."""
     viewer, form = await _admin_form(request)
     fields = await request.form()
-    made = await accounts.create_key(
-        services_of(request).pool,
+    asked = wire.CreateKey(
         tenant=form.get("tenant", ""),
         name=form.get("name", ""),
         scopes=[str(scope) for scope in fields.getall("scopes", [])],
         expires_at=f"{form['expires_on']}T00:00:00+00:00" if form.get("expires_on") else None,
     )
+    made = await administration.create_key(services_of(request), actor_of(request, viewer), asked)
     return await _show_keys(request, viewer, made=made, status=HTTPStatus.CREATED)
 
 
 @post("/keys/revoke", include_in_schema=False, status_code=HTTPStatus.OK)
 async def revoke_key(request: Request[Any, Any, Any]) -> Response[Any]:
     """Ends a key, at once on every gateway."""
-    _, form = await _admin_form(request)
-    services = services_of(request)
-    changed = await accounts.revoke_key(services.pool, form.get("key_id", ""))
-    await accounts.announce(services, changed)
+    viewer, form = await _admin_form(request)
+    by = actor_of(request, viewer)
+    await administration.revoke_key(services_of(request), by, form.get("key_id", ""))
     return redirect(_KEYS_PATH)
 
 
 @post("/tenants", include_in_schema=False, status_code=HTTPStatus.OK)
 async def create_tenant(request: Request[Any, Any, Any]) -> Response[Any]:
     """Makes a tenant."""
-    _, form = await _admin_form(request)
-    await accounts.create_tenant(services_of(request).pool, form.get("name", "").strip())
+    viewer, form = await _admin_form(request)
+    asked = wire.CreateTenant(name=form.get("name", "").strip())
+    await administration.create_tenant(services_of(request), actor_of(request, viewer), asked)
     return redirect(_KEYS_PATH)
 
 
@@ -69,7 +69,7 @@ async def _show_keys(
     request: Request[Any, Any, Any],
     viewer: Viewer,
     *,
-    made: ApiKey | None = None,
+    made: wire.ApiKey | None = None,
     status: int = HTTPStatus.OK,
 ) -> Response[str]:
     pool = services_of(request).pool

@@ -17,7 +17,7 @@ from river_gateway.checkpoints.removal import remove_checkpoint
 from river_gateway.context import context_of
 from river_gateway.dashboard import checkpoints
 from river_gateway.dashboard.pages import Page, follow, redirect, show
-from river_gateway.dashboard.viewer import PATH, checked_form, viewer_of
+from river_gateway.dashboard.viewer import PATH, actor_of, checked_form, viewer_of
 from river_gateway.errors import InvalidFieldError
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import check_scopes
@@ -127,6 +127,7 @@ async def promote(request: Request[Any, Any, Any]) -> Response[Any]:
         tenant_id=found.tenant_id,
         name=form.get("alias", "").strip(),
         asked=wire.PutAlias(target=found.path),
+        by=actor_of(request, viewer),
     )
     return redirect(f"{_ONE_PATH}?path={quote(found.path)}")
 
@@ -144,6 +145,7 @@ async def roll_back(request: Request[Any, Any, Any]) -> Response[Any]:
         tenant_id=_tenant_named(viewer, form),
         name=form.get("alias", ""),
         version=int(version),
+        by=actor_of(request, viewer),
     )
     return redirect(_LIST_PATH)
 
@@ -164,6 +166,7 @@ async def delete(request: Request[Any, Any, Any]) -> Response[Any]:
         path=found.path,
         tenant_id=found.tenant_id,
         log_ids=context_of(request.scope).log_ids(),
+        by=actor_of(request, viewer),
     )
     return redirect(_LIST_PATH)
 

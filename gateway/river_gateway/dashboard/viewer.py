@@ -17,12 +17,14 @@ from litestar.datastructures import Cookie
 from river_gateway.context import context_of
 from river_gateway.errors import PermissionDeniedError, UnauthenticatedError
 from river_gateway.services import services_of
+from river_gateway.tenancy.audit import actor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from litestar import Request
 
+    from river_gateway.tenancy.audit import Actor
     from river_gateway.tenancy.auth import Principal
 
 COOKIE = "river_key"
@@ -44,6 +46,11 @@ class Viewer:
     def is_admin(self) -> bool:
         """Whether the key may see and change what belongs to others."""
         return "admin" in self.principal.scopes
+
+
+def actor_of(request: Request[Any, Any, Any], viewer: Viewer) -> Actor:
+    """The viewer, as the audit log names it."""
+    return actor(viewer.principal, context_of(request.scope).request_id, "dashboard")
 
 
 async def viewer_of(request: Request[Any, Any, Any]) -> Viewer:

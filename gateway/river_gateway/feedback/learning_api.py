@@ -14,6 +14,7 @@ from river_gateway.codec import WireRequest, reply
 from river_gateway.errors import ConflictError, NotFoundError
 from river_gateway.feedback import learning, rewards
 from river_gateway.services import Services, services_of
+from river_gateway.tenancy import audit
 from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.training import operations, validation
 
@@ -25,23 +26,25 @@ async def start_learning(
     request: WireRequest, run_id: str, data: StartLearning
 ) -> Response[LearningState]:
     """Tells a run to train on the feedback on a model name until it is stopped; the same again is a no-op."""
-    services, principal = services_of(request), principal_of(request)
+    services, principal, by = services_of(request), principal_of(request), audit.actor_of(request)
     tenant_id = principal.tenant_id
     run = await services.runs.current(run_id, tenant_id)
     await _check(services, run, data, tenant_id)
     seq = await operations.next_seq(services, run)
     if data.publish == "live":
         follow = wire.PutAlias(target=f"{catalog.SCHEME}{run_id}")
-        await aliases.point(services, tenant_id=tenant_id, name=data.alias, asked=follow)
-    state = await learning.start(
-        services.pool,
-        run_id=run_id,
-        tenant_id=tenant_id,
-        key_id=principal.key_id,
-        settings=data,
-        seq=seq,
-        step=run.step,
-    )
+        await aliases.point(services, tenant_id=tenant_id, name=data.alias, asked=follow, by=by)
+    async with audit.recorded(services.pool, by, "learning.start") as line:
+        state = await learning.start(
+            line.connection,
+            run_id=run_id,
+            tenant_id=tenant_id,
+            key_id=principal.key_id,
+            settings=data,
+            seq=seq,
+            step=run.step,
+        )
+        line.about(run_id, tenant_id=tenant_id, details=data)
     await services.names.changed(tenant_id, learning.name_of(run_id))
     services.learning_wake.set()
     return reply(request, state)
@@ -92,7 +95,9 @@ async def get_learning(request: WireRequest, run_id: str) -> Response[LearningSt
 async def stop_learning(request: WireRequest, run_id: str) -> Response[LearningState]:
     """Ends it once the batch at hand has been applied: `status` says whether it has been; again is a no-op."""
     services, tenant_id = services_of(request), principal_of(request).tenant_id
-    state = await learning.stop(services.pool, run_id=run_id, tenant_id=tenant_id)
+    async with audit.recorded(services.pool, audit.actor_of(request), "learning.stop") as line:
+        state = await learning.stop(line.connection, run_id=run_id, tenant_id=tenant_id)
+        line.about(run_id, tenant_id=tenant_id)
     await services.names.changed(tenant_id, learning.name_of(run_id))
     return reply(request, state)
 

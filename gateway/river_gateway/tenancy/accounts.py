@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 
 from river_client import feedback_wire
-from river_client.wire import ApiKey, ChangeLimits, Limits, Tenant
+from river_client.wire import ApiKey, ChangeKey, ChangeLimits, Limits, Tenant
 from river_gateway.bus import BusError
 from river_gateway.database import NameTakenError
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError
 from river_gateway.ids import new_id
 from river_gateway.limits import (
     COMPLETIONS_KEPT_MAX_S,
+    KEY_GRACE_MAX_S,
     LIMIT_MAX,
     NAME_MAX_CHARS,
     PAGE_ROWS_MAX,
@@ -53,14 +54,32 @@ _LIST_KEYS = """
 select * from api_key where $1::text is null or tenant_id = $1 order by created_at, key_id limit $2
 """
 _REVOKE_KEY = """
-update api_key set revoked_at = coalesce(revoked_at, now()) where key_id = $1 returning key_id
+update api_key set revoked_at = coalesce(revoked_at, now()) where key_id = $1 returning *
+"""
+# Of the secrets before, the last one alone goes on. A request that is sent again replaces the secret whose answer was
+# lost: what goes on is then still what was in use before.
+_ROTATE_KEY = """
+update api_key set
+  secret_hash = $2, prefix = $3, rotated_at = now(), rotation_key = $5,
+  previous_hash = case when rotation_key = $5 then previous_hash when $4 > 0 then secret_hash end,
+  previous_until = case
+    when rotation_key = $5 then previous_until when $4 > 0 then now() + make_interval(secs => $4::integer)
+  end
+where key_id = $1 and revoked_at is null returning *
+"""
+_CHANGE_KEY = """
+update api_key set
+  name = case when $2 then $3 else name end,
+  scopes = case when $4 then $5::text[] else scopes end,
+  expires_at = case when $6 then $7 else expires_at end
+where key_id = $1 returning *
 """
 _CHANGED_LIMITS = """
   requests_per_minute = case when $2 then $3 else requests_per_minute end,
   tokens_per_minute = case when $4 then $5 else tokens_per_minute end,
   concurrent_requests = case when $6 then $7 else concurrent_requests end
 """
-_CHANGE_KEY = f"update api_key set {_CHANGED_LIMITS} where key_id = $1 returning *"  # noqa: S608 - constants
+_LIMIT_KEY = f"update api_key set {_CHANGED_LIMITS} where key_id = $1 returning *"  # noqa: S608 - constants
 _CHANGE_TENANT = f"""
 update tenant set {_CHANGED_LIMITS} where tenant_id = $1 or name = $1 returning *
 """  # noqa: S608 - constants
@@ -132,14 +151,10 @@ async def create_key(
             offset.
     """
     _check_name(name, "name")
-    for index, scope in enumerate(scopes):
-        if scope not in SCOPES:
-            raise InvalidFieldError(
-                f"{scope!r} is not a scope; there are {', '.join(SCOPES)}", param=f"scopes[{index}]"
-            )
+    _check_scopes(scopes)
     expires = parse_time(expires_at, "expires_at") if expires_at is not None else None
     tenant_id = await find_tenant(database, tenant)
-    secret = KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+    secret = _new_secret()
     row = await database.fetchrow(
         _INSERT_KEY,
         new_id("key"),
@@ -161,15 +176,70 @@ async def list_keys(database: Database, tenant: str | None) -> list[ApiKey]:
     return [_api_key(row) for row in await database.fetch(_LIST_KEYS, tenant_id, PAGE_ROWS_MAX)]
 
 
-async def revoke_key(database: Database, key_id: str) -> AccountChanged:
-    """Ends a key; doing it again changes nothing.
+async def revoke_key(database: Database, key_id: str) -> ApiKey:
+    """Ends a key, with both of its secrets; doing it again changes nothing.
 
     Raises:
         NotFoundError: there is no such key.
     """
-    if await database.fetchval(_REVOKE_KEY, key_id) is None:
-        raise NotFoundError(f"there is no key {key_id!r}", param="key_id")
-    return AccountChanged(key_id=key_id)
+    row = await database.fetchrow(_REVOKE_KEY, key_id)
+    if row is None:
+        raise _no_key(key_id)
+    return _api_key(row)
+
+
+async def rotate_key(
+    database: Database, key_id: str, grace_s: int, *, identity: str | None = None
+) -> ApiKey:
+    """Gives a key a new secret, which the answer has; for `grace_s` the one before goes on, and no other.
+
+    It stays one key: limits, budget and usage are of both secrets together. The same `identity` again is the same
+    rotation with another secret.
+
+    Raises:
+        NotFoundError: there is no such key, or it is revoked.
+        InvalidFieldError: the grace period is none.
+    """
+    if not 0 <= grace_s <= KEY_GRACE_MAX_S:
+        raise InvalidFieldError(
+            f"grace_s: {grace_s}, must be 0 to {KEY_GRACE_MAX_S}", param="grace_s"
+        )
+    secret = _new_secret()
+    row = await database.fetchrow(
+        _ROTATE_KEY, key_id, hash_secret(secret), secret[:_SHOWN_CHARS], grace_s, identity
+    )
+    if row is None:
+        raise NotFoundError(f"there is no key {key_id!r} that is not revoked", param="key_id")
+    return _api_key(row, secret=secret)
+
+
+async def change_key(database: Database, key_id: str, change: ChangeKey) -> ApiKey:
+    """Changes what is given of a key's name, scopes and expiry; None ends an expiry.
+
+    Raises:
+        NotFoundError: there is no such key.
+        InvalidFieldError: a name, scope or time is none.
+    """
+    name = None if change.name is msgspec.UNSET else change.name
+    scopes = None if change.scopes is msgspec.UNSET else change.scopes
+    expires = None if change.expires_at is msgspec.UNSET else change.expires_at
+    if name is not None:
+        _check_name(name, "name")
+    if scopes is not None:
+        _check_scopes(scopes)
+    row = await database.fetchrow(
+        _CHANGE_KEY,
+        key_id,
+        name is not None,
+        name,
+        scopes is not None,
+        sorted(set(scopes or ())),
+        change.expires_at is not msgspec.UNSET,
+        None if expires is None else parse_time(expires, "expires_at"),
+    )
+    if row is None:
+        raise _no_key(key_id)
+    return _api_key(row)
 
 
 async def change_key_limits(database: Database, key_id: str, change: ChangeLimits) -> ApiKey:
@@ -179,9 +249,9 @@ async def change_key_limits(database: Database, key_id: str, change: ChangeLimit
         NotFoundError: there is no such key.
         InvalidFieldError: a limit is out of range.
     """
-    row = await database.fetchrow(_CHANGE_KEY, key_id, *_changed_columns(change))
+    row = await database.fetchrow(_LIMIT_KEY, key_id, *_changed_columns(change))
     if row is None:
-        raise NotFoundError(f"there is no key {key_id!r}", param="key_id")
+        raise _no_key(key_id)
     return _api_key(row)
 
 
@@ -232,6 +302,22 @@ def parse_time(text: str, param: str) -> dt.datetime:
     if time_.tzinfo is None:
         raise InvalidFieldError(f"{param}: {text!r} has no offset from UTC", param=param)
     return time_
+
+
+def _new_secret() -> str:
+    return KEY_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+
+
+def _no_key(key_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no key {key_id!r}", param="key_id")
+
+
+def _check_scopes(scopes: Sequence[str]) -> None:
+    for index, scope in enumerate(scopes):
+        if scope not in SCOPES:
+            raise InvalidFieldError(
+                f"{scope!r} is not a scope; there are {', '.join(SCOPES)}", param=f"scopes[{index}]"
+            )
 
 
 def _check_name(name: str, param: str) -> None:
@@ -288,6 +374,9 @@ def _api_key(row: Row, *, secret: str | None = None) -> ApiKey:
         created_at=row["created_at"].isoformat(),
         expires_at=iso("expires_at"),
         revoked_at=iso("revoked_at"),
+        rotated_at=iso("rotated_at"),
+        previous_until=iso("previous_until"),
+        last_used_at=iso("last_used_at"),
         limits=limits_of(row),
         secret=secret,
     )

@@ -21,6 +21,7 @@ from river_gateway.limits import (
     KEY_CACHE_STALE_MAX_S,
     KEY_MAX_CHARS,
     KEY_RETRY_S,
+    KEY_USE_NOTED_S,
 )
 from river_gateway.lru import Lru
 from river_gateway.tenancy.messages import AccountChanged
@@ -45,9 +46,12 @@ _PRINCIPAL = "river_principal"
 
 # ---- Authentication --------------------------------------------------------------------------------------------------
 
+# A secret that was replaced ends when its grace is over, if not with the key.
 _KEYS = """
 select
-  key_id, tenant_id, scopes, expires_at, revoked_at,
+  key_id, tenant_id, scopes, revoked_at,
+  case when {replaced} then least(expires_at, previous_until) else expires_at end as expires_at,
+  revoked_at is null and (last_used_at is null or last_used_at < now() - make_interval(secs => {noted_s})) as unnoted,
   api_key.requests_per_minute, api_key.tokens_per_minute, api_key.concurrent_requests,
   tenant.requests_per_minute as tenant_requests_per_minute,
   tenant.tokens_per_minute as tenant_tokens_per_minute,
@@ -56,8 +60,16 @@ select
     or api_key.monthly_budget_nano_usd is not null as bounded
 from api_key join tenant using (tenant_id)
 """
-_FIND_KEY = _KEYS + "where secret_hash = $1"
-_FIND_KEY_BY_ID = _KEYS + "where key_id = $1"
+_FIND_KEY = (
+    _KEYS.format(replaced="secret_hash <> $1", noted_s=KEY_USE_NOTED_S)
+    + "where secret_hash = $1 or previous_hash = $1"
+)
+_FIND_KEY_BY_ID = _KEYS.format(replaced="false", noted_s=KEY_USE_NOTED_S) + "where key_id = $1"
+# Never waits: whoever has the row is changing the key, or notes the same.
+_NOTE_USE = """
+update api_key set last_used_at = now()
+where key_id = (select key_id from api_key where key_id = $1 for no key update skip locked)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +194,8 @@ class KeyCache:
         changes = self._changes
         try:
             row = await self._database.fetchrow(_FIND_KEY, secret_hash)
+            if row is not None and row["unnoted"]:
+                await self._database.execute(_NOTE_USE, row["key_id"])
         except POSTGRES_AWAY:
             entry = self._entries.get(secret_hash)
             now = time.monotonic()

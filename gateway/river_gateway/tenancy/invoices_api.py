@@ -11,13 +11,14 @@ from typing import Any, Literal
 from litestar import Response, get, post
 
 from river_billing import invoices, limits
-from river_billing.errors import ClosingError, UnknownAccountError
+from river_billing.errors import ClosingError
 from river_billing.invoice_page import CONTENT_SECURITY_POLICY, invoice_page
 from river_client import invoice_wire as wire
 from river_gateway.codec import WireRequest, reply
 from river_gateway.errors import ConflictError, InvalidFieldError, NotFoundError
 from river_gateway.services import Services, services_of
-from river_gateway.tenancy.accounts import find_tenant
+from river_gateway.tenancy import money
+from river_gateway.tenancy.audit import actor_of
 from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.tenancy.usage_api import tenant_asked
 
@@ -105,21 +106,7 @@ def printable(invoice: wire.Invoice) -> Response[str]:
 @post("/invoices", guards=_ADMIN, status_code=HTTPStatus.OK)
 async def close_invoices(request: WireRequest, data: wire.CloseInvoices) -> Response[wire.Invoices]:
     """Closes a tenant's invoices up to that of a month; again answers with that of the month."""
-    services = services_of(request)
-    try:
-        month = invoices.parse_month(data.month)
-    except ClosingError as error:
-        raise InvalidFieldError(str(error), param="month") from None
-    tenant_id = await find_tenant(services.pool, data.tenant)
-    async with services.pool.acquire() as connection:
-        try:
-            closed = await invoices.close_invoices(
-                connection, tenant_id, month, actor=principal_of(request).key_id
-            )
-        except ClosingError as error:
-            raise ConflictError(str(error), param="month") from None
-        except UnknownAccountError as error:
-            raise NotFoundError(str(error), param="tenant") from None
+    closed = await money.close_invoices(services_of(request), actor_of(request), data)
     return reply(request, wire.Invoices(invoices=closed))
 
 

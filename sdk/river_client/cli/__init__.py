@@ -10,7 +10,17 @@ from importlib.metadata import entry_points
 
 import click
 
-from river_client.cli import accounts, aliases, credit, invoices, learning, prices, usage, work
+from river_client.cli import (
+    accounts,
+    aliases,
+    audit,
+    credit,
+    invoices,
+    learning,
+    prices,
+    usage,
+    work,
+)
 from river_client.exceptions import RiverError
 
 ENTRY_POINT_GROUP = "river.commands"
@@ -22,7 +32,7 @@ def river() -> None:
     """Train open models into your own, serve them, and look after both."""
 
 
-for module in (work, aliases, learning, accounts, usage, credit, invoices, prices):
+for module in (work, aliases, learning, accounts, usage, credit, invoices, prices, audit):
     for command in module.COMMANDS:
         river.add_command(command)
 

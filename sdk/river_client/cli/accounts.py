@@ -42,11 +42,26 @@ class LimitType(click.ParamType[int | UnsetType | None]):
         return limit
 
 
+class SpanType(click.ParamType[int]):
+    """A length of time such as `12h`, in seconds."""
+
+    name = "time"
+    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """What was typed, in seconds."""
+        if isinstance(value, int):
+            return value
+        number, unit = value[:-1], value[-1:]
+        if not number.isdecimal() or unit not in self._UNITS:
+            self.fail(f"{value!r} is no time such as `30d` or `12h`", param, ctx)
+        return int(number) * self._UNITS[unit]
+
+
 class KeptType(click.ParamType[int | UnsetType | None]):
     """A time such as `30d`, `off` for none at all, or `default` for the server's own; in seconds."""
 
     name = "time|off|default"
-    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -56,10 +71,7 @@ class KeptType(click.ParamType[int | UnsetType | None]):
             return UNSET
         if value in ("off", "default"):
             return 0 if value == "off" else None
-        number, unit = value[:-1], value[-1:]
-        if not number.isdecimal() or unit not in self._UNITS:
-            self.fail(f"{value!r} is no time such as `30d`, `12h`, `off` or `default`", param, ctx)
-        return int(number) * self._UNITS[unit]
+        return SpanType().convert(value, param, ctx)
 
 
 def limit_options(command: Command) -> Command:
@@ -236,6 +248,60 @@ def create_key(
         key = client.admin.create_key(
             tenant, name=name, scopes=scopes, expires_at=expires_at, limits=_new_limits(limits)
         )
+    _show_secret(key, tinker=tinker, as_json=as_json)
+
+
+@keys.command("change")
+@click.argument("key_id")
+@click.option("--name", help="What it is called.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["infer", "train", "admin"]),
+    help="All that it is to have.",
+)
+@click.option("--expires", type=TIME, help="When it ends (local time).")
+@click.option("--never-expires", is_flag=True, help="It does not end by itself.")
+@json_option
+def change_key(
+    key_id: str,
+    name: str | None,
+    scopes: tuple[str, ...],
+    expires: datetime | None,
+    never_expires: bool,
+    as_json: bool,
+) -> None:
+    """Change name, scopes or expiry of a key; what is left out stays."""
+    if expires is not None and never_expires:
+        raise click.UsageError("give --expires or --never-expires")
+    at = None if expires is None else expires.astimezone().isoformat()
+    change = wire.ChangeKey(
+        name=UNSET if name is None else name,
+        scopes=[*scopes] if scopes else UNSET,
+        expires_at=at if at is not None or never_expires else UNSET,
+    )
+    with Client() as client:
+        key = client.admin.change_key(key_id, change)
+    ends = "never ends" if key.expires_at is None else f"ends {moment(key.expires_at)}"
+    say(key, f"{key.name}: {', '.join(key.scopes)}, {ends}.", as_json=as_json)
+
+
+@keys.command("rotate")
+@click.argument("key_id")
+@click.option(
+    "--grace",
+    type=SpanType(),
+    default="0s",
+    show_default=True,
+    help="How long the old secret goes on beside the new one, such as `12h`; up to `7d`.",
+)
+@tinker_option
+@json_option
+def rotate_key(key_id: str, grace: int, tinker: bool, as_json: bool) -> None:
+    """Give a key a new secret, which is shown this once."""
+    with Client() as client:
+        key = client.admin.rotate_key(key_id, grace_s=grace)
     _show_secret(key, tinker=tinker, as_json=as_json)
 
 

@@ -114,6 +114,7 @@ def _text(invoice: Invoice) -> str:
             "-" if line.tier is None else str(line.tier),
             f"{line.quantity:,}",
             line.price or "-",
+            "-" if line.discount_percent is None else f"-{line.discount_percent}%",
             signed(line.amount_nano_usd),
         )
         for line in invoice.lines
@@ -125,7 +126,7 @@ def _text(invoice: Invoice) -> str:
         ("due", _cents(invoice.due_cents)),
         ("credit left", signed(invoice.credit_after_nano_usd)),
     ]
-    columns = ("MONTH", "MODEL", "KIND", "TIER", "QUANTITY", "PRICE", "USD")
+    columns = ("MONTH", "MODEL", "KIND", "TIER", "QUANTITY", "PRICE", "DISCOUNT", "USD")
     return "\n".join(
         [
             f"{title}, {invoice.month}, {invoice.tenant_name} ({invoice.tenant})",

@@ -1,0 +1,403 @@
+"""The audit log: every route that changes something leaves its line, which nobody can change and only some may read."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import httpx
+import msgspec
+import pytest
+from click.testing import CliRunner
+from litestar.routes import HTTPRoute
+from support.billing import make_event
+from support.dashboard import Window, signed_in
+from support.gateway import Rig, error_of
+from support.stand_ins import BASE
+
+from river_billing.recorder import record_events
+from river_client import wire
+from river_client.audit_wire import AuditEntry, AuditPage
+from river_client.cli import river
+from river_gateway.app import create_litestar
+from river_gateway.limits import AUDIT_DETAILS_MAX_BYTES
+from river_gateway.tenancy import audit
+
+API = "/river/v1"
+
+
+@dataclass(frozen=True)
+class World:
+    """A gateway in use: what its tenant has, and an admin's window on the dashboard."""
+
+    rig: Rig
+    window: Window
+    run_id: str
+    paths: list[str]
+
+    async def spare_key(self) -> str:
+        """The id of another key of the tenant."""
+        asked = wire.CreateKey(tenant=self.rig.tenant.tenant_id, name="spare")
+        return (await self.rig.admin.post("/keys", asked)).json()["key_id"]
+
+    async def point(self, name: str) -> None:
+        """An alias with a version to go back to, if there is none of that name."""
+        if (await self.rig.tenant.get(f"/aliases/{name}")).status_code == 200:
+            return
+        for target in (BASE, self.paths[0]):
+            await self.rig.tenant.http.put(f"{API}/aliases/{name}", json={"target": target})
+
+
+Act = Callable[[World], Awaitable[httpx.Response]]
+
+
+def _by_admin(method: str, path: str, body: object = None) -> Act:
+    """A request of the admin's about the tenant, whose names are filled in."""
+
+    async def act(world: World) -> httpx.Response:
+        text = json.dumps(body).replace("<tenant>", world.rig.tenant.tenant_id)
+        url = API + path.replace("<tenant>", world.rig.tenant.tenant_id)
+        if "<key>" in url + text:
+            key_id = await world.spare_key()
+            url, text = url.replace("<key>", key_id), text.replace("<key>", key_id)
+        content = b"" if body is None else text.encode()
+        return await world.rig.admin.http.request(method, url, content=content)
+
+    return act
+
+
+def _by_tenant(method: str, path: str, body: object = None) -> Act:
+    """A request of the tenant's about its own run, alias or checkpoint."""
+
+    async def act(world: World) -> httpx.Response:
+        await world.point("mine")
+        path_filled = path.replace("<run>", world.run_id).replace("<path>", world.paths[-1])
+        content = b"" if body is None else json.dumps(body).encode()
+        return await world.rig.tenant.http.request(method, API + path_filled, content=content)
+
+    return act
+
+
+def _on_page(page: str, **fields: str) -> Act:
+    """A form of the dashboard, sent by an admin."""
+
+    async def act(world: World) -> httpx.Response:
+        await world.point("shown")
+        fills = {"<tenant>": world.rig.tenant.tenant_id, "<path>": world.paths[0]}
+        if "<key>" in fields.values():
+            fills["<key>"] = await world.spare_key()
+        form = {name: fills.get(value, value) for name, value in fields.items()}
+        return await world.window.send(page, **form)
+
+    return act
+
+
+async def _close_a_month(world: World) -> httpx.Response:
+    tenant_id = world.rig.tenant.tenant_id
+    async with world.rig.services.pool.acquire() as connection:
+        used_at = datetime(2024, 10, 20, tzinfo=UTC).timestamp()
+        event = make_event(1, tenant_id=tenant_id, occurred_at=used_at, prompt=5)
+        await record_events(connection, [event])
+    return await world.rig.admin.http.post(
+        f"{API}/invoices", json={"tenant": tenant_id, "month": "2024-10"}
+    )
+
+
+_PRICE = {"model": "m", "context_length": 1, "kind": "prompt", "usd_per_million": "1"}
+_CREDIT = {"tenant": "<tenant>", "amount_nano_usd": 5, "reference": "x"}
+_BUDGET = {"tenant": "<tenant>", "monthly_budget_nano_usd": 10**15}
+_LEARN = {"alias": "taught", "adam": {"lr": 0.1}}
+
+# (method, route) -> how it is used, and the action that the log then has. In this order: the last ones destroy.
+ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
+    ("POST", f"{API}/tenants"): (_by_admin("POST", "/tenants", {"name": "new"}), "tenants.create"),
+    ("PATCH", f"{API}/tenants/{{tenant:str}}/limits"): (
+        _by_admin("PATCH", "/tenants/<tenant>/limits", {"requests_per_minute": 10**6}),
+        "tenants.limits",
+    ),
+    ("PATCH", f"{API}/tenants/{{tenant:str}}/retention"): (
+        _by_admin("PATCH", "/tenants/<tenant>/retention", {"completions_kept_s": 60}),
+        "tenants.retention",
+    ),
+    ("POST", f"{API}/keys"): (_by_admin("POST", "/keys", {"tenant": "<tenant>"}), "keys.create"),
+    ("PATCH", f"{API}/keys/{{key_id:str}}"): (
+        _by_admin("PATCH", "/keys/<key>", {"scopes": ["infer"]}),
+        "keys.change",
+    ),
+    ("PATCH", f"{API}/keys/{{key_id:str}}/limits"): (
+        _by_admin("PATCH", "/keys/<key>/limits", {"concurrent_requests": 3}),
+        "keys.limits",
+    ),
+    ("POST", f"{API}/keys/{{key_id:str}}/rotate"): (
+        _by_admin("POST", "/keys/<key>/rotate", {"grace_s": 60}),
+        "keys.rotate",
+    ),
+    ("DELETE", f"{API}/keys/{{key_id:str}}"): (_by_admin("DELETE", "/keys/<key>"), "keys.revoke"),
+    ("PUT", f"{API}/prices"): (_by_admin("PUT", "/prices", _PRICE), "prices.set"),
+    ("PUT", f"{API}/discounts"): (
+        _by_admin("PUT", "/discounts", {"tenant": "<tenant>", "percent": "5"}),
+        "discounts.set",
+    ),
+    ("POST", f"{API}/credit"): (_by_admin("POST", "/credit", _CREDIT), "credit.add"),
+    ("PUT", f"{API}/credit/billing"): (
+        _by_admin("PUT", "/credit/billing", {"tenant": "<tenant>", "billing": "postpaid"}),
+        "credit.billing",
+    ),
+    ("PUT", f"{API}/budgets"): (_by_admin("PUT", "/budgets", _BUDGET), "budgets.set"),
+    ("POST", f"{API}/invoices"): (_close_a_month, "invoices.close"),
+    ("PUT", f"{API}/aliases/{{name:str}}"): (
+        _by_tenant("PUT", "/aliases/other", {"target": BASE}),
+        "aliases.put",
+    ),
+    ("POST", f"{API}/aliases/{{name:str}}/rollback"): (
+        _by_tenant("POST", "/aliases/mine/rollback"),
+        "aliases.rollback",
+    ),
+    ("DELETE", f"{API}/aliases/{{name:str}}"): (
+        _by_tenant("DELETE", "/aliases/mine"),
+        "aliases.delete",
+    ),
+    ("PUT", f"{API}/runs/{{run_id:str}}/learning"): (
+        _by_tenant("PUT", "/runs/<run>/learning", _LEARN),
+        "learning.start",
+    ),
+    ("DELETE", f"{API}/runs/{{run_id:str}}/learning"): (
+        _by_tenant("DELETE", "/runs/<run>/learning"),
+        "learning.stop",
+    ),
+    ("DELETE", f"{API}/checkpoints"): (
+        _by_tenant("DELETE", "/checkpoints?path=<path>"),
+        "checkpoints.delete",
+    ),
+    ("POST", "/admin/keys"): (
+        _on_page("/keys", tenant="<tenant>", name="k", scopes="infer"),
+        "keys.create",
+    ),
+    ("POST", "/admin/keys/revoke"): (_on_page("/keys/revoke", key_id="<key>"), "keys.revoke"),
+    ("POST", "/admin/tenants"): (_on_page("/tenants", name="shown"), "tenants.create"),
+    ("POST", "/admin/checkpoint/promote"): (
+        _on_page("/checkpoint/promote", path="<path>", alias="best"),
+        "aliases.put",
+    ),
+    ("POST", "/admin/aliases/roll-back"): (
+        _on_page("/aliases/roll-back", tenant="<tenant>", alias="shown", version="2"),
+        "aliases.rollback",
+    ),
+    ("POST", "/admin/checkpoint/delete"): (
+        _on_page("/checkpoint/delete", path="<path>", confirmation="first"),
+        "checkpoints.delete",
+    ),
+}
+
+# What trains, samples and signs in: work and its results, which the catalog, the journal and the ledger have.
+WORK = {
+    ("POST", f"{API}/sessions"),
+    ("POST", f"{API}/sessions/{{session_id:str}}/heartbeat"),
+    ("DELETE", f"{API}/sessions/{{session_id:str}}"),
+    ("POST", f"{API}/runs"),
+    ("POST", f"{API}/runs/{{run_id:str}}/metrics"),
+    ("POST", f"{API}/runs/{{run_id:str}}/operations"),
+    ("POST", f"{API}/sample"),
+    ("POST", f"{API}/feedback"),
+    ("POST", f"{API}/feedback/batches"),
+    ("POST", f"{API}/feedback/batches/{{batch_id:str}}/ack"),
+    ("POST", f"{API}/checkpoints/import"),
+    ("POST", "/admin/chat"),
+    ("POST", "/admin/sign-in"),
+    ("POST", "/admin/sign-out"),
+}
+
+
+def _changing_routes(rig: Rig) -> set[tuple[str, str]]:
+    return {
+        (method, route.path)
+        for route in create_litestar(rig.services).routes
+        if isinstance(route, HTTPRoute) and route.path.startswith((API, "/admin"))
+        for method in route.methods
+        if method in ("POST", "PUT", "PATCH", "DELETE")
+    }
+
+
+async def _log(rig: Rig, **asked: Any) -> list[AuditEntry]:
+    answer = await rig.admin.get("/audit", **asked)
+    assert answer.status_code == 200, answer.text
+    return msgspec.json.decode(answer.content, type=AuditPage).entries
+
+
+async def test_every_route_that_changes_something_leaves_a_line(rig: Rig) -> None:
+    """Each is used once and has then its line, with who, whom, what and which request; a new route fails this test."""
+    assert _changing_routes(rig) == {*ACTIONS, *WORK}
+    run = await rig.tenant.new_run()
+    saved = [
+        await rig.tenant.save(run.run_id, seq, name)
+        for seq, name in enumerate(("first", "last"), 1)
+    ]
+    async with signed_in(rig, rig.admin) as window:
+        world = World(rig, window, run.run_id, [one.path for one in saved])
+        for (method, route), (act, action) in ACTIONS.items():
+            answer = await act(world)
+            assert answer.status_code < 400, (method, route, answer.text)
+            request_id = answer.headers["x-request-id"]
+            lines = [one for one in await _log(rig) if one.request_id == request_id]
+            # Learning lets its alias follow the run as well.
+            (entry,) = [one for one in lines if one.action == action] or [None]
+            assert entry is not None, (method, route, lines)
+            on_page = route.startswith("/admin")
+            by_admin = on_page or answer.request.headers["authorization"].endswith(rig.admin.secret)
+            who = rig.admin if by_admin else rig.tenant
+            assert (entry.key_id, entry.key_tenant, entry.key_name) == (
+                who.key_id,
+                who.tenant_id,
+                "default",
+            )
+            assert entry.through == ("dashboard" if on_page else "api")
+            assert entry.subject
+            if action not in ("prices.set", "tenants.create"):
+                assert (entry.tenant, entry.tenant_name) == (rig.tenant.tenant_id, "tenant")
+
+
+async def test_no_line_has_a_secret(rig: Rig) -> None:
+    """The secrets of a new and a rotated key are in no line, nor what they are stored as."""
+    asked = wire.CreateKey(tenant=rig.tenant.tenant_id)
+    made = (await rig.admin.post("/keys", asked)).json()
+    rotated = await rig.admin.post(f"/keys/{made['key_id']}/rotate", wire.RotateKey(grace_s=9))
+    log = msgspec.json.encode(await _log(rig)).decode()
+    assert made["key_id"] in log
+    for secret in (made["secret"], rotated.json()["secret"]):
+        assert secret not in log
+        assert secret[3:] not in log
+
+
+async def test_what_is_refused_leaves_no_line(rig: Rig) -> None:
+    """An action and its line are one transaction: what was wrong, unknown, taken or not allowed is in no line."""
+    admin, tenant_id = rig.admin.http, rig.tenant.tenant_id
+    refused = [
+        await admin.post(f"{API}/tenants", json={"name": "tenant"}),
+        await admin.post(f"{API}/keys", json={"tenant": "nobody"}),
+        await admin.delete(f"{API}/keys/key_0"),
+        await admin.post(f"{API}/keys/key_0/rotate", json={}),
+        await admin.put(f"{API}/prices", json=_PRICE | {"usd_per_million": "-1"}),
+        await admin.put(f"{API}/discounts", json={"tenant": tenant_id, "percent": "0.0000001"}),
+        await admin.post(
+            f"{API}/credit", json=_CREDIT | {"tenant": tenant_id, "amount_nano_usd": 0}
+        ),
+        await admin.post(f"{API}/invoices", json={"tenant": tenant_id, "month": "2999-01"}),
+        await rig.tenant.http.post(f"{API}/tenants", json={"name": "mine"}),
+        await rig.tenant.http.put(f"{API}/aliases/x", json={"target": "river://run_0"}),
+        await rig.tenant.http.post(f"{API}/aliases/x/rollback"),
+        await rig.tenant.http.delete(f"{API}/checkpoints?path=river://run_0/weights/x"),
+    ]
+    assert all(answer.status_code >= 400 for answer in refused)
+    assert await _log(rig) == []
+
+
+async def test_the_log_cannot_be_changed(rig: Rig, postgres_url: str) -> None:
+    """Postgres refuses to change, delete or empty lines, whoever asks."""
+    await rig.admin.post("/tenants", wire.CreateTenant(name="new"))
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        for statement in (
+            "update audit_log set action = 'keys.create'",
+            "delete from audit_log",
+            "truncate audit_log",
+        ):
+            with pytest.raises(asyncpg.RestrictViolationError):
+                await connection.execute(statement)
+    finally:
+        await connection.close()
+    assert len(await _log(rig)) == 1
+
+
+async def test_a_tenant_reads_what_concerns_it(rig: Rig) -> None:
+    """Its own lines, an admin's actions on it among them; not another's, nor by a key that may only infer."""
+    for who in (rig.tenant, rig.stranger):
+        await rig.admin.post("/keys", wire.CreateKey(tenant=who.tenant_id, name="fresh"))
+    await rig.tenant.http.put(f"{API}/aliases/mine", json={"target": BASE})
+    entries = (await rig.tenant.get("/audit")).json()["entries"]
+    assert [(one["action"], one["key_id"]) for one in entries] == [
+        ("aliases.put", rig.tenant.key_id),
+        ("keys.create", rig.admin.key_id),
+    ]
+    assert (await rig.tenant.get("/audit", tenant=rig.tenant.tenant_id)).json()[
+        "entries"
+    ] == entries
+    for other in (rig.stranger.tenant_id, "*", "stranger"):
+        assert (await rig.tenant.get("/audit", tenant=other)).status_code == 403
+    asked = wire.CreateKey(tenant=rig.tenant.tenant_id, scopes=["infer"])
+    secret = (await rig.admin.post("/keys", asked)).json()["secret"]
+    headers = {"authorization": f"Bearer {secret}"}
+    assert (await rig.tenant.http.get(f"{API}/audit", headers=headers)).status_code == 403
+
+
+async def test_lines_are_found(rig: Rig) -> None:
+    """By day, action, noun and tenant; pages follow each other without a gap, and CSV has all of them."""
+    for number in range(5):
+        await rig.admin.post("/keys", wire.CreateKey(tenant="tenant", name=f"=key {number}"))
+    await rig.admin.post("/tenants", wire.CreateTenant(name="third"))
+    today = datetime.now(UTC).date()
+    assert len(await _log(rig, day=today.isoformat())) == 6
+    assert await _log(rig, day=(today - timedelta(days=1)).isoformat()) == []
+    assert len(await _log(rig, action="keys.create")) == 5
+    assert len(await _log(rig, action="keys", tenant="tenant")) == 5
+    assert await _log(rig, action="key") == []
+    assert [one.tenant_name for one in await _log(rig, tenant="third")] == ["third"]
+    every = await _log(rig)
+    pages, before = [], {}
+    while page := await _log(rig, limit=4, **before):
+        pages += page
+        before = {"before": page[-1].entry_id}
+    assert pages == every
+    answer = await rig.admin.get("/audit", action="keys", format="csv")
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    assert [int(row["entry_id"]) for row in rows] == [one.entry_id for one in every[1:]]
+    assert json.loads(rows[0]["details"])["name"] == "=key 4"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"day": "yesterday"}, "day"),
+        ({"day": "9999-12-31"}, "day"),
+        ({"limit": 0}, "limit"),
+        ({"limit": 1001}, "limit"),
+        ({"before": -1}, "before"),
+        ({"before": 2**63}, "before"),
+    ],
+    ids=str,
+)
+async def test_what_cannot_be_asked(rig: Rig, asked: dict[str, Any], param: str) -> None:
+    """422 that names the field."""
+    answer = await rig.admin.get("/audit", **asked)
+    assert answer.status_code == 422, answer.text
+    assert error_of(answer).param == param
+
+
+async def test_long_details_are_left_out(rig: Rig) -> None:
+    """Details too long to keep say how long they were, and a name that is a secret's is never kept."""
+    by = audit.Actor(rig.admin.key_id, rig.admin.tenant_id, "request", "api")
+    for details in ({"text": "x" * AUDIT_DETAILS_MAX_BYTES}, {"secret": "rv-x", "name": "n"}):
+        await audit.write(
+            rig.services.pool, by, "keys.create", subject="k", tenant_id=None, details=details
+        )
+    kept, too_long = await _log(rig)
+    assert kept.details == {"name": "n"}
+    assert too_long.details == {"left_out_bytes": AUDIT_DETAILS_MAX_BYTES + len('{"text":""}')}
+
+
+async def test_the_command_shows_the_log(rig: Rig) -> None:
+    """`river audit` has a line for each action, for people and as JSON."""
+    await rig.admin.post("/tenants", wire.CreateTenant(name="new"))
+    environment = {"RIVER_BASE_URL": rig.url, "RIVER_API_KEY": rig.admin.secret}
+    for arguments in (["audit"], ["audit", "--json", "--action", "tenants", "--limit", "5"]):
+        done = await asyncio.to_thread(CliRunner().invoke, river, arguments, env=environment)
+        assert done.exit_code == 0, done.output
+        assert "tenants.create" in done.output
+    (entry,) = json.loads(done.output)
+    assert entry["details"] == {"name": "new"}

@@ -24,6 +24,7 @@ ERRORS: dict[int, str] = {
     403: "The key may not do this.",
     404: "Unknown, or another tenant's.",
     409: "It conflicts with what is there.",
+    410: "It was there, and is kept no longer.",
     413: "The body is too large.",
     422: "A field is wrong: `param` names it.",
     429: "A limit is reached, or all engines are full: try again after `retry-after`.",

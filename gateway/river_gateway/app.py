@@ -20,6 +20,7 @@ from river_gateway.dashboard.app import dashboard_router
 from river_gateway.dashboard.pages import LiveStreams
 from river_gateway.database import POSTGRES_AWAY
 from river_gateway.described import DescribedPlugin
+from river_gateway.dialects.tinker.app import tinker_router
 from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
 from river_gateway.feedback.learning_api import LEARNING_HANDLERS
@@ -85,7 +86,15 @@ def create_litestar(services: Services) -> Litestar:
         tags=["River"],
     )
     return Litestar(
-        route_handlers=[healthz, readyz, metrics, openai_router, river_router, dashboard_router],
+        route_handlers=[
+            healthz,
+            readyz,
+            metrics,
+            openai_router,
+            river_router,
+            tinker_router,
+            dashboard_router,
+        ],
         request_class=WireRequest,
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=BODY_MAX_BYTES,

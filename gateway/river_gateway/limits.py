@@ -220,6 +220,21 @@ LEARNING_RATE_MAX = 10.0
 SEED_MAX = 2**63 - 1
 CHECKPOINT_TTL_MAX_S = 10 * 365 * 24 * 3600
 
+# ---- The Tinker dialect ----------------------------------------------------------------------------------------------
+
+SPARSE_CELLS_MAX = 16 * 1024 * 1024
+"""Cells of all sparse arrays of a request, spread out: 64 MiB of them, as much as a body may have."""
+UNPACKED_MAX_BYTES = BODY_MAX_BYTES
+"""What a compressed body may hold."""
+ZSTD_WINDOW_MAX_BYTES = 32 * 1024 * 1024
+TINKER_POLL_S = 25.0
+"""How long a result is waited for before its client is told to ask again; it gives up after 45 s."""
+TINKER_INLINE_MAX_BYTES = 1024 * 1024
+"""A larger result is sent once its client has said that it has room for it."""
+SAMPLER_CACHE_ENTRIES_MAX = 10_000
+SNAPSHOT_TTL_S = 24 * 3600
+"""How long the weights of a sampling session without a name are kept."""
+
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 SAMPLE_PROMPTS_MAX = 1024

@@ -13,6 +13,7 @@ from river_gateway.bus import Bus, BusError
 from river_gateway.checkpoints.names import LiveVersions, Names
 from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
+from river_gateway.dialects.tinker.samplers import Samplers
 from river_gateway.engines.registry import Engines, Trainers
 from river_gateway.engines.upstream import Upstream
 from river_gateway.feedback.learner import Learner
@@ -57,6 +58,7 @@ class Services:
     quotas: Quotas
     credit: Credit
     runs: RunCache
+    samplers: Samplers
     names: Names
     completions: CompletionStore
     live: LiveVersions
@@ -116,6 +118,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         quotas=Quotas(),
         credit=Credit(pool),
         runs=RunCache(pool),
+        samplers=Samplers(pool),
         names=Names(pool, bus),
         completions=CompletionStore(pool, kept_s=settings.completions_kept_s),
         live=LiveVersions(bus),

@@ -124,6 +124,23 @@ async def sample(
     return Sampled(response, ticket.headers)
 
 
+async def check_credit(
+    services: Services, principal: Principal, asked: wire.SampleRequest, base_model: str
+) -> None:
+    """Makes sure that a request which will be worked on later can be paid for, as far as is known now.
+
+    Raises:
+        OutOfCreditError: it cannot.
+        UnavailableError: that cannot be known at the moment.
+    """
+    known = services.engines.last_of(base_model)
+    if known is None:
+        raise UnavailableError(f"no engine of {base_model!r} has registered yet; try again")
+    worst = _worst_case(asked, known.context_length)
+    with await services.credit.hold(principal, base_model, known.context_length, worst):
+        pass
+
+
 def _tokens_at_most(asked: wire.SampleRequest, context_length: int) -> int:
     """What a request may use, with a guess for prompts that are text."""
     if asked.prompt_token_ids is not None:

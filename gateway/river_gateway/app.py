@@ -33,6 +33,7 @@ from river_gateway.tenancy.credit_api import CREDIT_HANDLERS
 from river_gateway.tenancy.invoices_api import INVOICE_HANDLERS
 from river_gateway.tenancy.prices_api import PRICE_HANDLERS
 from river_gateway.tenancy.usage_api import USAGE_HANDLERS
+from river_gateway.training.samples_api import SAMPLES_HANDLERS
 from river_gateway.training.training_api import TRAINING_HANDLERS
 
 _TEXT = "text/plain; version=0.0.4"
@@ -71,6 +72,7 @@ def create_litestar(services: Services) -> Litestar:
         API_PREFIX,
         route_handlers=[
             *TRAINING_HANDLERS,
+            *SAMPLES_HANDLERS,
             *CATALOG_HANDLERS,
             *ALIAS_HANDLERS,
             *FEEDBACK_HANDLERS,

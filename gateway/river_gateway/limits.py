@@ -211,6 +211,17 @@ METRICS_MAX = 256
 METRIC_NAME_MAX_CHARS = 128
 TAGS_MAX = 64
 TAG_MAX_CHARS = 512
+LOGGED_GROUPS_MAX = 64
+"""Prompts that one request may log of a run's samples; more are dropped, and counted in the answer."""
+LOGGED_COMPLETIONS_MAX = 32
+"""Of one prompt; more are dropped likewise."""
+LOGGED_TEXT_MAX_CHARS = 8192
+"""Of a prompt or a completion; it is cut there, and says so."""
+LOGGED_PER_RUN_MAX = 5000
+"""Prompts that are kept of a run: the oldest make room for the newest, as they do above …"""
+LOGGED_PER_RUN_MAX_BYTES = 32 * 1024 * 1024
+"""… this size of all texts together."""
+LOGGED_PAGE_DEFAULT, LOGGED_PAGE_MAX = 20, 200
 
 # ---- Names and values ------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,12 @@ from river_client.feedback_wire import Feedback, FeedbackBatch
 from river_client.learning import Learning, LocalLearning
 from river_client.learning_wire import LearningState, StartLearning
 from river_client.results import ChatReply, Sample, SampleOptions, TopLogprobs, TrainingResult
+from river_client.samples_wire import (
+    LoggedCompletion,
+    SamplesLogged,
+    SamplesPage,
+    StoredGroup,
+)
 from river_client.usage_wire import UsageRow
 from river_client.wire import (
     AdamParams,
@@ -77,6 +83,7 @@ __all__ = [
     "Learning",
     "LearningState",
     "LocalLearning",
+    "LoggedCompletion",
     "LoraConfig",
     "Model",
     "NotFoundError",
@@ -91,9 +98,12 @@ __all__ = [
     "Run",
     "Sample",
     "SampleOptions",
+    "SamplesLogged",
+    "SamplesPage",
     "ServerError",
     "Session",
     "StartLearning",
+    "StoredGroup",
     "Tenant",
     "TimeoutError",
     "TopLogprob",

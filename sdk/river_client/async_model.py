@@ -15,6 +15,7 @@ from river_client.async_feedback import teaches
 from river_client.async_learning import AsyncLearning, AsyncLocalLearning
 from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
 from river_client.learning_wire import Baseline, LearningLoss, StartLearning
+from river_client.logged_samples import log_request
 from river_client.pending import AsyncPendingOp
 from river_client.progress import waiting
 from river_client.results import (
@@ -26,6 +27,7 @@ from river_client.results import (
     saved_checkpoint,
     training_result,
 )
+from river_client.samples_wire import SamplesLogged
 from river_client.submissions import Submissions
 from river_client.transport import Transport
 
@@ -314,6 +316,28 @@ class AsyncModel:
             metrics={name: float(value) for name, value in metrics.items()}, step=step
         )
         await self._transport.tell("POST", f"/runs/{self.run_id}/metrics", body=body)
+
+    async def log_samples(
+        self,
+        prompts: Sequence[str],
+        samples: Sequence[Sequence[Sample | str]],
+        rewards: Sequence[Sequence[SupportsFloat]] | None = None,
+        *,
+        step: int | None = None,
+    ) -> SamplesLogged:
+        """Keeps samples with the run, to be read on its page: a list of completions, and of rewards, for each prompt.
+
+        `step` absent means the one of the version that drew them. Too many or too long ones are dropped or cut, and the
+        oldest of the run make room: the answer counts them.
+
+        Raises:
+            InvalidRequestError: there are not as many of one as of the other, or a reward is not finite.
+        """
+        body = log_request(
+            prompts, samples, rewards, step=step, current_step=self._submissions.step
+        )
+        path = f"/runs/{self.run_id}/samples"
+        return await self._transport.call("POST", path, SamplesLogged, body=body)
 
     async def sample(
         self, prompts: str | Sequence[str] | None = None, **options: Unpack[SampleOptions]

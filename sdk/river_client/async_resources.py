@@ -13,6 +13,7 @@ import msgspec
 
 from river_client import exceptions, feedback_wire, limits, wire
 from river_client.progress import Bar, downloading, waiting
+from river_client.samples_wire import SamplesPage
 from river_client.transport import Transport
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,6 +37,31 @@ class AsyncRuns:
     async def get(self, run_id: str) -> wire.Run:
         """One run, as far as it has come."""
         return await self._transport.call("GET", f"/runs/{quote(run_id, safe='')}", wire.Run)
+
+    async def samples(
+        self,
+        run_id: str,
+        *,
+        step: int | None = None,
+        reward_min: float | None = None,
+        reward_max: float | None = None,
+        before: int | None = None,
+        limit: int | None = None,
+    ) -> SamplesPage:
+        """What `model.log_samples` has kept, newest first: of one step, or with a reward between two bounds.
+
+        The answer's `before` leads to the next page.
+        """
+        asked = {
+            "step": step,
+            "reward_min": reward_min,
+            "reward_max": reward_max,
+            "before": before,
+            "limit": limit,
+        }
+        params = {name: str(value) for name, value in asked.items() if value is not None}
+        path = f"/runs/{quote(run_id, safe='')}/samples"
+        return await self._transport.call("GET", path, SamplesPage, params=params)
 
 
 class AsyncCheckpoints:

@@ -78,6 +78,7 @@ class Model(Blocking):
     save_weights = blocking(AsyncModel.save_weights)
     load_weights = blocking(AsyncModel.load_weights)
     log = blocking(AsyncModel.log)
+    log_samples = blocking(AsyncModel.log_samples)
     sample = blocking(AsyncModel.sample)
 
     learn_from = handing(AsyncModel.learn_from, Learning)
@@ -150,6 +151,7 @@ class Runs(Blocking):
 
     list = blocking(AsyncRuns.list)
     get = blocking(AsyncRuns.get)
+    samples = blocking(AsyncRuns.samples)
 
 
 class Aliases(Blocking):

@@ -203,6 +203,7 @@ WORK = {
     ("DELETE", f"{API}/sessions/{{session_id:str}}"),
     ("POST", f"{API}/runs"),
     ("POST", f"{API}/runs/{{run_id:str}}/metrics"),
+    ("POST", f"{API}/runs/{{run_id:str}}/samples"),
     ("POST", f"{API}/runs/{{run_id:str}}/operations"),
     ("POST", f"{API}/sample"),
     ("POST", f"{API}/feedback"),

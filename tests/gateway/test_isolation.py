@@ -162,6 +162,12 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", f"{River}/runs/{{run_id:str}}/metrics"): _call(
         "POST", River + "/runs/{run_id}/metrics", {"metrics": {"a": 1}}
     ),
+    ("POST", f"{River}/runs/{{run_id:str}}/samples"): _call(
+        "POST",
+        River + "/runs/{run_id}/samples",
+        {"groups": [{"prompt": "x", "completions": []}]},
+    ),
+    ("GET", f"{River}/runs/{{run_id:str}}/samples"): _call("GET", River + "/runs/{run_id}/samples"),
     ("PUT", f"{River}/runs/{{run_id:str}}/learning"): _call(
         "PUT", River + "/runs/{run_id}/learning", {"alias": "theirs", "adam": {"lr": 0.1}}
     ),

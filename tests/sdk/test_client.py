@@ -21,6 +21,7 @@ import river_client as river
 from river_client import exceptions, limits, wire
 from river_client.arrays import pack, pack_data, unpack
 from river_client.cli import river as command
+from river_client.samples_wire import LoggedCompletion, LoggedGroup, LogSamples, SamplesLogged
 from river_client.settings import Login, login_path, save_login
 
 
@@ -57,6 +58,49 @@ def test_metrics_are_kept_with_the_run(model: river.Model, gateway: StubGateway)
     """Any number is a metric."""
     model.log({"reward": np.float32(0.5), "count": 3}, step=2)
     assert gateway.logged == [wire.LogMetrics(metrics={"reward": 0.5, "count": 3.0}, step=2)]
+
+
+def test_samples_are_kept_with_the_run(model: river.Model, gateway: StubGateway) -> None:
+    """What was sampled is logged at the step of the version that drew it, mere text at the model's, or as one says."""
+    groups = model.sample(prompts=["a", "b"], num_samples=2)
+    rewards = [[np.float32(0.5), 1], [0, -1.0]]
+    logged = model.log_samples(["a", "b"], groups, rewards)
+    assert logged == SamplesLogged(kept=2)
+    model.log_samples(["a"], [["x", "y"]])
+    model.log_samples(["a"], [["x"]], step=9)
+    first, text, later = gateway.logged_samples
+    assert first.step == 3
+    assert [one.reward for one in first.groups[0].completions] == [0.5, 1.0]
+    assert [one.text for one in first.groups[1].completions] == [one.text for one in groups[1]]
+    assert text == LogSamples(
+        groups=[
+            LoggedGroup(prompt="a", completions=[LoggedCompletion(text=text) for text in "xy"])
+        ],
+        step=0,
+    )
+    assert later.step == 9
+
+
+@pytest.mark.parametrize(
+    ("samples", "rewards", "param"),
+    [
+        ([["x"]], None, "samples"),
+        ([["x"], ["y"]], [[1.0]], "rewards"),
+        ([["x"], ["y"]], [[1.0], [1.0, 2.0]], "rewards[1]"),
+    ],
+)
+def test_samples_that_do_not_match_are_refused(
+    model: river.Model,
+    gateway: StubGateway,
+    samples: list[list[str]],
+    rewards: list[list[float]] | None,
+    param: str,
+) -> None:
+    """As many groups as prompts and as many rewards as completions, or nothing is logged."""
+    with pytest.raises(river.InvalidRequestError) as refused:
+        model.log_samples(["a", "b"], samples, rewards)
+    assert refused.value.param == param
+    assert gateway.logged_samples == []
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------------

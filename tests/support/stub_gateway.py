@@ -16,6 +16,7 @@ import numpy as np
 
 from river_client import wire
 from river_client.arrays import unpack
+from river_client.samples_wire import LogSamples, SamplesLogged
 
 KEY = "rv-good"
 RUN_ID = "run_1"
@@ -69,6 +70,7 @@ class StubGateway:
         self.result_due = threading.Event()
         self.sampled: list[wire.SampleRequest] = []
         self.logged: list[wire.LogMetrics] = []
+        self.logged_samples: list[LogSamples] = []
         self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
         self.cut_file_after_bytes: int | None = None
         self.garbled_downloads = 0
@@ -171,6 +173,9 @@ class StubGateway:
             case "POST", ["runs", _, "metrics"]:
                 self.logged.append(msgspec.msgpack.decode(body, type=wire.LogMetrics))
                 return None
+            case "POST", ["runs", _, "samples"]:
+                self.logged_samples.append(msgspec.msgpack.decode(body, type=LogSamples))
+                return SamplesLogged(kept=len(self.logged_samples[-1].groups))
             case "GET", ["operations", operation_id]:
                 return self._result(operation_id)
             case "POST", ["sample"]:

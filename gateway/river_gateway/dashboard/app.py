@@ -15,6 +15,7 @@ from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.run_pages import get_series, run_live, run_page, runs_live, runs_page
+from river_gateway.dashboard.sample_pages import SAMPLE_HANDLERS
 from river_gateway.dashboard.signing_in import SIGN_IN, sign_in, sign_in_page, sign_out
 from river_gateway.dashboard.static_files import get_static
 from river_gateway.dashboard.viewer import PATH, sign_out_cookie
@@ -46,6 +47,7 @@ dashboard_router = Router(
         run_page,
         run_live,
         get_series,
+        *SAMPLE_HANDLERS,
         *CHECKPOINT_HANDLERS,
         *CHAT_HANDLERS,
         *BILLING_HANDLERS,

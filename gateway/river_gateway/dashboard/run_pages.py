@@ -11,6 +11,7 @@ from river_gateway.dashboard import runs
 from river_gateway.dashboard.pages import Page, follow, show
 from river_gateway.dashboard.viewer import viewer_of
 from river_gateway.services import services_of
+from river_gateway.training import samples
 
 if TYPE_CHECKING:
     from river_gateway.dashboard.viewer import Viewer
@@ -97,4 +98,5 @@ async def _read_run(request: Request[Any, Any, Any], viewer: Viewer, run_id: str
         "run": run,
         "cost": await runs.run_cost(pool, run),
         "checkpoints": await runs.run_checkpoints(pool, run),
+        "sampled": await samples.summary(pool, run.run_id),
     }

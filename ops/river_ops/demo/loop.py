@@ -63,11 +63,12 @@ def train_step(
     groups = model.sample(
         prompts=prompts, num_samples=SAMPLES_PER_PROBLEM, max_tokens=MAX_TOKENS, stop=STOP
     )
+    all_rewards = [
+        [reward(sample.text, row.answer) for sample in samples]
+        for samples, row in zip(groups, rows, strict=True)
+    ]
     train_data: list[dict[str, Any]] = []
-    all_rewards: list[float] = []
-    for prompt, samples, row in zip(prompts, groups, rows, strict=True):
-        rewards = [reward(sample.text, row.answer) for sample in samples]
-        all_rewards += rewards
+    for prompt, samples, rewards in zip(prompts, groups, all_rewards, strict=True):
         baseline = sum(rewards) / len(rewards)
         if all(value == baseline for value in rewards):
             continue
@@ -77,7 +78,11 @@ def train_step(
     if train_data:
         model.forward_backward(data=train_data, loss_fn="importance_sampling")
         model.optim_step(lr=learning_rate)
-    return sum(all_rewards) / len(all_rewards)
+    mean_reward = sum(map(sum, all_rewards)) / sum(map(len, all_rewards))
+    # For whoever watches the run on the dashboard.
+    model.log({"reward": mean_reward})
+    model.log_samples(prompts, groups, all_rewards)
+    return mean_reward
 
 
 def datum(prompt_tokens: list[int], sample: river.Sample, advantage: float) -> dict[str, Any]:

@@ -40,8 +40,8 @@ where run_id = $1 and mode = $2 and name = $3 and deleted_at is null and created
 # One that arrives after its own replacement is written down as replaced already.
 _INSERT_CHECKPOINT = """
 insert into checkpoint (checkpoint_id, tenant_id, run_id, base_model, mode, name, step, location,
-                        size_bytes, created_at, expires_at, deleted_at)
-select $1, r.tenant_id, r.run_id, $3, $4, $5, $6, $7, $8, $9, $10,
+                        size_bytes, created_at, expires_at, user_metadata, deleted_at)
+select $1, r.tenant_id, r.run_id, $3, $4, $5, $6, $7, $8, $9, $10, $11::jsonb,
        (select c.created_at from checkpoint c
         where c.run_id = r.run_id and c.mode = $4 and c.name = $5 and c.deleted_at is null)
 from run r where r.run_id = $2
@@ -92,6 +92,7 @@ async def record_checkpoint(connection: Connection, event: CheckpointSaved) -> b
             event.size_bytes,
             created_at,
             expires_at,
+            json.dumps(event.user_metadata),
         )
     return True
 

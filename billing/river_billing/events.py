@@ -68,7 +68,7 @@ class RunAdvanced(Event, frozen=True, tag="run_advanced"):
 
 
 class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):
-    """`mode` is `training` or `inference`; saving under a name again replaces that checkpoint."""
+    """`mode` is `training`, `inference` or `external`; saving under a name again replaces that checkpoint."""
 
     checkpoint_id: str
     run_id: str
@@ -81,6 +81,7 @@ class CheckpointSaved(Event, frozen=True, tag="checkpoint_saved"):
     size_bytes: int
     created_at: float
     expires_at: float | None = None
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class TokensCounted(Event, frozen=True, tag="tokens_counted"):

@@ -222,6 +222,8 @@ LOGGED_PER_RUN_MAX = 5000
 LOGGED_PER_RUN_MAX_BYTES = 32 * 1024 * 1024
 """… this size of all texts together."""
 LOGGED_PAGE_DEFAULT, LOGGED_PAGE_MAX = 20, 200
+SESSION_SILENT_S = 600
+"""Whose client was not heard of for so long is taken to be gone."""
 
 # ---- Names and values ------------------------------------------------------------------------------------------------
 
@@ -230,6 +232,7 @@ ALPHA_MAX = 1e6
 LEARNING_RATE_MAX = 10.0
 SEED_MAX = 2**63 - 1
 CHECKPOINT_TTL_MAX_S = 10 * 365 * 24 * 3600
+AGE_RECIPIENTS_MAX = 16
 
 # ---- The Tinker dialect ----------------------------------------------------------------------------------------------
 

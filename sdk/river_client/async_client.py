@@ -348,11 +348,12 @@ class AsyncSession:
         lora: wire.LoraConfig | None = None,
         checkpoint: str | None = None,
         optimizer: bool = True,
+        user_metadata: dict[str, str] | None = None,
     ) -> AsyncModel:
         """A new adapter on a base model, fresh or from a checkpoint; returns when it can be trained.
 
         Without `lora` it has the checkpoint's shape. `optimizer=False` leaves the checkpoint's optimizer out: those
-        saved for inference and imported ones have none.
+        saved for inference and imported ones have none. `user_metadata` is kept with the run.
 
         Raises:
             NotFoundError: there is no such base model or checkpoint.
@@ -364,6 +365,7 @@ class AsyncSession:
             lora=lora,
             checkpoint=checkpoint,
             optimizer=optimizer,
+            user_metadata=user_metadata or {},
         )
         run = await self._transport.call("POST", "/runs", wire.Run, body=body)
         created = AsyncPendingOp(self._transport, f"{run.run_id}-0", training_result)

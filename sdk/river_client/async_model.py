@@ -277,12 +277,27 @@ class AsyncModel:
         mode: wire.SaveMode = "training",
         *,
         ttl: float | timedelta | None = None,
+        overwrite: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        age_recipients: Sequence[str] = (),
     ) -> wire.Checkpoint:
         """Stores the weights under a name, replacing what had it; `ttl` (seconds) is how long to keep them.
 
-        `training` keeps the optimizer too, `inference` only what is needed to serve.
+        `training` keeps the optimizer too, `inference` only what is needed to serve. `external` is for use elsewhere:
+        its files may be encrypted for `age_recipients` (X25519, `age1…`), and `checkpoints.signed_urls` hands them out.
+        `user_metadata` is kept with it.
+
+        Raises:
+            InvalidRequestError: a field is wrong, or the name is taken and `overwrite` false.
         """
-        pending = await self.submit_save_weights(name, mode, ttl=ttl)
+        pending = await self.submit_save_weights(
+            name,
+            mode,
+            ttl=ttl,
+            overwrite=overwrite,
+            user_metadata=user_metadata,
+            age_recipients=age_recipients,
+        )
         return await pending.result()
 
     async def submit_save_weights(
@@ -291,11 +306,19 @@ class AsyncModel:
         mode: wire.SaveMode = "training",
         *,
         ttl: float | timedelta | None = None,
+        overwrite: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        age_recipients: Sequence[str] = (),
     ) -> AsyncPendingOp[wire.Checkpoint]:
         """`save_weights`, without waiting."""
         ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         operation = wire.SaveWeights(
-            name=name, mode=mode, ttl_s=None if ttl_s is None else round(ttl_s)
+            name=name,
+            mode=mode,
+            ttl_s=None if ttl_s is None else round(ttl_s),
+            overwrite=overwrite,
+            user_metadata=user_metadata or {},
+            age_recipients=list(age_recipients),
         )
         return await self._submit(operation, saved_checkpoint)
 

@@ -126,18 +126,23 @@ class Session(Blocking):
         lora: wire.LoraConfig | None = None,
         checkpoint: str | None = None,
         optimizer: bool = True,
+        user_metadata: dict[str, str] | None = None,
     ) -> Model:
         """A new adapter on a base model, fresh or from a checkpoint; returns when it can be trained.
 
         Without `lora` it has the checkpoint's shape. `optimizer=False` leaves the checkpoint's optimizer out: those
-        saved for inference and imported ones have none.
+        saved for inference and imported ones have none. `user_metadata` is kept with the run.
 
         Raises:
             NotFoundError: there is no such base model or checkpoint.
             InvalidRequestError: the shape is not possible here, or not the checkpoint's.
         """
         twin = self._twin.create_model(
-            base_model, lora=lora, checkpoint=checkpoint, optimizer=optimizer
+            base_model,
+            lora=lora,
+            checkpoint=checkpoint,
+            optimizer=optimizer,
+            user_metadata=user_metadata,
         )
         return Model(self._portal, self._portal.run(twin))
 

@@ -30,7 +30,7 @@ NANO_USD_PER_USD = 10**9
 LossName = Literal[
     "cross_entropy", "importance_sampling", "ppo", "cispo", "echo_cispo", "dro", "gspo", "dpo"
 ]
-SaveMode = Literal["training", "inference"]
+SaveMode = Literal["training", "inference", "external"]
 
 
 ExpertLayout = Literal["shared_outer", "per_expert"]
@@ -81,6 +81,7 @@ class CreateRun(Wire, frozen=True):
     """`checkpoint` is the path of one to start from, with its optimizer unless `optimizer` is false.
 
     Its LoRA shape must equal `lora`; absent, `lora` is the checkpoint's, or without a checkpoint the default.
+    `user_metadata` is the user's own, and kept as it is.
     """
 
     session_id: str
@@ -88,6 +89,7 @@ class CreateRun(Wire, frozen=True):
     lora: LoraConfig | None = None
     checkpoint: str | None = None
     optimizer: bool = True
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class Run(Wire, frozen=True):
@@ -105,6 +107,7 @@ class Run(Wire, frozen=True):
     tags: dict[str, str] = field(default_factory=dict[str, str])
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     lost: str | None = None
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
 # ---- Operations ------------------------------------------------------------------------------------------------------
@@ -164,11 +167,16 @@ class SaveWeights(Operation, frozen=True, tag="save_weights"):
     """Keeps a checkpoint under `name`.
 
     `training` keeps weights and optimizer at `weights/<name>`, `inference` the weights at `sampler_weights/<name>`.
+    `external` keeps them at `external_weights/<name>` for use elsewhere: each file encrypted, as age does it, for the
+    X25519 keys in `age_recipients`, if there are any. Without `overwrite`, a name that is taken is a conflict.
     """
 
     name: str
     mode: SaveMode = "training"
     ttl_s: int | None = None
+    overwrite: bool = True
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
+    age_recipients: list[str] = field(default_factory=list[str])
 
 
 class LoadWeights(Operation, frozen=True, tag="load_weights"):
@@ -247,6 +255,8 @@ class Checkpoint(Wire, frozen=True):
     size_bytes: int
     created_at: str
     expires_at: str | None = None
+    public: bool = False
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class CheckpointFile(Wire, frozen=True):

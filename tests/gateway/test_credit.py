@@ -299,6 +299,8 @@ async def test_holds_are_of_discounted_prices(pool: Pool) -> None:
         imported=False,
         lost=None,
         tags={},
+        user_metadata={},
+        model_seq_id=None,
     )
     await credit.hold_operation(cheap, run, 1, training_tokens=8)
     async with pool.acquire() as connection:

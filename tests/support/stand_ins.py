@@ -37,6 +37,7 @@ from river_engine.protocol import (
     TopLogprobs,
 )
 from river_trainer import journal
+from river_trainer.encryption import encrypted
 from river_trainer.protocol import (
     CreateRun,
     Forward,
@@ -395,6 +396,8 @@ class StandInTrainer:
         files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(100))}
         store = FileSets(self._store_url)
         folder = f"checkpoints/{task.checkpoint_id}"
+        if task.age_recipients:
+            files = encrypted(files, task.age_recipients)
         store.write(folder, files, {})
         return CheckpointSaved(
             checkpoint_id=task.checkpoint_id,
@@ -408,4 +411,5 @@ class StandInTrainer:
             size_bytes=102,
             created_at=time.time(),
             expires_at=None if task.ttl_s is None else time.time() + task.ttl_s,
+            user_metadata=task.user_metadata,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import numpy as np
+import pyrage
 import pytest
 import torch
 from support.training import (
@@ -38,10 +40,11 @@ from river_trainer.protocol import (
 )
 from river_trainer.runs import Run
 from river_trainer.snapshots import Snapshots
-from river_trainer.store import FileSets
+from river_trainer.store import FileSets, read_location
 from river_trainer.versions import Versions
 
 Maker = Callable[..., Workbench]
+AGE: Any = cast("Any", pyrage)  # It has no types.
 
 
 def state_of(executor: Workbench, run_id: str) -> dict[str, torch.Tensor]:
@@ -305,6 +308,36 @@ def test_an_inference_checkpoint_has_no_optimizer(make_executor: Maker) -> None:
         RunScript("run_b").do(CreateRun(shape=shape(rank=4), checkpoint=location))
     )
     assert other.error is not None
+
+
+def test_an_external_checkpoint_is_encrypted_for_its_recipients(make_executor: Maker) -> None:
+    """Each file is read with the key alone, and is the one that serving would read; metadata go along."""
+    executor = make_executor()
+    key = AGE.x25519.Identity.generate()
+    script = training_script("run_a", steps=1)
+    for message in script.messages:
+        executor.execute(message)
+    plain = executor.execute(
+        script.do(SaveWeights(checkpoint_id="ckpt_1", name="x", mode="inference"))
+    )
+    asked = SaveWeights(
+        checkpoint_id="ckpt_2",
+        name="x",
+        mode="external",
+        user_metadata={"for": "you"},
+        age_recipients=(str(key.to_public()),),
+    )
+    saved = executor.execute(script.do(asked))
+    assert plain.checkpoint is not None
+    assert saved.checkpoint is not None
+    assert saved.checkpoint.user_metadata == {"for": "you"}
+    expected = read_location(plain.checkpoint.location)
+    stored = read_location(saved.checkpoint.location)
+    assert expected is not None
+    assert stored is not None
+    assert {name: AGE.decrypt(data, [key]) for name, data in stored[1].items()} == {
+        f"{name}.age": data for name, data in expected[1].items()
+    }
 
 
 def test_snapshots_bring_runs_back(make_executor: Maker, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from river_billing.events import CheckpointSaved
+from river_trainer.encryption import encrypted
 from river_trainer.errors import MissingError, TaskFailedError
 from river_trainer.protocol import (
     AnyTask,
@@ -49,6 +50,8 @@ class Checkpoints:
         facts = {"run_id": run.run_id, "step": run.step, "base_model": self._base_model}
         try:
             files = run.files(base_model=self._base_model, optimizer=task.mode == "training")
+            if task.age_recipients:
+                files = encrypted(files, task.age_recipients)
             size_bytes = self._store.write(folder, files, facts)
         except TaskFailedError as error:
             return msgspec.structs.replace(result, error=error.as_task_error())
@@ -64,5 +67,6 @@ class Checkpoints:
             size_bytes=size_bytes,
             created_at=message.submitted_at,
             expires_at=None if task.ttl_s is None else message.submitted_at + task.ttl_s,
+            user_metadata=task.user_metadata,
         )
         return msgspec.structs.replace(result, checkpoint=saved)

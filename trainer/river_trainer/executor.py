@@ -343,7 +343,7 @@ class Executor:
     def _save(self, work: Work) -> Outcome:
         message, task, run = work.message, work.message.task, self._run_of(work)
         assert isinstance(task, SaveWeights)
-        if task.mode not in ("training", "inference"):
+        if task.mode not in ("training", "inference", "external"):
             raise InvalidTaskError(f"no mode {task.mode!r}", param="mode")
         # However often it is saved, one copy of a version will do.
         version = (run.run_id, run.step)

@@ -158,12 +158,14 @@ class TrainStep(Task, frozen=True, tag="train_step"):
 
 
 class SaveWeights(Task, frozen=True, tag="save_weights"):
-    """`mode` is `training` or `inference`."""
+    """`mode` is `training`, `inference` or `external`; the files of the last are encrypted for `age_recipients`."""
 
     checkpoint_id: str
     name: str
     mode: str
     ttl_s: int | None = None
+    user_metadata: dict[str, str] = field(default_factory=dict[str, str])
+    age_recipients: tuple[str, ...] = ()
 
 
 class LoadWeights(Task, frozen=True, tag="load_weights"):

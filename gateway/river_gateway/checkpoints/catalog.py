@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from river_gateway.database import Database, Row
 
 SCHEME = "river://"
-_FOLDERS = {"weights": "training", "sampler_weights": "inference"}
+_FOLDERS = {
+    "weights": "training",
+    "sampler_weights": "inference",
+    "external_weights": "external",
+}
 _MODES = {mode: folder for folder, mode in _FOLDERS.items()}
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
@@ -106,12 +110,12 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 
 _RUN_COLUMNS = """
 select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq,
-       r.step, r.metrics, r.imported, r.lost, s.tags
+       r.step, r.metrics, r.imported, r.lost, s.tags, r.user_metadata, r.model_seq_id
 from run r join session s using (session_id)
 """
 _INSERT_RUN = """
-insert into run (run_id, tenant_id, session_id, base_model, lora, context_length, imported)
-values ($1, $2, $3, $4, $5::jsonb, $6, $7) on conflict (run_id) do nothing returning run_id
+insert into run (run_id, tenant_id, session_id, base_model, lora, context_length, imported, user_metadata, model_seq_id)
+values ($1, $2, $3, $4, $5::jsonb, $6, $7, $8::jsonb, $9) on conflict (run_id) do nothing returning run_id
 """
 _DELETE_UNSTARTED_RUN = "delete from run where run_id = $1 and last_seq < 0"
 _FIND_RUN = _RUN_COLUMNS + "where r.run_id = $1 and r.tenant_id = $2"
@@ -119,6 +123,10 @@ _LIST_RUNS = (
     _RUN_COLUMNS
     + "where r.tenant_id = $1 and not r.imported order by r.created_at desc, r.run_id limit $2"
 )
+_DESCRIBE_RUN = """
+update run set model_seq_id = $3 where run_id = $1 and tenant_id = $2 and model_seq_id is distinct from $3
+"""
+_FIND_RUN_OF_SESSION = "select run_id from run where session_id = $1 and model_seq_id = $2"
 _INSERT_METRICS = """
 insert into run_metric (run_id, step, metrics)
 select run_id, coalesce($3::bigint, step), $4::jsonb from run where run_id = $1 and tenant_id = $2
@@ -130,7 +138,8 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     """A run as stored; `context_length` is the price tier and the limit of its sequences.
 
     `last_seq` is the newest operation whose result is written down, which lags a little behind; -1 is none yet. One
-    that was `imported` is an adapter made elsewhere: it has a checkpoint and takes no operations.
+    that was `imported` is an adapter made elsewhere: it has a checkpoint and takes no operations. `model_seq_id` is the
+    number that its client gave it in its session, if it did.
     """
 
     run_id: str
@@ -145,6 +154,8 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     imported: bool
     lost: str | None
     tags: dict[str, str]
+    user_metadata: dict[str, str]
+    model_seq_id: int | None
 
     def to_wire(self) -> wire.Run:
         """The run as clients see it."""
@@ -158,6 +169,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
             tags=self.tags,
             metrics=self.metrics,
             lost=self.lost,
+            user_metadata=self.user_metadata,
         )
 
 
@@ -171,6 +183,8 @@ async def insert_run(
     lora: wire.LoraConfig,
     context_length: int,
     imported: bool = False,
+    user_metadata: dict[str, str] | None = None,
+    model_seq_id: int | None = None,
 ) -> bool:
     """Writes a new run down; False when it is there already."""
     inserted = await database.fetchval(
@@ -182,6 +196,8 @@ async def insert_run(
         _json(lora),
         context_length,
         imported,
+        _json(user_metadata or {}),
+        model_seq_id,
     )
     return inserted is not None
 
@@ -201,6 +217,20 @@ async def find_run(database: Database, *, run_id: str, tenant_id: str) -> RunRow
     if row is None:
         raise NotFoundError(f"there is no run {run_id!r}", param="run_id")
     return _run(row)
+
+
+async def describe_run(
+    database: Database, *, run_id: str, tenant_id: str, model_seq_id: int
+) -> None:
+    """Notes the number that a run's client gave it in its session; again is a no-op."""
+    await database.execute(_DESCRIBE_RUN, run_id, tenant_id, model_seq_id)
+
+
+async def find_run_of_session(
+    database: Database, *, session_id: str, model_seq_id: int
+) -> str | None:
+    """The id of the run that has a number in a session, whoever's it is; to be used for what is shown to all only."""
+    return await database.fetchval(_FIND_RUN_OF_SESSION, session_id, model_seq_id)
 
 
 async def list_runs(database: Database, tenant_id: str) -> list[RunRow]:
@@ -223,8 +253,12 @@ _FIND_CHECKPOINT = f"""
 select * from checkpoint
 where run_id = $1 and mode = $2 and name = $3 and tenant_id = $4 and {_LIVE}
 """  # noqa: S608 - built from constants
+_FIND_READABLE_CHECKPOINT = f"""
+select * from checkpoint
+where run_id = $1 and mode = $2 and name = $3 and (tenant_id = $4 or public) and {_LIVE}
+"""  # noqa: S608 - built from constants
 _FIND_CHECKPOINT_OF_STEP = f"""
-select * from checkpoint where run_id = $1 and step = $2 and tenant_id = $3 and {_LIVE}
+select * from checkpoint where run_id = $1 and step = $2 and tenant_id = $3 and mode <> 'external' and {_LIVE}
 order by created_at desc limit 1
 """  # noqa: S608 - built from constants
 _LIST_CHECKPOINTS = f"""
@@ -241,21 +275,29 @@ where checkpoint_id = (
 )
 returning checkpoint_id, location, files_removed_at
 """
-_ENDED_CHECKPOINTS = """
-select checkpoint_id, location from checkpoint
+# Whether files belong to a live checkpoint as well, of which this is a copy or the other way round.
+_IS_SHARED = (
+    f"select 1 from checkpoint where location = $1 and files_removed_at is null and {_LIVE} limit 1"  # noqa: S608
+)
+_ENDED_CHECKPOINTS = f"""
+select checkpoint_id, location from checkpoint ended
 where files_removed_at is null and least(deleted_at, expires_at) <= now() - make_interval(secs => $2)
   and starts_with(location, $1)
+  and not exists (
+    select from checkpoint where location = ended.location and files_removed_at is null and {_LIVE}
+  )
 order by least(deleted_at, expires_at) limit $3
-"""
+"""  # noqa: S608 - built from constants
 _MARK_FILES_REMOVED = """
 update checkpoint set files_removed_at = now() where checkpoint_id = $1 and files_removed_at is null
 """
 
 
 class CheckpointRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A stored checkpoint; `location` is the directory URL of its files."""
+    """A stored checkpoint; `location` is the directory URL of its files, `tenant_id` says whose it is."""
 
     location: str
+    tenant_id: str
     checkpoint: wire.Checkpoint
 
     @property
@@ -277,18 +319,21 @@ def saved_checkpoint(saved: CheckpointSaved) -> wire.Checkpoint:
         checkpoint_id=saved.checkpoint_id,
         path=checkpoint_path(saved.run_id, saved.mode, saved.name),
         run_id=saved.run_id,
-        mode="training" if saved.mode == "training" else "inference",
+        mode=cast("wire.SaveMode", saved.mode),
         name=saved.name,
         base_model=saved.base_model,
         policy_version=policy_version(saved.run_id, saved.step),
         size_bytes=saved.size_bytes,
         created_at=iso(saved.created_at),
         expires_at=iso(saved.expires_at) if saved.expires_at is not None else None,
+        user_metadata=saved.user_metadata,
     )
 
 
-async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> CheckpointRow:
-    """The live checkpoint of a path.
+async def find_checkpoint(
+    database: Database, *, path: str, tenant_id: str, public: bool = False
+) -> CheckpointRow:
+    """The live checkpoint of a path; `public` takes those of other tenants, too, that are shown to all.
 
     Raises:
         NotFoundError: there is none.
@@ -296,9 +341,8 @@ async def find_checkpoint(database: Database, *, path: str, tenant_id: str) -> C
     parsed = parse_path(path)
     row = None
     if parsed is not None and parsed.name is not None:
-        row = await database.fetchrow(
-            _FIND_CHECKPOINT, parsed.run_id, parsed.mode, parsed.name, tenant_id
-        )
+        query = _FIND_READABLE_CHECKPOINT if public else _FIND_CHECKPOINT
+        row = await database.fetchrow(query, parsed.run_id, parsed.mode, parsed.name, tenant_id)
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
     return _checkpoint(row)
@@ -323,7 +367,7 @@ async def delete_checkpoint(
 ) -> tuple[str, str] | None:
     """Takes a checkpoint out of the catalog; again is a no-op.
 
-    Returns its id and the location of its files, None when those are gone already.
+    Returns its id and the location of its files, None when those are gone already, or copies still need them.
 
     Raises:
         NotFoundError: there never was one.
@@ -336,7 +380,9 @@ async def delete_checkpoint(
         )
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
-    return None if row["files_removed_at"] else (row["checkpoint_id"], row["location"])
+    if row["files_removed_at"] or await database.fetchval(_IS_SHARED, row["location"]) is not None:
+        return None
+    return row["checkpoint_id"], row["location"]
 
 
 async def ended_checkpoints(
@@ -373,6 +419,8 @@ def _run(row: Row) -> RunRow:
         imported=row["imported"],
         lost=row["lost"],
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),
+        user_metadata=msgspec.json.decode(row["user_metadata"], type=dict[str, str]),
+        model_seq_id=row["model_seq_id"],
     )
 
 
@@ -380,6 +428,7 @@ def _checkpoint(row: Row) -> CheckpointRow:
     expires_at = cast("dt.datetime | None", row["expires_at"])
     return CheckpointRow(
         location=row["location"],
+        tenant_id=row["tenant_id"],
         checkpoint=wire.Checkpoint(
             checkpoint_id=row["checkpoint_id"],
             path=checkpoint_path(row["run_id"], row["mode"], row["name"]),
@@ -391,5 +440,7 @@ def _checkpoint(row: Row) -> CheckpointRow:
             size_bytes=row["size_bytes"],
             created_at=row["created_at"].isoformat(),
             expires_at=expires_at.isoformat() if expires_at else None,
+            public=row["public"],
+            user_metadata=msgspec.json.decode(row["user_metadata"], type=dict[str, str]),
         ),
     )

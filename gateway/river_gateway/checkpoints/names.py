@@ -40,9 +40,9 @@ _LIVE_PREFIX = f"$KV.{LIVE_BUCKET}."
 
 
 class _Changed(msgspec.Struct, frozen=True, array_like=True):
-    """What gateways tell each other when a name is written."""
+    """What gateways tell each other when a name is written: to one tenant, or None to all of them."""
 
-    tenant_id: str
+    tenant_id: str | None
     name: str
 
 
@@ -81,14 +81,16 @@ class Names:
         return await self._find((tenant_id, name), find)
 
     async def checkpoint(self, path: str, tenant_id: str) -> CheckpointRow:
-        """The live checkpoint of a path.
+        """The live checkpoint of a path, of one's own or shown to all.
 
         Raises:
             NotFoundError: there is none.
         """
 
         async def find() -> CheckpointRow:
-            return await catalog.find_checkpoint(self._database, path=path, tenant_id=tenant_id)
+            return await catalog.find_checkpoint(
+                self._database, path=path, tenant_id=tenant_id, public=True
+            )
 
         row = await self._find((tenant_id, path), find)
         if row.has_expired:
@@ -117,8 +119,11 @@ class Names:
 
         return await self._find((tenant_id, learning.name_of(run_id)), find)
 
-    async def changed(self, tenant_id: str, name: str) -> None:
-        """Says that a name has been written: the next request here sees it, and those elsewhere within a moment."""
+    async def changed(self, tenant_id: str | None, name: str) -> None:
+        """Says that a name has been written: the next request here sees it, and those elsewhere within a moment.
+
+        What other tenants may have seen, too, is written for all of them: None.
+        """
         self._forget(tenant_id, name)
         if not self._bus.connected:
             return  # The others notice their own loss of connection, or ask anew soon.
@@ -148,9 +153,13 @@ class Names:
         changed = msgspec.msgpack.decode(message.data, type=_Changed)
         self._forget(changed.tenant_id, changed.name)
 
-    def _forget(self, tenant_id: str, name: str) -> None:
+    def _forget(self, tenant_id: str | None, name: str) -> None:
         self._forgotten += 1
-        self._entries.pop((tenant_id, name), None)
+        if tenant_id is not None:
+            self._entries.pop((tenant_id, name), None)
+            return
+        for key in [key for key in self._entries if key[1] == name]:
+            del self._entries[key]
 
 
 class LiveVersions:

@@ -30,7 +30,7 @@ async def remove_checkpoint(
     async with audit.recorded(services.pool, by, "checkpoints.delete") as line:
         deleted = await catalog.delete_checkpoint(line.connection, path=path, tenant_id=tenant_id)
         line.about(path, tenant_id=tenant_id)
-    await services.names.changed(tenant_id, path)
+    await services.names.changed(None, path)  # Others may have sampled from it.
     if deleted is None:
         return
     checkpoint_id, location = deleted

@@ -172,7 +172,7 @@ async def _pinned(
     step = int(version["step"])
     row = await services.names.checkpoint_of_step(run.run_id, step, tenant_id)
     if row is not None:
-        return _of_checkpoint(row)
+        return _of_checkpoint(row, tenant_id)
     live = await services.live.of(run.run_id)
     adapter = live.earlier(step)
     if adapter is None:
@@ -221,7 +221,7 @@ async def _resolve_path(services: Services, text: str, tenant_id: str) -> Target
         raise _GoneError
     if path.name is not None:
         try:
-            return _of_checkpoint(await services.names.checkpoint(text, tenant_id))
+            return _of_checkpoint(await services.names.checkpoint(text, tenant_id), tenant_id)
         except NotFoundError:
             raise _GoneError from None
     run = await _find_run(services, path.run_id, tenant_id)
@@ -237,13 +237,19 @@ async def _find_run(services: Services, run_id: str, tenant_id: str) -> RunRow:
         raise _GoneError from None
 
 
-def _of_checkpoint(row: CheckpointRow) -> Target:
+def _of_checkpoint(row: CheckpointRow, tenant_id: str) -> Target:
+    """What a checkpoint answers with. Of another tenant's, the run is not named: whose it is would see the use."""
     checkpoint = row.checkpoint
+    if checkpoint.mode == "external":
+        raise InvalidFieldError(
+            f"model: {checkpoint.path} is for use elsewhere; one saved for inference or training can be sampled from",
+            param="model",
+        )
     return Target(
         checkpoint.base_model,
         AdapterRef(name=checkpoint.checkpoint_id, location=row.location),
         checkpoint.policy_version,
-        checkpoint.run_id,
+        checkpoint.run_id if row.tenant_id == tenant_id else None,
     )
 
 

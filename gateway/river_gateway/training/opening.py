@@ -71,6 +71,7 @@ async def open_run(
         base_model=asked.base_model,
         lora=lora,
         context_length=trainer.context_length,
+        user_metadata=validation.tags(asked.user_metadata, "user_metadata"),
     )
     run = await catalog.find_run(services.pool, run_id=run_id, tenant_id=principal.tenant_id)
     if (run.session_id, run.base_model, run.lora) != (asked.session_id, asked.base_model, lora):

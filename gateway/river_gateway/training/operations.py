@@ -28,13 +28,12 @@ from river_gateway.errors import (
     UnavailableError,
 )
 from river_gateway.feedback import learning
-from river_gateway.ids import checkpoint_id
 from river_gateway.limits import (
     QUEUE_STATE_TIMEOUT_S,
     SEQ_AHEAD_MAX,
     SEQ_MAX,
 )
-from river_gateway.training import validation
+from river_gateway.training import saving, validation
 from river_gateway.training.expert_routing import RoutedExperts, check_replayable
 from river_trainer import journal, protocol
 
@@ -63,19 +62,14 @@ async def make_task(
 
     Raises:
         InvalidFieldError: a field is wrong.
-        ConflictError: as `check_seq`.
+        ConflictError: as `check_seq`, or a name is taken.
         NotFoundError: a checkpoint is unknown.
         UnavailableError: no trainer of the base model was ever heard of.
     """
     await check_seq(services, run, tenant_id, submitted.seq)
     match submitted.operation:
         case wire.SaveWeights() as save:
-            return protocol.SaveWeights(
-                checkpoint_id=checkpoint_id(protocol.operation_id(run.run_id, submitted.seq)),
-                name=validation.name(save.name, "name"),
-                mode=save.mode,
-                ttl_s=validation.ttl_s(save.ttl_s),
-            )
+            return await saving.save_task(services, run, tenant_id, submitted.seq, save)
         case wire.LoadWeights() as load:
             source = await find_source(services, load.path, tenant_id)
             check_source(
@@ -210,14 +204,20 @@ class Source:
 
 
 async def find_source(services: Services, path: str, tenant_id: str) -> Source:
-    """The checkpoint of a path.
+    """The checkpoint of a path, of one's own or shown to all.
 
     Raises:
         NotFoundError: there is none.
+        InvalidFieldError: it is for use elsewhere.
     """
-    row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id)
-    run_id = row.checkpoint.run_id
-    run = await services.runs.find(run_id, tenant_id)
+    row = await catalog.find_checkpoint(services.pool, path=path, tenant_id=tenant_id, public=True)
+    if row.checkpoint.mode == "external":
+        raise InvalidFieldError(
+            f"path: {path} is for use elsewhere and cannot be loaded; checkpoints under weights/ and "
+            "sampler_weights/ can",
+            param="path",
+        )
+    run = await services.runs.find(row.checkpoint.run_id, row.tenant_id)
     has_optimizer = row.checkpoint.mode == "training"
     step = int(row.checkpoint.policy_version.rpartition("@")[2])
     return Source(path, row.location, run.base_model, run.lora, has_optimizer, step)

@@ -293,17 +293,19 @@ def metrics(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def tags(values: dict[str, str]) -> dict[str, str]:
-    """A session's tags: not too many and not too long.
+def tags(values: dict[str, str], field_name: str = "tags") -> dict[str, str]:
+    """A session's tags, or what else users write on their things: not too many and not too long.
 
     Raises:
         InvalidFieldError: see the module.
     """
     if len(values) > TAGS_MAX:
-        raise InvalidFieldError(f"tags: {len(values)}, at most {TAGS_MAX}", param="tags")
+        raise InvalidFieldError(
+            f"{field_name}: {len(values)}, at most {TAGS_MAX}", param=field_name
+        )
     for key, value in values.items():
+        field = f"{field_name}.{key[:TAG_MAX_CHARS]}"
         if len(key) > TAG_MAX_CHARS or len(value) > TAG_MAX_CHARS:
-            field = f"tags.{key[:TAG_MAX_CHARS]}"
             raise InvalidFieldError(f"{field}: at most {TAG_MAX_CHARS} characters", param=field)
     return values
 

@@ -14,7 +14,7 @@
 
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_learning import AsyncLearning, AsyncLocalLearning
-from river_client.async_model import AsyncModel, AsyncPendingOp
+from river_client.async_model import AsyncModel
 from river_client.client import Client, Model, PendingOp, Session
 from river_client.custom_loss import CustomLoss, TorchLoss, torch_loss
 from river_client.exceptions import (
@@ -33,6 +33,7 @@ from river_client.exceptions import (
 from river_client.feedback_wire import Feedback, FeedbackBatch
 from river_client.learning import Learning, LocalLearning
 from river_client.learning_wire import LearningState, StartLearning
+from river_client.pending import AsyncPendingOp
 from river_client.results import ChatReply, Sample, SampleOptions, TopLogprobs, TrainingResult
 from river_client.samples_wire import (
     LoggedCompletion,

@@ -23,11 +23,12 @@ from river_client.async_feedback import (
 )
 from river_client.async_invoices import AsyncInvoices
 from river_client.async_learning import AsyncRunsLearning
-from river_client.async_model import AsyncModel, AsyncPendingOp, draw_samples
+from river_client.async_model import AsyncModel, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
 from river_client.chat import ChatMessages, chat_body, chat_reply, stream_texts
 from river_client.learning_wire import Baseline
+from river_client.pending import AsyncPendingOp
 from river_client.price_wire import Discount, Discounts, PricedKind, SetDiscount, SetPrice
 from river_client.progress import waiting
 from river_client.results import (

@@ -6,17 +6,17 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Literal, SupportsFloat, TypeVar, Unpack
+from typing import Literal, SupportsFloat, Unpack
 
 from river_client import feedback_wire, limits, wire
-from river_client.arrays import DatumLike, pack_data
+from river_client.arrays import DatumLike
 from river_client.async_aliases import AsyncAliases
 from river_client.async_feedback import teaches
 from river_client.async_learning import AsyncLearning, AsyncLocalLearning
+from river_client.async_operations import AsyncOperations
 from river_client.custom_loss import CustomLoss, bare_data, custom_metrics, weighted_data
 from river_client.learning_wire import Baseline, LearningLoss, StartLearning
 from river_client.logged_samples import log_request
-from river_client.pending import AsyncPendingOp
 from river_client.progress import waiting
 from river_client.results import (
     Sample,
@@ -24,35 +24,23 @@ from river_client.results import (
     TrainingResult,
     sample_groups,
     sample_request,
-    saved_checkpoint,
-    training_result,
 )
 from river_client.samples_wire import SamplesLogged
-from river_client.submissions import Submissions
 from river_client.transport import Transport
 
-Result = TypeVar("Result")
 
-
-class AsyncModel:
+class AsyncModel(AsyncOperations):
     """One adapter in training. Calls may come from many tasks; they are carried out in the order made."""
 
     def __init__(self, transport: Transport, run: wire.Run) -> None:
-        self.run_id = run.run_id
+        super().__init__(transport, run)
         self.base_model = run.base_model
         self.lora = run.lora
-        self._transport = transport
-        self._submissions = Submissions(transport, run)
 
     @property
     def path(self) -> str:
         """What to call the model's live version by, in `sample`, in chat and in the OpenAI API."""
         return f"river://{self.run_id}"
-
-    @property
-    def policy_version(self) -> str:
-        """The newest version that an answered operation has made."""
-        return f"{self.run_id}@{self._submissions.step}"
 
     # ---- Training ----------------------------------------------------------------------------
 
@@ -62,11 +50,16 @@ class AsyncModel:
         *,
         loss_fn: wire.LossName = "cross_entropy",
         force_routing_replay: bool = False,
+        expected_policy: str | None = None,
         **config: float,
     ) -> TrainingResult:
         """Loss and log-probabilities of `data`, without gradients; arguments as in `forward_backward`."""
         pending = await self.submit_forward(
-            data, loss_fn=loss_fn, force_routing_replay=force_routing_replay, **config
+            data,
+            loss_fn=loss_fn,
+            force_routing_replay=force_routing_replay,
+            expected_policy=expected_policy,
+            **config,
         )
         return await pending.result()
 
@@ -76,6 +69,8 @@ class AsyncModel:
         *,
         loss_fn: wire.LossName = "cross_entropy",
         force_routing_replay: bool = False,
+        zero_gradients: bool = False,
+        expected_policy: str | None = None,
         **config: float,
     ) -> TrainingResult:
         """Adds the gradients of the loss, summed over tokens, to those waiting for the next `optim_step`.
@@ -83,19 +78,32 @@ class AsyncModel:
         `config` holds the loss's own settings. A sequence is a dict of `input_ids` and what the loss needs, aligned to
         the prediction position: index i is the prediction made from position i, the last index is ignored.
 
-        Data that carry a sample's `expert_routing` get the metric `expert_flip`, the share of (token, layer) that went
-        to other experts here than in the sampler. With `force_routing_replay` they go to the sampler's experts instead.
+        Data that carry a sample's `expert_routing` get the metric `expert_flip`, the share of (token, layer) for which
+        the gate chose other experts here than in the sampler. With `force_routing_replay` they go to the sampler's
+        experts all the same. `zero_gradients` drops what was gathered before. For `expected_policy` see
+        `AsyncOperations`.
 
         Raises:
             InvalidRequestError: names the field and index; nothing was done.
         """
         pending = await self.submit_forward_backward(
-            data, loss_fn=loss_fn, force_routing_replay=force_routing_replay, **config
+            data,
+            loss_fn=loss_fn,
+            force_routing_replay=force_routing_replay,
+            zero_gradients=zero_gradients,
+            expected_policy=expected_policy,
+            **config,
         )
         return await pending.result()
 
     async def forward_backward_custom(
-        self, data: Sequence[DatumLike], fn: CustomLoss, *, force_routing_replay: bool = False
+        self,
+        data: Sequence[DatumLike],
+        fn: CustomLoss,
+        *,
+        force_routing_replay: bool = False,
+        zero_gradients: bool = False,
+        expected_policy: str | None = None,
     ) -> TrainingResult:
         """`forward_backward` with a loss of your own, which is computed here, in a thread (`custom_loss`).
 
@@ -108,10 +116,17 @@ class AsyncModel:
             InvalidRequestError: names the field and index; no gradient was added.
         """
         bare = bare_data(data)
-        forward = await self.forward(bare, force_routing_replay=force_routing_replay)
+        forward = await self.forward(
+            bare, force_routing_replay=force_routing_replay, expected_policy=expected_policy
+        )
         loss, gradients, metrics = await asyncio.to_thread(fn, list(forward.logprobs), data)
         weighted = weighted_data(bare, forward.logprobs, gradients)
-        backward = await self.forward_backward(weighted, force_routing_replay=force_routing_replay)
+        backward = await self.forward_backward(
+            weighted,
+            force_routing_replay=force_routing_replay,
+            zero_gradients=zero_gradients,
+            expected_policy=expected_policy,
+        )
         return dataclasses.replace(
             backward,
             metrics=custom_metrics(backward.metrics, loss, metrics),
@@ -127,8 +142,13 @@ class AsyncModel:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip_norm: float | None = None,
+        gradient_scale: float = 1.0,
+        expected_policy: str | None = None,
     ) -> TrainingResult:
-        """One AdamW step with the gradients gathered so far; makes the next policy version."""
+        """One AdamW step with the gradients gathered so far; makes the next policy version.
+
+        They are multiplied by `gradient_scale`, then clipped to `grad_clip_norm` if it is there and not 0.
+        """
         pending = await self.submit_optim_step(
             lr=lr,
             beta1=beta1,
@@ -136,6 +156,8 @@ class AsyncModel:
             eps=eps,
             weight_decay=weight_decay,
             grad_clip_norm=grad_clip_norm,
+            gradient_scale=gradient_scale,
+            expected_policy=expected_policy,
         )
         return await pending.result()
 
@@ -150,7 +172,10 @@ class AsyncModel:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip_norm: float | None = None,
+        gradient_scale: float = 1.0,
         force_routing_replay: bool = False,
+        zero_gradients: bool = False,
+        expected_policy: str | None = None,
         **config: float,
     ) -> TrainingResult:
         """`forward_backward` and `optim_step` as one: both happen or neither."""
@@ -163,111 +188,13 @@ class AsyncModel:
             eps=eps,
             weight_decay=weight_decay,
             grad_clip_norm=grad_clip_norm,
+            gradient_scale=gradient_scale,
             force_routing_replay=force_routing_replay,
+            zero_gradients=zero_gradients,
+            expected_policy=expected_policy,
             **config,
         )
         return await pending.result()
-
-    async def submit_forward(
-        self,
-        data: Sequence[DatumLike],
-        *,
-        loss_fn: wire.LossName = "cross_entropy",
-        force_routing_replay: bool = False,
-        **config: float,
-    ) -> AsyncPendingOp[TrainingResult]:
-        """`forward`, without waiting."""
-        operation = wire.Forward(
-            data=pack_data(data),
-            loss_fn=loss_fn,
-            loss_config=config,
-            force_routing_replay=force_routing_replay,
-        )
-        return await self._submit(operation, training_result)
-
-    async def submit_forward_backward(
-        self,
-        data: Sequence[DatumLike],
-        *,
-        loss_fn: wire.LossName = "cross_entropy",
-        force_routing_replay: bool = False,
-        **config: float,
-    ) -> AsyncPendingOp[TrainingResult]:
-        """`forward_backward`, without waiting."""
-        operation = wire.ForwardBackward(
-            data=pack_data(data),
-            loss_fn=loss_fn,
-            loss_config=config,
-            force_routing_replay=force_routing_replay,
-        )
-        return await self._submit(operation, training_result)
-
-    async def submit_optim_step(
-        self,
-        *,
-        lr: float,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        grad_clip_norm: float | None = None,
-    ) -> AsyncPendingOp[TrainingResult]:
-        """`optim_step`, without waiting."""
-        adam = wire.AdamParams(
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            grad_clip_norm=grad_clip_norm,
-        )
-        return await self._submit(wire.OptimStep(adam=adam), training_result)
-
-    async def submit_train_step(
-        self,
-        data: Sequence[DatumLike],
-        *,
-        loss_fn: wire.LossName = "cross_entropy",
-        lr: float,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        grad_clip_norm: float | None = None,
-        force_routing_replay: bool = False,
-        **config: float,
-    ) -> AsyncPendingOp[TrainingResult]:
-        """`train_step`, without waiting."""
-        adam = wire.AdamParams(
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            grad_clip_norm=grad_clip_norm,
-        )
-        operation = wire.TrainStep(
-            data=pack_data(data),
-            adam=adam,
-            loss_fn=loss_fn,
-            loss_config=config,
-            force_routing_replay=force_routing_replay,
-        )
-        return await self._submit(operation, training_result)
-
-    async def submit_batch(
-        self,
-        data: Sequence[DatumLike],
-        *,
-        loss_fn: wire.LossName = "cross_entropy",
-        lr: float,
-        force_routing_replay: bool = False,
-        **config: float,
-    ) -> AsyncPendingOp[TrainingResult]:
-        """Continual training: returns once the batch is stored for good; the live version moves when it is applied."""
-        return await self.submit_train_step(
-            data, loss_fn=loss_fn, lr=lr, force_routing_replay=force_routing_replay, **config
-        )
 
     # ---- Weights, metrics, samples -----------------------------------------------------------
 
@@ -280,6 +207,7 @@ class AsyncModel:
         overwrite: bool = True,
         user_metadata: dict[str, str] | None = None,
         age_recipients: Sequence[str] = (),
+        expected_policy: str | None = None,
     ) -> wire.Checkpoint:
         """Stores the weights under a name, replacing what had it; `ttl` (seconds) is how long to keep them.
 
@@ -297,41 +225,18 @@ class AsyncModel:
             overwrite=overwrite,
             user_metadata=user_metadata,
             age_recipients=age_recipients,
+            expected_policy=expected_policy,
         )
         return await pending.result()
 
-    async def submit_save_weights(
-        self,
-        name: str,
-        mode: wire.SaveMode = "training",
-        *,
-        ttl: float | timedelta | None = None,
-        overwrite: bool = True,
-        user_metadata: dict[str, str] | None = None,
-        age_recipients: Sequence[str] = (),
-    ) -> AsyncPendingOp[wire.Checkpoint]:
-        """`save_weights`, without waiting."""
-        ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-        operation = wire.SaveWeights(
-            name=name,
-            mode=mode,
-            ttl_s=None if ttl_s is None else round(ttl_s),
-            overwrite=overwrite,
-            user_metadata=user_metadata or {},
-            age_recipients=list(age_recipients),
-        )
-        return await self._submit(operation, saved_checkpoint)
-
-    async def load_weights(self, path: str, *, optimizer: bool = True) -> TrainingResult:
+    async def load_weights(
+        self, path: str, *, optimizer: bool = True, expected_policy: str | None = None
+    ) -> TrainingResult:
         """Puts a checkpoint's weights, and its optimizer state unless told otherwise, in place of the model's own."""
-        pending = await self.submit_load_weights(path, optimizer=optimizer)
+        pending = await self.submit_load_weights(
+            path, optimizer=optimizer, expected_policy=expected_policy
+        )
         return await pending.result()
-
-    async def submit_load_weights(
-        self, path: str, *, optimizer: bool = True
-    ) -> AsyncPendingOp[TrainingResult]:
-        """`load_weights`, without waiting."""
-        return await self._submit(wire.LoadWeights(path=path, optimizer=optimizer), training_result)
 
     async def log(self, metrics: Mapping[str, SupportsFloat], *, step: int | None = None) -> None:
         """Keeps metrics of your own with the run; `step` absent means the current one."""
@@ -463,6 +368,8 @@ class AsyncModel:
                     loss_fn=loss_fn,
                     lr=lr,
                     force_routing_replay=force_routing_replay,
+                    zero_gradients=False,
+                    expected_policy=None,
                     **config,
                 )
             return True
@@ -470,11 +377,6 @@ class AsyncModel:
         loop = AsyncLocalLearning(alias)
         loop.begin(self._transport, asked, train)
         return loop
-
-    async def _submit(
-        self, operation: wire.AnyOperation, convert: Callable[[wire.OperationResult], Result]
-    ) -> AsyncPendingOp[Result]:
-        return await self._submissions.submit(operation, convert)
 
 
 async def draw_samples(

@@ -15,11 +15,12 @@ from river_client.async_audit import AsyncAudit
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_invoices import AsyncInvoices
-from river_client.async_model import AsyncModel, AsyncPendingOp
+from river_client.async_model import AsyncModel
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
 from river_client.chat import ChatMessages
 from river_client.learning import Learning, LocalLearning, RunsLearning
+from river_client.pending import AsyncPendingOp
 from river_client.portal import Blocking, Portal, blocking, handing, next_or_none
 from river_client.results import TrainingResult
 from river_client.usage_wire import UsageRow

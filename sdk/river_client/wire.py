@@ -54,7 +54,10 @@ class LoraConfig(Wire, frozen=True):
 
 
 class AdamParams(Wire, frozen=True):
-    """AdamW (Loshchilov and Hutter, 2019) for one step; `grad_clip_norm` absent means no clipping."""
+    """AdamW (Loshchilov and Hutter, 2019) for one step.
+
+    The gradients are multiplied by `gradient_scale`, then clipped to `grad_clip_norm`; absent, or 0, is no clipping.
+    """
 
     lr: float
     beta1: float = 0.9
@@ -62,6 +65,7 @@ class AdamParams(Wire, frozen=True):
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip_norm: float | None = None
+    gradient_scale: float = 1.0
 
 
 # ---- Sessions and runs -----------------------------------------------------------------------------------------------
@@ -131,29 +135,37 @@ class Operation(Wire, frozen=True, tag_field="kind"):
     Where w A is zero a token does not count for a policy loss, whatever its `old_logprobs` are.
 
     With `force_routing_replay` every token goes to the experts its datum's `expert_routing` names, which then has to be
-    there, with the gate's own weights for them; without it, data that carry routing get an `expert_flip` metric.
+    there, with the gate's own weights for them. Data that carry routing get the metrics `expert_flip`, the share of
+    (token, layer) for which the gate chose another set of experts, and `expert_slot_flip`, the share of single experts.
+
+    `expected_policy`, a policy version such as `run_…@17`, is what the run has to be at when the operation's turn
+    comes: else it fails with the type `conflict`, and nothing changes. With `zero_gradients` those gathered before are
+    dropped first, unless the operation fails.
     """
 
+    expected_policy: str | None = None
 
-class Forward(Operation, frozen=True, tag="forward"):
+
+class Forward(Operation, frozen=True, kw_only=True, tag="forward"):
     data: list[Datum]
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
     force_routing_replay: bool = False
 
 
-class ForwardBackward(Operation, frozen=True, tag="forward_backward"):
+class ForwardBackward(Operation, frozen=True, kw_only=True, tag="forward_backward"):
     data: list[Datum]
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
     force_routing_replay: bool = False
+    zero_gradients: bool = False
 
 
-class OptimStep(Operation, frozen=True, tag="optim_step"):
+class OptimStep(Operation, frozen=True, kw_only=True, tag="optim_step"):
     adam: AdamParams
 
 
-class TrainStep(Operation, frozen=True, tag="train_step"):
+class TrainStep(Operation, frozen=True, kw_only=True, tag="train_step"):
     """forward_backward and optim_step as one: both happen or neither."""
 
     data: list[Datum]
@@ -161,9 +173,10 @@ class TrainStep(Operation, frozen=True, tag="train_step"):
     loss_fn: LossName = "cross_entropy"
     loss_config: dict[str, float] = field(default_factory=dict[str, float])
     force_routing_replay: bool = False
+    zero_gradients: bool = False
 
 
-class SaveWeights(Operation, frozen=True, tag="save_weights"):
+class SaveWeights(Operation, frozen=True, kw_only=True, tag="save_weights"):
     """Keeps a checkpoint under `name`.
 
     `training` keeps weights and optimizer at `weights/<name>`, `inference` the weights at `sampler_weights/<name>`.
@@ -179,7 +192,7 @@ class SaveWeights(Operation, frozen=True, tag="save_weights"):
     age_recipients: list[str] = field(default_factory=list[str])
 
 
-class LoadWeights(Operation, frozen=True, tag="load_weights"):
+class LoadWeights(Operation, frozen=True, kw_only=True, tag="load_weights"):
     path: str
     optimizer: bool = True
 

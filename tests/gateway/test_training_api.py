@@ -53,6 +53,36 @@ async def test_a_run_and_its_operations(rig: Rig) -> None:
     assert (await rig.tenant.get(f"/runs/{run.run_id}")).json()["lora"]["rank"] == 4
 
 
+async def test_conditions_reach_the_trainer(rig: Rig) -> None:
+    """Every kind of operation takes the version that it is for, and those with gradients whether to begin anew."""
+    run = await rig.tenant.new_run()
+    version = f"{run.run_id}@0"
+    asked: list[wire.AnyOperation] = [
+        wire.Forward(data=[DATUM], expected_policy=version),
+        wire.ForwardBackward(data=[DATUM], expected_policy=version, zero_gradients=True),
+        wire.OptimStep(adam=ADAM, expected_policy=version),
+        wire.TrainStep(data=[DATUM], adam=ADAM, expected_policy=version, zero_gradients=True),
+        wire.SaveWeights(name="x", expected_policy=version),
+    ]
+    for seq, operation in enumerate(asked, 1):
+        accepted = await rig.tenant.submit(run.run_id, seq, operation)
+        assert accepted.status_code == 202
+        await rig.tenant.result(f"{run.run_id}-{seq}")
+    tasks = [message.task for message in rig.trainer.messages[1:]]
+    assert [task.expected_policy for task in tasks] == [version] * len(asked)
+    assert [getattr(task, "zero_gradients", None) for task in tasks] == [
+        None,
+        True,
+        None,
+        True,
+        None,
+    ]
+    wrong = wire.OptimStep(adam=ADAM, expected_policy="run_other@0")
+    refused = await rig.tenant.submit(run.run_id, len(asked) + 1, wrong)
+    assert refused.status_code == 422
+    assert error_of(refused).param == "expected_policy"
+
+
 async def test_an_operation_sent_twice_is_one(rig: Rig) -> None:
     """The same (run, seq) again gets the same id, and the journal holds it once."""
     run = await rig.tenant.new_run()

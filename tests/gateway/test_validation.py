@@ -236,7 +236,10 @@ def test_long_texts() -> None:
         {"beta2": -0.1},
         {"eps": 0.0},
         {"weight_decay": math.inf},
-        {"grad_clip_norm": 0.0},
+        {"grad_clip_norm": -0.5},
+        {"gradient_scale": 0.0},
+        {"gradient_scale": NAN},
+        {"gradient_scale": 1e7},
         {"grad_clip_norm": math.inf},
     ],
 )
@@ -246,6 +249,23 @@ def test_wrong_adam(change: dict[str, float]) -> None:
     with pytest.raises(InvalidFieldError) as refused:
         validation.adam(params)
     assert refused.value.param == f"adam.{next(iter(change))}"
+
+
+def test_clipping_to_nothing_is_no_clipping() -> None:
+    """A norm of 0 is what some clients send for none, and the smallest eps of theirs is taken."""
+    params = wire.AdamParams(lr=1e-3, grad_clip_norm=0.0, eps=1e-12, gradient_scale=0.25)
+    adam = validation.adam(params)
+    assert (adam.grad_clip_norm, adam.eps, adam.gradient_scale) == (None, 1e-12, 0.25)
+
+
+@pytest.mark.parametrize(
+    "version", ["run_a", "run_b@1", "run_a@", "run_a@01", "run_a@-1", "@1", ""]
+)
+def test_wrong_expected_policy(version: str) -> None:
+    """An operation can only expect a version of its own run."""
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.expected_policy(version, "run_a")
+    assert refused.value.param == "expected_policy"
 
 
 @pytest.mark.parametrize(

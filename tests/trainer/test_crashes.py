@@ -46,8 +46,12 @@ PATIENCE_S = 90.0
 
 
 def tenant_script(number: int, base_model: str) -> RunScript:
-    """One tenant's training: several backward passes a step, atomic steps, looks at losses, checkpoints between."""
-    script = RunScript(f"run_tenant{number}", base_model, tenant_id=f"ten_{number}")
+    """One tenant's training: several backward passes a step, atomic steps, looks at losses, checkpoints between.
+
+    Now and then gradients are dropped, and a step is meant for a version that the run is not at.
+    """
+    run_id = f"run_tenant{number}"
+    script = RunScript(run_id, base_model, tenant_id=f"ten_{number}")
     script.do(CreateRun(shape=shape(rank=(2, 4, 8)[number], seed=number, unembed=number != 1)))
     for step in range(STEPS):
         adam = msgspec.structs.replace(ADAM, lr=1e-3 * (1 + step % 3))
@@ -58,8 +62,11 @@ def tenant_script(number: int, base_model: str) -> RunScript:
             script.do(TrainStep(data=data, loss_fn=loss, loss_config={}, adam=adam))
             continue
         script.do(forward_backward(seed, [11]))
-        script.do(forward_backward(seed + 500, [5, 7]))
-        script.do(OptimStep(adam=adam))
+        if step % 4 == 1:
+            script.do(OptimStep(adam=adam, expected_policy=f"{run_id}@{step + 1}"))
+        again = forward_backward(seed + 500, [5, 7])
+        script.do(msgspec.structs.replace(again, zero_gradients=step % 4 == 2))
+        script.do(OptimStep(adam=adam, expected_policy=f"{run_id}@{step}"))
         if step % 10 == 5:
             data = random_sequences(7, [12])
             script.do(Forward(data=data, loss_fn="cross_entropy", loss_config={}))
@@ -175,12 +182,13 @@ async def test_killed_twenty_times(
     for script, results in zip(scripts, told, strict=True):
         expected = [undisturbed.execute(message) for message in script.messages]
         for result, reference in zip(results, expected, strict=True):
-            assert result.error is None
-            assert reference.error is None
+            assert result.error == reference.error
             assert result.step == reference.step
             assert result.training_tokens == reference.training_tokens
             assert result.logprobs == reference.logprobs
             assert timeless(result.metrics) == timeless(reference.metrics)
+        failed = {result.error.type for result in results if result.error is not None}
+        assert failed == {"conflict"}
         assert results[-1].step == STEPS
         assert checkpoint_of(results[-1]) == checkpoint_of(expected[-1])
         await check_events(world, script)

@@ -29,9 +29,10 @@ def random_weights(generator: torch.Generator, rank: int) -> FlatTensors:
     return FlatTensors(layout(rank), torch.randn(layout(rank).size, generator=generator))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.125], ids=["whole", "scaled"])
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
-def test_adam_equals_torch(clip: float | None) -> None:
-    """Three steps of two runs with changing hyper-parameters are those of torch's AdamW and clipping."""
+def test_adam_equals_torch(clip: float | None, scale: float) -> None:
+    """Three steps of two runs with changing hyper-parameters are those of torch's AdamW, scaling before clipping."""
     generator = torch.Generator().manual_seed(0)
     ours = [random_weights(generator, rank) for rank in (1, 3)]
     states = [AdamState.new(weights.layout) for weights in ours]
@@ -40,9 +41,15 @@ def test_adam_equals_torch(clip: float | None) -> None:
     for lr, weight_decay in ((1e-2, 0.0), (3e-3, 0.1), (2e-2, 0.01)):
         gradients = [random_weights(generator, weights.layout.rank) for weights in ours]
         for tensor, gradient in zip(theirs, gradients, strict=True):
-            tensor.grad = gradient.flat.double()
+            tensor.grad = gradient.flat.double() * scale
         adam = Adam(
-            lr=lr, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=weight_decay, grad_clip_norm=clip
+            lr=lr,
+            beta1=0.8,
+            beta2=0.9,
+            eps=1e-6,
+            weight_decay=weight_decay,
+            grad_clip_norm=clip,
+            gradient_scale=scale,
         )
         norms = adam_steps(
             [

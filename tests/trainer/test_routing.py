@@ -111,8 +111,8 @@ def test_replaying_one_s_own_choice_changes_nothing(base: BaseModel) -> None:
     (compared,) = run(base, [job(base, routed, replay=False)])
     (replayed,) = run(base, [job(base, routed, replay=True)])
     assert plain.flips == Flips()
-    assert compared.flips == Flips(0, LAYERS * sum(s.tokens - 1 for s in sequences))
-    assert replayed.flips == Flips()
+    assert compared.flips == Flips(0, 0, LAYERS * sum(s.tokens - 1 for s in sequences), PER_TOKEN)
+    assert replayed.flips == compared.flips
     assert plain.gradient is not None
     for output in (compared, replayed):
         assert output.gradient is not None
@@ -127,13 +127,23 @@ def test_the_given_experts_are_used(base: BaseModel) -> None:
     sequence = sequence_of(base, 3, 50, routing)
     own = chosen(base, sequence)
     expected_flips = int((np.sort(own) != np.sort(routing))[:-1].any(-1).sum())
+    missing = [
+        len(set(given) - set(chose))
+        for given, chose in zip(
+            routing[:-1].reshape(-1, PER_TOKEN).tolist(),
+            own[:-1].reshape(-1, PER_TOKEN).tolist(),
+            strict=True,
+        )
+    ]
     (compared,) = run(base, [job(base, [sequence], replay=False)])
-    assert compared.flips == Flips(expected_flips, LAYERS * 49)
-    assert compared.metrics(find_loss("cross_entropy", {}))["expert_flip"] == pytest.approx(
-        expected_flips / (LAYERS * 49)
-    )
+    assert compared.flips == Flips(expected_flips, sum(missing), LAYERS * 49, PER_TOKEN)
+    metrics = compared.metrics(find_loss("cross_entropy", {}))
+    assert metrics["expert_flip"] == pytest.approx(expected_flips / (LAYERS * 49))
+    assert metrics["expert_slot_flip"] == pytest.approx(sum(missing) / (LAYERS * 49 * PER_TOKEN))
     (replayed,) = run(base, [job(base, [sequence], replay=True)])
-    assert "expert_flip" not in replayed.metrics(find_loss("cross_entropy", {}))
+    # The gate of the first layer has not seen yet what the replay changes.
+    assert replayed.flips.different > 0
+    assert replayed.flips.compared == compared.flips.compared
 
     def router(layer: int, module: Any) -> Any:
         def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -182,7 +192,7 @@ def test_a_mixed_pass_gives_every_job_its_own(base: BaseModel) -> None:
         assert torch.equal(mixed.gradient.flat, alone.gradient.flat)
         for one, other in zip(mixed.logprobs, alone.logprobs, strict=True):
             assert torch.equal(one, other)
-    assert [output.flips.compared for output in together] == [0, 0, 19 * LAYERS]
+    assert [output.flips.compared for output in together] == [29 * LAYERS, 0, 19 * LAYERS]
 
 
 def test_gradients_flow_through_replayed_gates() -> None:

@@ -11,6 +11,7 @@
         ├── InvalidTaskError       what was asked is wrong
         ├── NonFiniteError         the numbers left the range of floats
         ├── NoGradientsError       an optimizer step without a backward before it
+        ├── PolicyConflictError    the run is not at the policy version that was expected
         ├── RunUnavailableError    the run was never created
         ├── RunLostError           the run's state is gone, or could not be rebuilt
         ├── GapError               an earlier operation of the run never came
@@ -84,6 +85,12 @@ class NoGradientsError(TaskFailedError):
     """There is nothing to step on."""
 
     type = "no_gradients"
+
+
+class PolicyConflictError(TaskFailedError):
+    """The operation is meant for another policy version than the run is at."""
+
+    type = "conflict"
 
 
 class RunUnavailableError(TaskFailedError):

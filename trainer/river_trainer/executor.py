@@ -30,6 +30,7 @@ from river_trainer.errors import (
     InvalidTaskError,
     NoGradientsError,
     NonFiniteError,
+    PolicyConflictError,
     RunLostError,
     RunUnavailableError,
     TaskFailedError,
@@ -54,6 +55,7 @@ from river_trainer.protocol import (
     TrainResult,
     TrainStep,
     operation_id,
+    policy_version,
 )
 from river_trainer.runs import FailedRun, Run, load_files, new_run, together
 from river_trainer.sites import trained_sites
@@ -192,7 +194,7 @@ class Executor:
         else:
             assert isinstance(task, LoadWeights)
             assert work.files is not None
-            run = self._run_of(work)
+            run = self._expected_run(work)
             load_files(run, self.base.sites, work.files, self.base.home, optimizer=task.optimizer)
             # A version's name is never used again for other weights.
             run.step = max(run.step + 1, task.step)
@@ -246,7 +248,7 @@ class Executor:
         return train_steps
 
     def _make_job(self, work: Work) -> tuple[Run, Job]:
-        run, task = self._run_of(work), work.message.task
+        run, task = self._expected_run(work), work.message.task
         assert isinstance(task, Forward | ForwardBackward | TrainStep)
         return run, make_job(task, run.adapter, self.base, context_length=self.context_length)
 
@@ -268,7 +270,8 @@ class Executor:
     def _keep(self, computed: _Computed) -> Outcome:
         run, gradient = computed.run, computed.output.gradient
         if gradient is not None:
-            before, run.gradient = run.gradient, together(run.gradient, gradient)
+            total = together(_pending(computed), gradient)
+            before, run.gradient = run.gradient, total
             if before is not None:
                 self._pool.give(before)
         return Outcome(computed.work, _compute_result(computed))
@@ -301,11 +304,11 @@ class Executor:
         task, gradient = computed.work.message.task, computed.output.gradient
         assert isinstance(task, TrainStep)
         assert gradient is not None
-        total = together(computed.run.gradient, gradient)
+        total = together(_pending(computed), gradient)
         return _Step(computed.work, computed.run, total, task.adam, computed)
 
     def _own_step(self, work: Work) -> _Step:
-        run, task = self._run_of(work), work.message.task
+        run, task = self._expected_run(work), work.message.task
         assert isinstance(task, OptimStep)
         if run.gradient is None:
             raise NoGradientsError("no forward_backward since the last optimizer step")
@@ -341,7 +344,7 @@ class Executor:
     # ---- Save ----------------------------------------------------------------------------------
 
     def _save(self, work: Work) -> Outcome:
-        message, task, run = work.message, work.message.task, self._run_of(work)
+        message, task, run = work.message, work.message.task, self._expected_run(work)
         assert isinstance(task, SaveWeights)
         if task.mode not in ("training", "inference", "external"):
             raise InvalidTaskError(f"no mode {task.mode!r}", param="mode")
@@ -360,6 +363,16 @@ class Executor:
             lost = run.error.type == RunLostError.type
             kind = RunLostError if lost else RunUnavailableError
             raise kind(f"the run is not available: {run.error.message}")
+        return run
+
+    def _expected_run(self, work: Work) -> Run:
+        """The run, if it is at the policy version that the operation is meant for."""
+        run, expected = self._run_of(work), work.message.task.expected_policy
+        here = policy_version(run.run_id, run.step)
+        if expected is not None and expected != here:
+            raise PolicyConflictError(
+                f"expected_policy: {expected}, but the run is at {here}", param="expected_policy"
+            )
         return run
 
     def _guard(self, batch: Batch, work: Work, function: Callable[[], Outcome]) -> None:
@@ -416,6 +429,13 @@ class Executor:
             error=error,
         )
         self._finish(batch, Outcome(work, result))
+
+
+def _pending(computed: _Computed) -> FlatTensors | None:
+    """The gradient that a job's own is added to."""
+    task = computed.work.message.task
+    assert isinstance(task, ForwardBackward | TrainStep)
+    return None if task.zero_gradients else computed.run.gradient
 
 
 def _checked(job: Job, output: JobOutput) -> JobOutput | TaskError:

@@ -95,11 +95,13 @@ class AdamStep:
 def adam_steps(steps: Sequence[AdamStep]) -> list[float | NonFiniteError]:
     """Does all `steps` in one go.
 
-    Returns each one's norm before clipping, or its error; a step that fails has changed nothing.
+    Returns the norm of each one's scaled gradient before clipping, or its error; a step that fails has changed nothing.
     """
     norms: list[float | NonFiniteError] = [
-        norm if math.isfinite(norm) else NonFiniteError("the norm of the gradients is not finite")
-        for norm in gradient_norms([step.gradient.flat for step in steps])
+        _finite(norm * step.adam.gradient_scale)
+        for norm, step in zip(
+            gradient_norms([step.gradient.flat for step in steps]), steps, strict=True
+        )
     ]
     harmless: list[AdamUpdate] = []
     for index, (step, norm) in enumerate(zip(steps, norms, strict=True)):
@@ -117,6 +119,12 @@ def adam_steps(steps: Sequence[AdamStep]) -> list[float | NonFiniteError]:
     return norms
 
 
+def _finite(norm: float) -> float | NonFiniteError:
+    if math.isfinite(norm):
+        return norm
+    return NonFiniteError("the norm of the gradients is not finite")
+
+
 def _is_harmless(adam: Adam, norm: float) -> bool:
     return (
         norm <= _HARMLESS_GRADIENT
@@ -129,10 +137,10 @@ def _is_harmless(adam: Adam, norm: float) -> bool:
 
 
 def update_of(step: AdamStep, norm: float) -> AdamUpdate:
-    """The update that `step.state.steps` counts already."""
-    adam, limit, multiplier = step.adam, step.adam.grad_clip_norm, 1.0
+    """The update that `step.state.steps` counts already; `norm` is that of the scaled gradient."""
+    adam, limit, multiplier = step.adam, step.adam.grad_clip_norm, step.adam.gradient_scale
     if limit is not None and norm + CLIP_EPSILON > limit:
-        multiplier = limit / (norm + CLIP_EPSILON)
+        multiplier *= limit / (norm + CLIP_EPSILON)
     return AdamUpdate(
         step.weights.flat,
         step.gradient.flat,

@@ -78,7 +78,8 @@ class Cargo:
 class Started:
     """What will come out of a pass that a device may still be at; by part but for `logprobs` [T] or [T, K].
 
-    `sums` holds those of the loss, and under `_DIFFERENT` how often a router chose other experts than the sampler's.
+    `sums` holds those of the loss, and under `_DIFFERENT` and `_SLOTS` how often a router chose other experts than the
+    sampler's, and how many. Of those a token goes to `per_token`.
     """
 
     parts: Sequence[Part]
@@ -86,9 +87,11 @@ class Started:
     logprobs: torch.Tensor
     sums: list[Sums]
     compared: Sequence[int]
+    per_token: int
 
 
 _DIFFERENT = "different experts"
+_SLOTS = "different slots"
 
 
 class Passes:
@@ -189,12 +192,15 @@ class Passes:
             data = cargo.data[index].with_outputs(logprobs[rows], entropy_T[rows])
             loss, sums = strand.job.loss.function(data)
             if routing is not None and routing.compared[index]:
-                sums = {**sums, _DIFFERENT: routing.different(segment)}
+                different, slots = routing.different(segment)
+                sums = {**sums, _DIFFERENT: different, _SLOTS: slots}
             of_parts.append(sums)
             if strand.job.backward:
                 losses.append(loss)
         compared = [0] * len(parts) if routing is None else routing.compared
-        return Started(parts, batch.segments, logprobs.detach(), of_parts, compared), losses
+        per_token = 1 if routing is None else routing.per_token
+        found = Started(parts, batch.segments, logprobs.detach(), of_parts, compared, per_token)
+        return found, losses
 
     def _conclude(self, strands: Sequence[Strand]) -> JobOutput:
         output = JobOutput()
@@ -247,8 +253,9 @@ def note(passes: Sequence[Started]) -> None:
                 name: next(numbers) if isinstance(value, torch.Tensor) else float(value)
                 for name, value in started.sums[index].items()
             }
-            different = int(piece.sums.pop(_DIFFERENT, 0))
-            piece.flips = Flips(different, started.compared[index])
+            different, slots = (int(piece.sums.pop(name, 0)) for name in (_DIFFERENT, _SLOTS))
+            if started.compared[index]:
+                piece.flips = Flips(different, slots, started.compared[index], started.per_token)
             piece.logprobs = split_logprobs(logprobs[segment.start : segment.end], piece.sequences)
 
 

@@ -108,22 +108,29 @@ class Sequence(Struct, frozen=True, kw_only=True):
 
 
 class Adam(Struct, frozen=True, kw_only=True):
+    """The gradient is multiplied by `gradient_scale` before it is clipped."""
+
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
     grad_clip_norm: float | None
+    gradient_scale: float = 1.0
 
 
 class Task(Struct, frozen=True, kw_only=True, tag_field="kind"):
     """What an operation asks the trainer to do.
 
     `force_routing_replay`: every token goes to the experts that its sequence's `expert_routing` names.
+    `expected_policy`: the policy version that the run is at when the operation's turn comes; it fails at any other.
+    `zero_gradients`: those that are pending are dropped, once the operation has succeeded.
     """
 
+    expected_policy: str | None = None
 
-class CreateRun(Task, frozen=True, tag="create_run"):
+
+class CreateRun(Task, frozen=True, kw_only=True, tag="create_run"):
     """Always seq 0. `checkpoint` is the location of one to start from, with its `optimizer` or without."""
 
     shape: AdapterShape
@@ -131,33 +138,35 @@ class CreateRun(Task, frozen=True, tag="create_run"):
     optimizer: bool = True
 
 
-class Forward(Task, frozen=True, tag="forward"):
+class Forward(Task, frozen=True, kw_only=True, tag="forward"):
     data: list[Sequence]
     loss_fn: str
     loss_config: dict[str, float]
     force_routing_replay: bool = False
 
 
-class ForwardBackward(Task, frozen=True, tag="forward_backward"):
+class ForwardBackward(Task, frozen=True, kw_only=True, tag="forward_backward"):
     data: list[Sequence]
     loss_fn: str
     loss_config: dict[str, float]
     force_routing_replay: bool = False
+    zero_gradients: bool = False
 
 
-class OptimStep(Task, frozen=True, tag="optim_step"):
+class OptimStep(Task, frozen=True, kw_only=True, tag="optim_step"):
     adam: Adam
 
 
-class TrainStep(Task, frozen=True, tag="train_step"):
+class TrainStep(Task, frozen=True, kw_only=True, tag="train_step"):
     data: list[Sequence]
     loss_fn: str
     loss_config: dict[str, float]
     adam: Adam
     force_routing_replay: bool = False
+    zero_gradients: bool = False
 
 
-class SaveWeights(Task, frozen=True, tag="save_weights"):
+class SaveWeights(Task, frozen=True, kw_only=True, tag="save_weights"):
     """`mode` is `training`, `inference` or `external`; the files of the last are encrypted for `age_recipients`."""
 
     checkpoint_id: str
@@ -168,7 +177,7 @@ class SaveWeights(Task, frozen=True, tag="save_weights"):
     age_recipients: tuple[str, ...] = ()
 
 
-class LoadWeights(Task, frozen=True, tag="load_weights"):
+class LoadWeights(Task, frozen=True, kw_only=True, tag="load_weights"):
     """The run goes on from `step`, that of the checkpoint, or from its own next one if it has come further itself."""
 
     location: str
@@ -182,7 +191,7 @@ class TaskError(Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
-class Refused(Task, frozen=True, tag="refused"):
+class Refused(Task, frozen=True, kw_only=True, tag="refused"):
     """An operation that the gateway found to be wrong: in its turn it fails with `error`, and changes nothing.
 
     It keeps the place of what was asked for, so that what its client has sent behind it need not wait for it.

@@ -3,8 +3,9 @@
 In bfloat16 two programs that compute the same thing round it differently, and now and then a token whose experts are
 nearly tied goes to another one: a difference in the log-probabilities that no importance ratio is made for. A sampler
 therefore says which experts it used. With replay they are used again; their weights are still the gate's own, computed
-from the hidden states of the pass, so that gradients flow through the gate as always. Without replay the share of
-(token, layer) that chose another set of experts is reported as `expert_flip`.
+from the hidden states of the pass, so that gradients flow through the gate as always. With and without replay the share
+of (token, layer) whose gate chose another set of experts is reported as `expert_flip`, and the share of single experts
+that it did not choose as `expert_slot_flip`.
 """
 
 # Tensors carry their shape in capitals.
@@ -35,16 +36,31 @@ class RoutedExperts:
 
 @dataclass(frozen=True, slots=True)
 class Flips:
-    """How many (token, layer) were compared with the sampler, and how many of them had other experts."""
+    """How many (token, layer) were compared with the sampler, how many of them had other experts, and how many experts.
+
+    `slots` counts the sampler's experts that were not chosen, of `per_token` in each (token, layer).
+    """
 
     different: int = 0
+    slots: int = 0
     compared: int = 0
+    per_token: int = 1
 
     def __add__(self, other: Flips) -> Flips:
-        return Flips(self.different + other.different, self.compared + other.compared)
+        return Flips(
+            self.different + other.different,
+            self.slots + other.slots,
+            self.compared + other.compared,
+            max(self.per_token, other.per_token),
+        )
 
     def metrics(self) -> dict[str, float]:
-        return {"expert_flip": self.different / self.compared} if self.compared else {}
+        if not self.compared:
+            return {}
+        return {
+            "expert_flip": self.different / self.compared,
+            "expert_slot_flip": self.slots / (self.compared * self.per_token),
+        }
 
 
 def decode_routing(
@@ -74,14 +90,14 @@ class PassRouting:
     """The sampler's experts of a packed pass, and what has been found out about them by its layers.
 
     `experts_LTK` are known where `known_T` says so; the tokens of segment i are forced to them if `forced[i]`, as
-    `forced_T` says token by token. `compared[i]` are the (token, layer) of segment i that are compared: none where they
-    are forced. `different_T` counts the layers in which a token had other experts.
+    `forced_T` says token by token. `compared[i]` are the (token, layer) of segment i that are compared. `different_T2`
+    counts the layers in which a token's gate chose other experts, and those of the sampler's that it did not choose.
     """
 
     experts_LTK: torch.Tensor
     known_T: torch.Tensor
     forced_T: torch.Tensor
-    different_T: torch.Tensor
+    different_T2: torch.Tensor
     forced: tuple[bool, ...]
     compared: tuple[int, ...]
 
@@ -100,9 +116,9 @@ class PassRouting:
         """
         logits_TE, weights_TK, experts_TK = answer
         known_T, given_TK = self.known_T[rows], self.experts_LTK[layer, rows]
-        if not all(forced):
-            other_T = (given_TK.sort(-1).values != experts_TK.sort(-1).values).any(-1)
-            self.different_T[rows] += other_T & known_T
+        missed_TK = (given_TK[:, :, None] != experts_TK[:, None, :]).all(-1)
+        missed_T = missed_TK.sum(-1, dtype=torch.int32) * known_T
+        self.different_T2[rows] += torch.stack([(missed_T > 0).int(), missed_T], -1)
         if any(forced):
             forced_T1 = self.forced_T[rows, None]
             experts_TK = torch.where(known_T[:, None] & forced_T1, given_TK, experts_TK)
@@ -113,8 +129,12 @@ class PassRouting:
         return logits_TE, weights_TK, experts_TK
 
     def different(self, segment: Segment) -> torch.Tensor:
-        """In how many (token, layer) of a segment other experts were chosen, a scalar, once all layers have run."""
-        return self.different_T[segment.start : segment.end].sum()
+        """(token, layer) of a segment that chose other experts, and how many of the sampler's they missed; [2]."""
+        return self.different_T2[segment.start : segment.end].sum(0)
+
+    @property
+    def per_token(self) -> int:
+        return self.experts_LTK.shape[-1]
 
 
 def pass_routing(
@@ -138,14 +158,14 @@ def pass_routing(
             is_known[-1] = False
             known.append(is_known)
             forced_tokens.append(torch.full((length,), is_forced))
-            if rows is not None and not is_forced:
+            if rows is not None:
                 compared[-1] += (length - 1) * sample.shape[1]
     known_T = torch.cat(known)
     return PassRouting(
         torch.cat(experts).long().transpose(0, 1).contiguous(),
         known_T,
         torch.cat(forced_tokens),
-        torch.zeros(len(known_T), dtype=torch.int32),
+        torch.zeros(len(known_T), 2, dtype=torch.int32),
         tuple(forced),
         tuple(compared),
     )

@@ -67,9 +67,18 @@ async def make_task(
         UnavailableError: no trainer of the base model was ever heard of.
     """
     await check_seq(services, run, tenant_id, submitted.seq)
-    match submitted.operation:
+    operation = submitted.operation
+    expected = validation.expected_policy(operation.expected_policy, run.run_id)
+    task = await _task(services, run, tenant_id, submitted.seq, operation)
+    return task if expected is None else msgspec.structs.replace(task, expected_policy=expected)
+
+
+async def _task(
+    services: Services, run: RunRow, tenant_id: str, seq: int, operation: wire.AnyOperation
+) -> protocol.AnyTask:
+    match operation:
         case wire.SaveWeights() as save:
-            return await saving.save_task(services, run, tenant_id, submitted.seq, save)
+            return await saving.save_task(services, run, tenant_id, seq, save)
         case wire.LoadWeights() as load:
             source = await find_source(services, load.path, tenant_id)
             check_source(
@@ -85,7 +94,7 @@ async def make_task(
         case _:
             limits = _limits(services, run)
             # Checking millions of numbers must not hold up everybody else's requests.
-            return await asyncio.to_thread(_data_task, submitted.operation, limits)
+            return await asyncio.to_thread(_data_task, operation, limits)
 
 
 async def check_seq(services: Services, run: RunRow, tenant_id: str, seq: int) -> None:
@@ -159,11 +168,16 @@ def _data_task(
                 loss_config=config,
                 adam=adam,
                 force_routing_replay=replay,
+                zero_gradients=operation.zero_gradients,
             )
         case wire.ForwardBackward():
             data = validation.sequences(operation.data, loss_fn, limits)
             return protocol.ForwardBackward(
-                data=data, loss_fn=loss_fn, loss_config=config, force_routing_replay=replay
+                data=data,
+                loss_fn=loss_fn,
+                loss_config=config,
+                force_routing_replay=replay,
+                zero_gradients=operation.zero_gradients,
             )
         case wire.Forward():
             data = validation.sequences(operation.data, loss_fn, limits)

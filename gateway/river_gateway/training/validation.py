@@ -16,6 +16,7 @@ from river_gateway.errors import InvalidFieldError
 from river_gateway.limits import (
     ALPHA_MAX,
     CHECKPOINT_TTL_MAX_S,
+    GRADIENT_SCALE_MAX,
     LEARNING_RATE_MAX,
     METRIC_NAME_MAX_CHARS,
     METRICS_MAX,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from river_client import wire
 
 _DEFAULT_ALPHA = 32.0
+_STEP = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
 
 
@@ -202,8 +204,9 @@ def adam(params: wire.AdamParams) -> protocol.Adam:
     in_range(params.beta2, "adam.beta2", 0.0, below_one)
     in_range(params.eps, "adam.eps", math.ulp(0.0), 1.0)
     in_range(params.weight_decay, "adam.weight_decay", 0.0, 1e3)
+    in_range(params.gradient_scale, "adam.gradient_scale", math.ulp(0.0), GRADIENT_SCALE_MAX)
     if params.grad_clip_norm is not None:
-        in_range(params.grad_clip_norm, "adam.grad_clip_norm", math.ulp(0.0), math.inf)
+        in_range(params.grad_clip_norm, "adam.grad_clip_norm", 0.0, math.inf)
         if math.isinf(params.grad_clip_norm):
             raise InvalidFieldError(
                 "adam.grad_clip_norm: inf, leave it out", param="adam.grad_clip_norm"
@@ -214,8 +217,25 @@ def adam(params: wire.AdamParams) -> protocol.Adam:
         beta2=params.beta2,
         eps=params.eps,
         weight_decay=params.weight_decay,
-        grad_clip_norm=params.grad_clip_norm,
+        grad_clip_norm=params.grad_clip_norm or None,
+        gradient_scale=params.gradient_scale,
     )
+
+
+def expected_policy(version: str | None, run_id: str) -> str | None:
+    """The policy version that an operation of a run is meant for, if it says so.
+
+    Raises:
+        InvalidFieldError: it is none of that run.
+    """
+    if version is not None:
+        run, _, step = version.rpartition("@")
+        if run != run_id or not _STEP.fullmatch(step):
+            raise InvalidFieldError(
+                f"expected_policy: {version[:NAME_MAX_CHARS]!r}, must be {run_id}@<step>",
+                param="expected_policy",
+            )
+    return version
 
 
 def adapter_shape(

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from river_client import wire
 from river_client.arrays import DatumLike, pack_data
+from river_client.async_resources import ttl_seconds
 from river_client.pending import AsyncPendingOp
 from river_client.results import TrainingResult, saved_checkpoint, training_result
 from river_client.submissions import Submissions
@@ -171,11 +172,10 @@ class AsyncOperations:
         expected_policy: str | None = None,
     ) -> AsyncPendingOp[wire.Checkpoint]:
         """`save_weights`, without waiting."""
-        ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
         operation = wire.SaveWeights(
             name=name,
             mode=mode,
-            ttl_s=None if ttl_s is None else round(ttl_s),
+            ttl_s=None if ttl is None else ttl_seconds(ttl),
             overwrite=overwrite,
             user_metadata=user_metadata or {},
             age_recipients=list(age_recipients),

@@ -93,6 +93,18 @@ class AsyncCheckpoints:
         """Deletes a checkpoint and its files."""
         await self._transport.tell("DELETE", "/checkpoints", params={"path": path})
 
+    async def set_ttl(self, path: str, ttl: float | timedelta | None) -> wire.Checkpoint:
+        """Keeps a checkpoint for `ttl` (seconds) from now on; None is for ever.
+
+        Raises:
+            NotFoundError: there is no such checkpoint, or its time is up.
+        """
+        body = wire.ChangeTtl(ttl_s=None if ttl is None else ttl_seconds(ttl))
+        params = {"path": path}
+        return await self._transport.call(
+            "PATCH", "/checkpoints", wire.Checkpoint, body=body, params=params
+        )
+
     async def promote(self, path: str, name: str) -> wire.Alias:
         """Serves a checkpoint under a name from now on. Rolling back is promoting an older one."""
         body = wire.PutAlias(target=path)
@@ -152,8 +164,7 @@ class AsyncCheckpoints:
                 raise exceptions.InvalidRequestError(message, param=file)
         params = {"base_model": base_model, "name": name}
         if ttl is not None:
-            ttl_s = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
-            params["ttl_s"] = str(round(ttl_s))
+            params["ttl_s"] = str(ttl_seconds(ttl))
         async with waiting(f"importing {name}"):
             return await self._transport.upload(
                 "/checkpoints/import",
@@ -293,6 +304,11 @@ class AsyncAdmin:
     async def revoke_key(self, key_id: str) -> None:
         """Ends a key."""
         await self._transport.tell("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+
+def ttl_seconds(ttl: float | timedelta) -> int:
+    """How long a checkpoint is kept, in whole seconds."""
+    return round(ttl.total_seconds() if isinstance(ttl, timedelta) else ttl)
 
 
 def _part(directory: Path, checkpoint: wire.Checkpoint, file: wire.CheckpointFile) -> Path:

@@ -189,6 +189,7 @@ class Checkpoints(Blocking):
     files = blocking(AsyncCheckpoints.files)
     delete = blocking(AsyncCheckpoints.delete)
     promote = blocking(AsyncCheckpoints.promote)
+    set_ttl = blocking(AsyncCheckpoints.set_ttl)
     download = blocking(AsyncCheckpoints.download)
     export = blocking(AsyncCheckpoints.export)
     import_adapter = blocking(AsyncCheckpoints.import_adapter)

@@ -272,6 +272,12 @@ class Checkpoint(Wire, frozen=True):
     user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
+class ChangeTtl(Wire, frozen=True):
+    """Keeps a checkpoint for `ttl_s` seconds from now on; None is for ever."""
+
+    ttl_s: int | None
+
+
 class CheckpointFile(Wire, frozen=True):
     """`sha256` is of the whole file, in hexadecimal."""
 

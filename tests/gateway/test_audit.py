@@ -172,6 +172,10 @@ ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
         _by_tenant("DELETE", "/runs/<run>/learning"),
         "learning.stop",
     ),
+    ("PATCH", f"{API}/checkpoints"): (
+        _by_tenant("PATCH", "/checkpoints?path=<path>", {"ttl_s": 3600}),
+        "checkpoints.ttl",
+    ),
     ("DELETE", f"{API}/checkpoints"): (
         _by_tenant("DELETE", "/checkpoints?path=<path>"),
         "checkpoints.delete",
@@ -189,6 +193,10 @@ ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
     ("POST", "/admin/aliases/roll-back"): (
         _on_page("/aliases/roll-back", tenant="<tenant>", alias="shown", version="2"),
         "aliases.rollback",
+    ),
+    ("POST", "/admin/checkpoint/ttl"): (
+        _on_page("/checkpoint/ttl", path="<path>", keep="days", days="7"),
+        "checkpoints.ttl",
     ),
     ("POST", "/admin/checkpoint/delete"): (
         _on_page("/checkpoint/delete", path="<path>", confirmation="first"),

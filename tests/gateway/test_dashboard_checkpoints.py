@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from datetime import UTC, datetime
 
+import pytest
 from support.dashboard import signed_in
 from support.gateway import Rig, Tenant
 from support.stand_ins import BASE
@@ -58,6 +61,44 @@ async def test_deleting_takes_its_name(rig: Rig) -> None:
         assert (await window.client.get(f"/admin/checkpoint?path={path}")).status_code == 404
 
 
+async def test_how_long_it_is_kept(rig: Rig) -> None:
+    """For days from now on or for ever, by the form as by the API; what answers under its path learns of it at once."""
+    path = (await saved(rig.tenant)).path
+
+    async def expires_in_s() -> float | None:
+        (found,) = (await rig.tenant.get("/checkpoints", path=path)).json()["checkpoints"]
+        if found.get("expires_at") is None:
+            return None
+        return (datetime.fromisoformat(found["expires_at"]) - datetime.now(UTC)).total_seconds()
+
+    async with signed_in(rig, rig.tenant) as window:
+        assert "never" in await window.page(f"/checkpoint?path={path}")
+        for days in ("30", "0.5"):
+            done = await window.send("/checkpoint/ttl", path=path, keep="days", days=days)
+            assert done.status_code == 303
+            assert await expires_in_s() == pytest.approx(float(days) * 86_400, abs=30)
+        page = await window.page(f"/checkpoint?path={path}")
+        assert "in 11 h" in page
+        done = await window.send("/checkpoint/ttl", path=path, keep="forever", days="")
+        assert await expires_in_s() is None
+        for days in ("", "0", "-1", "x", "nan", "inf", "99999"):
+            refused = await window.send("/checkpoint/ttl", path=path, keep="days", days=days)
+            assert refused.status_code == 422, days
+        assert await expires_in_s() is None
+    answered = await rig.tenant.http.patch(f"/river/v1/checkpoints?path={path}", json={"ttl_s": 60})
+    assert answered.json()["expires_at"] is not None
+    for body, status in (({"ttl_s": 0}, 422), ({}, 422), ({"ttl_s": 1}, 200)):
+        answered = await rig.tenant.http.patch(f"/river/v1/checkpoints?path={path}", json=body)
+        assert answered.status_code == status, body
+    asked = {"model": path, "messages": [{"role": "user", "content": "x"}]}
+    assert (await rig.tenant.http.post("/v1/chat/completions", json=asked)).status_code == 200
+    await asyncio.sleep(1.1)
+    assert (await rig.tenant.http.post("/v1/chat/completions", json=asked)).status_code == 404
+    # What has expired does not come back.
+    answered = await rig.tenant.http.patch(f"/river/v1/checkpoints?path={path}", json={"ttl_s": 9})
+    assert answered.status_code == 404
+
+
 async def test_files_are_downloaded_in_parts(rig: Rig) -> None:
     """A file comes as an attachment; a `Range` gets the rest of it."""
     path = (await saved(rig.tenant)).path
@@ -87,6 +128,8 @@ async def test_a_stranger_can_do_nothing(rig: Rig) -> None:
             assert promoted.status_code == 404
             deleted = await window.send("/checkpoint/delete", path=path, confirmation="good")
             assert deleted.status_code == 404
+            kept = await window.send("/checkpoint/ttl", path=path, keep="forever")
+            assert kept.status_code == 404
         # The tenant of a form is an admin's to name.
         whose = rig.tenant.tenant_id
         answer = await window.send("/aliases/roll-back", alias="tutor", version="1", tenant=whose)
@@ -103,6 +146,12 @@ async def test_forms_need_their_token(rig: Rig) -> None:
     path = (await saved(rig.tenant)).path
     async with signed_in(rig, rig.tenant) as window:
         form = {"path": path, "alias": "a", "version": "1", "confirmation": "good"}
-        for route in ("checkpoint/promote", "checkpoint/delete", "aliases/roll-back"):
+        form["keep"] = "forever"
+        for route in (
+            "checkpoint/promote",
+            "checkpoint/ttl",
+            "checkpoint/delete",
+            "aliases/roll-back",
+        ):
             assert (await window.client.post(f"/admin/{route}", data=form)).status_code == 403
     assert (await rig.tenant.get("/checkpoints")).json()["checkpoints"] != []

@@ -184,6 +184,9 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
         "GET", River + "/operations/{run_id}-1"
     ),
     ("GET", f"{River}/checkpoints"): _call("GET", River + "/checkpoints?path={path}"),
+    ("PATCH", f"{River}/checkpoints"): _call(
+        "PATCH", River + "/checkpoints?path={path}", {"ttl_s": 60}
+    ),
     ("DELETE", f"{River}/checkpoints"): _call("DELETE", River + "/checkpoints?path={path}"),
     ("GET", f"{River}/checkpoints/files"): _call("GET", River + "/checkpoints/files?path={path}"),
     ("GET", f"{River}/checkpoints/file"): _call(

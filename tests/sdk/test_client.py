@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import typing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def test_samples_that_do_not_match_are_refused(
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_how_long_a_checkpoint_is_kept(client: river.Client, gateway: StubGateway) -> None:
+    """A time in seconds or as a span is from now on, None is for ever; the command says the same."""
+    for ttl in (60.4, timedelta(days=2), None):
+        client.checkpoints.set_ttl(CHECKPOINT_PATH, ttl)
+    environment = {"RIVER_API_KEY": KEY, "RIVER_BASE_URL": gateway.base_url}
+    for typed, said in (("30d", "until 2030-01-02"), ("forever", "for ever"), ("soon", "no time")):
+        shown = CliRunner().invoke(
+            command, ["checkpoints", "ttl", CHECKPOINT_PATH, typed], env=environment
+        )
+        assert said in shown.output, shown.output
+    assert gateway.ttls == [60, 2 * 86_400, None, 30 * 86_400, None]
 
 
 def test_a_download_is_resumed(client: river.Client, gateway: StubGateway, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class StubGateway:
         self.sampled: list[wire.SampleRequest] = []
         self.logged: list[wire.LogMetrics] = []
         self.logged_samples: list[LogSamples] = []
+        self.ttls: list[int | None] = []
         self.files = {**FILES, OPTIMIZER_FILE: b"moments"}
         self.cut_file_after_bytes: int | None = None
         self.garbled_downloads = 0
@@ -87,7 +88,7 @@ class StubGateway:
             def do_any(self) -> None:
                 gateway.answer(self)
 
-            do_GET = do_POST = do_PUT = do_DELETE = do_any  # noqa: N815 - names of http.server
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_any  # noqa: N815 - names of http.server
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as in http.server
                 pass
@@ -186,6 +187,11 @@ class StubGateway:
                 if query.get("path", CHECKPOINT_PATH) != CHECKPOINT_PATH:
                     raise RefusalError(404, "path")
                 return wire.Page(checkpoints=[_checkpoint()])
+            case "PATCH", ["checkpoints"]:
+                change = msgspec.msgpack.decode(body, type=wire.ChangeTtl)
+                self.ttls.append(change.ttl_s)
+                expires_at = None if change.ttl_s is None else "2030-01-02T00:00:00+00:00"
+                return msgspec.structs.replace(_checkpoint(), expires_at=expires_at)
             case "GET", ["checkpoints", "files"]:
                 files = [
                     wire.CheckpointFile(

@@ -265,6 +265,10 @@ _LIST_CHECKPOINTS = f"""
 select * from checkpoint where tenant_id = $1 and {_LIVE}
 order by created_at desc, checkpoint_id limit $2
 """  # noqa: S608 - built from constants
+_SET_EXPIRY = f"""
+update checkpoint set expires_at = now() + make_interval(secs => $5::double precision)
+where run_id = $1 and mode = $2 and name = $3 and tenant_id = $4 and {_LIVE} returning *
+"""  # noqa: S608 - built from constants
 # The newest of a path, live or not.
 _DELETE_CHECKPOINT = """
 update checkpoint set deleted_at = coalesce(deleted_at, now())
@@ -343,6 +347,25 @@ async def find_checkpoint(
     if parsed is not None and parsed.name is not None:
         query = _FIND_READABLE_CHECKPOINT if public else _FIND_CHECKPOINT
         row = await database.fetchrow(query, parsed.run_id, parsed.mode, parsed.name, tenant_id)
+    if row is None:
+        raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
+    return _checkpoint(row)
+
+
+async def set_expiry(
+    database: Database, *, path: str, tenant_id: str, ttl_s: int | None
+) -> CheckpointRow:
+    """The live checkpoint of a path, which expires in `ttl_s` from now on, or never.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    parsed = parse_path(path)
+    row = None
+    if parsed is not None and parsed.name is not None:
+        row = await database.fetchrow(
+            _SET_EXPIRY, parsed.run_id, parsed.mode, parsed.name, tenant_id, ttl_s
+        )
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
     return _checkpoint(row)

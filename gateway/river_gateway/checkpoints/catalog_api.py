@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from litestar import Response, delete, get
+from litestar import Response, delete, get, patch
 from litestar.params import Parameter
 from litestar.response import Stream
 
@@ -19,6 +19,7 @@ from river_gateway.checkpoints.files import (
     parse_range,
     read_file,
 )
+from river_gateway.checkpoints.lifetime import set_ttl
 from river_gateway.checkpoints.removal import remove_checkpoint
 from river_gateway.codec import WireRequest, reply
 from river_gateway.context import context_of
@@ -41,6 +42,21 @@ async def get_checkpoints(request: WireRequest, path: str | None = None) -> Resp
     else:
         rows = [await catalog.find_checkpoint(pool, path=path, tenant_id=tenant_id)]
     return reply(request, wire.Page(checkpoints=[row.checkpoint for row in rows]))
+
+
+@patch("/checkpoints", guards=[requires("train")])
+async def change_checkpoint(
+    request: WireRequest, path: str, data: wire.ChangeTtl
+) -> Response[wire.Checkpoint]:
+    """Changes for how long a checkpoint is kept, from now on."""
+    changed = await set_ttl(
+        services_of(request),
+        tenant_id=principal_of(request).tenant_id,
+        path=path,
+        ttl_s=data.ttl_s,
+        by=actor_of(request),
+    )
+    return reply(request, changed)
 
 
 @delete("/checkpoints", guards=[requires("train")], status_code=HTTPStatus.NO_CONTENT)
@@ -133,6 +149,7 @@ async def get_prices(request: WireRequest) -> Response[wire.Page]:
 
 CATALOG_HANDLERS: list[Any] = [
     get_checkpoints,
+    change_checkpoint,
     delete_checkpoint,
     get_checkpoint_files,
     get_checkpoint_file,

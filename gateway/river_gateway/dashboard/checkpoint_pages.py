@@ -13,12 +13,14 @@ from river_client import wire
 from river_gateway.checkpoints import aliases
 from river_gateway.checkpoints.catalog_api import file_answer
 from river_gateway.checkpoints.files import list_files
+from river_gateway.checkpoints.lifetime import set_ttl
 from river_gateway.checkpoints.removal import remove_checkpoint
 from river_gateway.context import context_of
 from river_gateway.dashboard import checkpoints
 from river_gateway.dashboard.pages import Page, follow, redirect, show
 from river_gateway.dashboard.viewer import PATH, actor_of, checked_form, viewer_of
 from river_gateway.errors import InvalidFieldError
+from river_gateway.limits import CHECKPOINT_TTL_MAX_S
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import check_scopes
 
@@ -31,6 +33,7 @@ _ONE_PAGE = Page("checkpoint.html", {"checkpoint": "parts/checkpoint.html"})
 _LIST_PATH = f"{PATH}/checkpoints"
 _ONE_PATH = f"{PATH}/checkpoint"
 _MAY_CHANGE = ("train", "admin")
+_DAY_S = 86_400
 
 
 # ---- All of them -----------------------------------------------------------------------------------------------------
@@ -83,7 +86,9 @@ async def checkpoint_page(request: Request[Any, Any, Any], path: str = "") -> Re
     viewer = await viewer_of(request)
     values = await _read_one(request, viewer, path)
     found: ShownCheckpoint = values["checkpoint"]
-    return show(_ONE_PAGE, request, viewer, {**values, "files": await list_files(found.location)})
+    files = await list_files(found.location)
+    days_max = CHECKPOINT_TTL_MAX_S // _DAY_S
+    return show(_ONE_PAGE, request, viewer, {**values, "files": files, "days_max": days_max})
 
 
 @get("/checkpoint/live", include_in_schema=False)
@@ -130,6 +135,41 @@ async def promote(request: Request[Any, Any, Any]) -> Response[Any]:
         by=actor_of(request, viewer),
     )
     return redirect(f"{_ONE_PATH}?path={quote(found.path)}")
+
+
+@post("/checkpoint/ttl", include_in_schema=False, status_code=HTTPStatus.OK)
+async def keep(request: Request[Any, Any, Any]) -> Response[Any]:
+    """Keeps a checkpoint for so many days from now on, or for ever."""
+    viewer, form = await checked_form(request)
+    check_scopes(viewer.principal, _MAY_CHANGE)
+    services, path = services_of(request), form.get("path", "")
+    found = await checkpoints.find_checkpoint(services.pool, viewer.tenant_id, path)
+    await set_ttl(
+        services,
+        tenant_id=found.tenant_id,
+        path=found.path,
+        ttl_s=None if form.get("keep") == "forever" else _days_s(form.get("days", "")),
+        by=actor_of(request, viewer),
+    )
+    return redirect(f"{_ONE_PATH}?path={quote(found.path)}")
+
+
+def _days_s(text: str) -> int:
+    """A form's days in seconds.
+
+    Raises:
+        InvalidFieldError: they are no number of days.
+    """
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days <= CHECKPOINT_TTL_MAX_S / _DAY_S:
+        raise InvalidFieldError(
+            f"days: {text!r}, must be a number up to {CHECKPOINT_TTL_MAX_S // _DAY_S:,}",
+            param="days",
+        )
+    return max(1, round(days * _DAY_S))
 
 
 @post("/aliases/roll-back", include_in_schema=False, status_code=HTTPStatus.OK)
@@ -184,6 +224,7 @@ CHECKPOINT_HANDLERS: list[Any] = [
     checkpoint_live,
     download,
     promote,
+    keep,
     roll_back,
     delete,
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from river_client.cli.accounts import SpanType
 from river_client.cli.output import bytes_text, json_option, moment, say, show
 from river_client.client import Client
 
@@ -57,6 +59,18 @@ def show_run(run_id: str, as_json: bool) -> None:
     ]
     width = max(len(name) for name, _ in facts)
     say(run, "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts), as_json=as_json)
+
+
+class TtlType(click.ParamType[int | None]):
+    """A time such as `30d`, or `forever`; in seconds."""
+
+    name = "time|forever"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """What was typed, in seconds; None for ever."""
+        return None if value == "forever" else SpanType().convert(value, param, ctx)
 
 
 @click.group()
@@ -138,6 +152,18 @@ def delete(path: str, yes: bool, as_json: bool) -> None:
     with Client() as client:
         client.checkpoints.delete(path)
     say({"deleted": path}, f"{path} is deleted.", as_json=as_json)
+
+
+@checkpoints.command()
+@click.argument("path")
+@click.argument("kept", metavar="TIME", type=TtlType())
+@json_option
+def ttl(path: str, kept: int | None, as_json: bool) -> None:
+    """Keep a checkpoint for a TIME from now on, such as `30d`, or `forever`."""
+    with Client() as client:
+        changed = client.checkpoints.set_ttl(path, kept)
+    until = f"until {moment(changed.expires_at)}" if changed.expires_at else "for ever"
+    say(changed, f"{path} is kept {until}.", as_json=as_json)
 
 
 @checkpoints.command()

@@ -6,11 +6,13 @@ The whole stack is tested in `tests/e2e`.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import asyncpg
 import httpx
@@ -35,6 +37,11 @@ from river_gateway.settings import Settings
 from river_gateway.tenancy.accounts import create_key, create_tenant
 from river_trainer import journal
 from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM, TrainerRecord
+
+_TLS = ssl.create_default_context()
+"""Never used, but each client makes one of its own otherwise, which takes longer than most requests here."""
+_JOIN_S = 0.02
+"""How long a gateway waits for what others know of limits: here they are near."""
 
 
 def error_of(answer: httpx.Response) -> wire.ErrorBody:
@@ -171,7 +178,7 @@ async def running_rig(
         trainer.subscription = await client.subscribe("train.>", cb=trainer.take)
         async with (
             served(stand_ins),
-            open_services(settings) as services,
+            _opened(settings) as services,
             served_gateway(services) as url,
             tenants(postgres_url, url) as (tenant, stranger, admin),
         ):
@@ -184,6 +191,13 @@ async def running_rig(
             yield rig
     finally:
         await client.close()
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncGenerator[Services]:
+    with patch("river_gateway.tenancy.exchange.QUOTA_JOIN_S", _JOIN_S):
+        async with open_services(settings) as services:
+            yield services
 
 
 async def _clean(client: Client) -> None:
@@ -256,8 +270,14 @@ async def tenants(postgres_url: str, url: str) -> AsyncGenerator[list[Tenant]]:
                 base_url=url,
                 headers={"authorization": f"Bearer {key.secret}"},
                 timeout=2 * PATIENCE_S,
+                verify=_TLS,
             )
-            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key.secret, max_retries=0)
+            client = openai.AsyncOpenAI(
+                base_url=f"{url}/v1",
+                api_key=key.secret,
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(verify=_TLS),
+            )
             made.append(Tenant(tenant.tenant_id, key.key_id, key.secret, http, client))
         yield made
     finally:

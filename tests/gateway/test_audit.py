@@ -185,6 +185,38 @@ ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
         "keys.create",
     ),
     ("POST", "/admin/keys/revoke"): (_on_page("/keys/revoke", key_id="<key>"), "keys.revoke"),
+    ("POST", "/admin/keys/change"): (
+        _on_page("/keys/change", key_id="<key>", name="n", scopes="infer"),
+        "keys.change",
+    ),
+    ("POST", "/admin/keys/limits"): (
+        _on_page("/keys/limits", key_id="<key>", requests_per_minute="5"),
+        "keys.limits",
+    ),
+    ("POST", "/admin/keys/rotate"): (
+        _on_page("/keys/rotate", key_id="<key>", grace_s="3600"),
+        "keys.rotate",
+    ),
+    ("POST", "/admin/tenants/limits"): (
+        _on_page("/tenants/limits", tenant_id="<tenant>", requests_per_minute="1,000,000"),
+        "tenants.limits",
+    ),
+    ("POST", "/admin/tenants/retention"): (
+        _on_page("/tenants/retention", tenant_id="<tenant>", completions_kept_s="30"),
+        "tenants.retention",
+    ),
+    ("POST", "/admin/budgets"): (
+        _on_page("/budgets", tenant_id="<tenant>", monthly_budget_nano_usd="1000000"),
+        "budgets.set",
+    ),
+    ("POST", "/admin/prices"): (
+        _on_page("/prices", model="m2", context_length="9", kind="prompt", usd_per_million="1"),
+        "prices.set",
+    ),
+    ("POST", "/admin/discounts"): (
+        _on_page("/discounts", tenant="<tenant>", percent="5", kind="*", model="m2"),
+        "discounts.set",
+    ),
     ("POST", "/admin/tenants"): (_on_page("/tenants", name="shown"), "tenants.create"),
     ("POST", "/admin/checkpoint/promote"): (
         _on_page("/checkpoint/promote", path="<path>", alias="best"),

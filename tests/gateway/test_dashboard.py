@@ -161,6 +161,7 @@ async def test_every_page_needs_a_key(rig: Rig) -> None:
     async with browser(rig) as client:
         for method, path in routes:
             url = path.replace("{run_id:str}", "run_0").replace("{number:int}", "1")
+            url = url.replace("{key_id:str}", "key_0").replace("{tenant_id:str}", "ten_0")
             answer = await client.request(method, url)
             assert answer.status_code == 303, path
             assert answer.headers["location"].startswith(SIGN_IN)

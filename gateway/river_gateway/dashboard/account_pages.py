@@ -10,10 +10,10 @@ from litestar.response import ServerSentEvent
 
 from river_client import wire
 from river_gateway.dashboard.pages import Page, follow, redirect, show
-from river_gateway.dashboard.viewer import PATH, actor_of, checked_form, viewer_of
+from river_gateway.dashboard.viewer import PATH, actor_of, admin_form, admin_of
 from river_gateway.services import services_of
 from river_gateway.tenancy import accounts, administration
-from river_gateway.tenancy.auth import SCOPES, check_scopes
+from river_gateway.tenancy.auth import SCOPES
 
 if TYPE_CHECKING:
     from river_gateway.dashboard.viewer import Viewer
@@ -29,13 +29,13 @@ _KEYS_PATH = f"{PATH}/keys"
 @get("/keys", include_in_schema=False)
 async def keys_page(request: Request[Any, Any, Any]) -> Response[str]:
     """All tenants and keys."""
-    return await _show_keys(request, await _admin(request))
+    return await _show_keys(request, await admin_of(request))
 
 
 @post("/keys", include_in_schema=False, status_code=HTTPStatus.CREATED)
 async def create_key(request: Request[Any, Any, Any]) -> Response[str]:
     """Makes a key; the page that answers is the only one that ever shows it."""
-    viewer, form = await _admin_form(request)
+    viewer, form = await admin_form(request)
     fields = await request.form()
     asked = wire.CreateKey(
         tenant=form.get("tenant", ""),
@@ -50,7 +50,7 @@ async def create_key(request: Request[Any, Any, Any]) -> Response[str]:
 @post("/keys/revoke", include_in_schema=False, status_code=HTTPStatus.OK)
 async def revoke_key(request: Request[Any, Any, Any]) -> Response[Any]:
     """Ends a key, at once on every gateway."""
-    viewer, form = await _admin_form(request)
+    viewer, form = await admin_form(request)
     by = actor_of(request, viewer)
     await administration.revoke_key(services_of(request), by, form.get("key_id", ""))
     return redirect(_KEYS_PATH)
@@ -59,7 +59,7 @@ async def revoke_key(request: Request[Any, Any, Any]) -> Response[Any]:
 @post("/tenants", include_in_schema=False, status_code=HTTPStatus.OK)
 async def create_tenant(request: Request[Any, Any, Any]) -> Response[Any]:
     """Makes a tenant."""
-    viewer, form = await _admin_form(request)
+    viewer, form = await admin_form(request)
     asked = wire.CreateTenant(name=form.get("name", "").strip())
     await administration.create_tenant(services_of(request), actor_of(request, viewer), asked)
     return redirect(_KEYS_PATH)
@@ -87,32 +87,20 @@ async def _show_keys(
     return show(_KEYS_PAGE, request, viewer, values, status=status)
 
 
-async def _admin(request: Request[Any, Any, Any]) -> Viewer:
-    viewer = await viewer_of(request)
-    check_scopes(viewer.principal, ("admin",))
-    return viewer
-
-
-async def _admin_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[str, str]]:
-    viewer, form = await checked_form(request)
-    check_scopes(viewer.principal, ("admin",))
-    return viewer, form
-
-
 # ---- Engines and trainers --------------------------------------------------------------------------------------------
 
 
 @get("/machines", include_in_schema=False)
 async def machines_page(request: Request[Any, Any, Any]) -> Response[str]:
     """Every engine and trainer that is alive."""
-    viewer = await _admin(request)
+    viewer = await admin_of(request)
     return show(_MACHINES_PAGE, request, viewer, _read_machines(request))
 
 
 @get("/machines/live", include_in_schema=False)
 async def machines_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
     """Their changes."""
-    viewer = await _admin(request)
+    viewer = await admin_of(request)
 
     async def read() -> dict[str, Any]:
         return _read_machines(request)

@@ -9,11 +9,14 @@ from litestar import Request, Response, Router
 
 from river_gateway.context import context_of
 from river_gateway.dashboard.account_pages import ACCOUNT_HANDLERS
+from river_gateway.dashboard.audit_pages import AUDIT_PAGES
 from river_gateway.dashboard.billing_pages import BILLING_HANDLERS
 from river_gateway.dashboard.chat_pages import CHAT_HANDLERS
 from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
+from river_gateway.dashboard.key_pages import KEY_PAGES
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
+from river_gateway.dashboard.price_pages import PRICE_PAGES
 from river_gateway.dashboard.run_pages import get_series, run_live, run_page, runs_live, runs_page
 from river_gateway.dashboard.sample_pages import SAMPLE_HANDLERS
 from river_gateway.dashboard.signing_in import SIGN_IN, sign_in, sign_in_page, sign_out
@@ -52,6 +55,9 @@ dashboard_router = Router(
         *CHAT_HANDLERS,
         *BILLING_HANDLERS,
         *ACCOUNT_HANDLERS,
+        *KEY_PAGES,
+        *PRICE_PAGES,
+        *AUDIT_PAGES,
         get_static,
     ],
     exception_handlers={Exception: _error_page},

@@ -17,7 +17,8 @@ from litestar.datastructures import Cookie
 from river_gateway.context import context_of
 from river_gateway.errors import PermissionDeniedError, UnauthenticatedError
 from river_gateway.services import services_of
-from river_gateway.tenancy.audit import actor
+from river_gateway.tenancy.audit import READERS, actor
+from river_gateway.tenancy.auth import check_scopes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +47,11 @@ class Viewer:
     def is_admin(self) -> bool:
         """Whether the key may see and change what belongs to others."""
         return "admin" in self.principal.scopes
+
+    @property
+    def reads_audit(self) -> bool:
+        """Whether the key may see the audit log, of its tenant or of all."""
+        return not self.principal.scopes.isdisjoint(READERS)
 
 
 def actor_of(request: Request[Any, Any, Any], viewer: Viewer) -> Actor:
@@ -84,6 +90,20 @@ async def checked_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[st
     viewer = await viewer_of(request)
     form = {name: str(value) for name, value in (await request.form()).items()}
     check_form(request, viewer, form)
+    return viewer, form
+
+
+async def admin_of(request: Request[Any, Any, Any]) -> Viewer:
+    """The viewer of a page for admins; raises as `viewer_of`, and PermissionDeniedError for anybody else."""
+    viewer = await viewer_of(request)
+    check_scopes(viewer.principal, ("admin",))
+    return viewer
+
+
+async def admin_form(request: Request[Any, Any, Any]) -> tuple[Viewer, dict[str, str]]:
+    """The viewer and the fields of a form for admins; raises as `checked_form`, and PermissionDeniedError."""
+    viewer, form = await checked_form(request)
+    check_scopes(viewer.principal, ("admin",))
     return viewer, form
 
 

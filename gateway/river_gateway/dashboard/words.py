@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
+import msgspec
 from markupsafe import Markup
 
 NANO_USD_PER_USD = 10**9
@@ -63,6 +65,27 @@ def ahead(moment: datetime, now: datetime | None = None) -> Markup:
     return _time(moment, f"in {span(max(0.0, left.total_seconds()))}")
 
 
+def is_over(moment: datetime) -> bool:
+    """Whether a moment has passed."""
+    return moment <= datetime.now(UTC)
+
+
+def dollars(amount_nano_usd: int) -> str:
+    """An amount as it is typed: all its places and no unit."""
+    return f"{Decimal(amount_nano_usd).scaleb(-9).normalize():f}"
+
+
+def price(usd: str) -> str:
+    """A price as it is stored, in dollars, with cents at least: `$0.10`."""
+    whole, _, places = usd.partition(".")
+    return f"${whole}.{places.ljust(2, '0')}"
+
+
+def stamp(moment: datetime) -> Markup:
+    """A moment in UTC to the minute, and to the second in the tooltip."""
+    return _time(moment, f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}")
+
+
 def _time(moment: datetime, words: str) -> Markup:
     exact = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
@@ -87,6 +110,11 @@ def spark(values: list[float]) -> list[tuple[float, float]]:
     ]
 
 
+def plain(value: object) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
 FILTERS: dict[str, Any] = {
     "count": count,
     "usd": usd,
@@ -94,7 +122,12 @@ FILTERS: dict[str, Any] = {
     "span": span,
     "ago": ago,
     "ahead": ahead,
+    "price": price,
+    "stamp": stamp,
+    "is_over": is_over,
+    "dollars": dollars,
     "moment": datetime.fromisoformat,
     "number": number,
+    "plain": plain,
     "spark": spark,
 }

@@ -43,6 +43,8 @@ values ($1, $2, $3, $4, $5) returning *
 """
 _LIST_TENANTS = "select * from tenant order by created_at, tenant_id limit $1"
 _FIND_TENANT = "select tenant_id from tenant where tenant_id = $1 or name = $1"
+_GET_TENANT = "select * from tenant where tenant_id = $1 or name = $1"
+_GET_KEY = "select * from api_key where key_id = $1"
 _INSERT_KEY = """
 insert into api_key (
   key_id, tenant_id, name, secret_hash, prefix, scopes, expires_at,
@@ -134,6 +136,18 @@ async def find_tenant(database: Database, tenant: str) -> str:
     return cast("str", tenant_id)
 
 
+async def get_tenant(database: Database, tenant: str) -> Tenant:
+    """A tenant, given by id or name.
+
+    Raises:
+        NotFoundError: there is no such tenant.
+    """
+    row = await database.fetchrow(_GET_TENANT, tenant)
+    if row is None:
+        raise NotFoundError(f"there is no tenant {tenant!r}", param="tenant")
+    return _tenant(row)
+
+
 async def create_key(
     database: Database,
     *,
@@ -174,6 +188,18 @@ async def list_keys(database: Database, tenant: str | None) -> list[ApiKey]:
     """The keys of one tenant, given by id or name, or of all, oldest first, without their secrets."""
     tenant_id = await find_tenant(database, tenant) if tenant is not None else None
     return [_api_key(row) for row in await database.fetch(_LIST_KEYS, tenant_id, PAGE_ROWS_MAX)]
+
+
+async def get_key(database: Database, key_id: str) -> ApiKey:
+    """A key, without its secrets.
+
+    Raises:
+        NotFoundError: there is no such key.
+    """
+    row = await database.fetchrow(_GET_KEY, key_id)
+    if row is None:
+        raise _no_key(key_id)
+    return _api_key(row)
 
 
 async def revoke_key(database: Database, key_id: str) -> ApiKey:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from river_gateway.database import Database, Pool, Row
     from river_gateway.tenancy.auth import Principal
 
+READERS = ("train", "admin")
+"""The scopes of whom the log is shown: applications that only infer have no need of it."""
 _SECRETS = frozenset({"secret", "secret_hash", "authorization", "csrf_token"})
 _WRITE = """
 insert into audit_log (

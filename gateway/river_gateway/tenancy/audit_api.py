@@ -28,12 +28,11 @@ if TYPE_CHECKING:
 
     from river_gateway.database import Database
 
-_READERS = [requires("train", "admin")]
 _ENTRY_MAX = 2**63 - 1
 _COLUMNS = tuple(field for field in AuditEntry.__struct_fields__ if field != "details")
 
 
-@get("/audit", guards=_READERS)
+@get("/audit", guards=[requires(*audit.READERS)])
 async def get_audit(
     request: WireRequest,
     day: str | None = None,

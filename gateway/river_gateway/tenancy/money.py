@@ -42,25 +42,36 @@ async def set_price(services: Services, by: Actor, asked: price_wire.SetPrice) -
     Raises:
         InvalidFieldError: a field is out of range, or it would change the past or what is planned.
     """
-    _check_model(asked.model)
-    if not 1 <= asked.context_length <= limits.CONTEXT_LENGTH_MAX:
-        raise InvalidFieldError(
-            f"context_length: {asked.context_length}, must be 1 to {limits.CONTEXT_LENGTH_MAX}",
-            param="context_length",
-        )
-    kind = UsageKind(asked.kind)
-    usd = parse_number(asked.usd_per_million, "usd_per_million")
+    nano_usd_per_unit = check_price(asked)
     with known_errors():
         async with audit.recorded(services.pool, by, "prices.set") as line:
             await prices.set_price(
                 line.connection,
                 model=asked.model,
                 context_length=asked.context_length,
-                kind=kind,
-                nano_usd_per_unit=prices.per_unit(kind, usd),
+                kind=UsageKind(asked.kind),
+                nano_usd_per_unit=nano_usd_per_unit,
                 valid_from=_moment(asked.valid_from),
             )
             line.about(asked.model, tenant_id=None, details=asked)
+
+
+def check_price(asked: price_wire.SetPrice) -> Decimal:
+    """What a unit would cost, in nano-dollars; what is planned already is known only when it is set.
+
+    Raises:
+        InvalidFieldError: a field is out of range, or it would change the past.
+    """
+    _check_model(asked.model)
+    if not 1 <= asked.context_length <= limits.CONTEXT_LENGTH_MAX:
+        raise InvalidFieldError(
+            f"context_length: {asked.context_length}, must be 1 to {limits.CONTEXT_LENGTH_MAX}",
+            param="context_length",
+        )
+    usd = parse_number(asked.usd_per_million, "usd_per_million")
+    with known_errors():
+        prices.check_not_past(_moment(asked.valid_from))
+        return prices.per_unit(UsageKind(asked.kind), usd)
 
 
 async def set_discount(services: Services, by: Actor, asked: price_wire.SetDiscount) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from msgspec import Struct
 
-from river_ops.bench.dashboard.data import LONG_RUN, Amounts, fill
+from river_ops.bench.dashboard.data import LONG_RUN, SHOWN_KEY, Amounts, fill
 from river_ops.bench.dashboard.pictures import take_pictures
 from river_ops.bench.gateway.platform import running_platform
 from river_ops.bench.measure import Machine, machine, median, significant
@@ -29,9 +29,16 @@ FULL = Amounts(
     steps_long=20_000,
     checkpoints_per_run=10,
     usage_events=5_000_000,
+    audit_lines=100_000,
 )
 QUICK = Amounts(
-    tenants=5, runs=100, steps=50, steps_long=2_000, checkpoints_per_run=10, usage_events=100_000
+    tenants=5,
+    runs=100,
+    steps=50,
+    steps_long=2_000,
+    checkpoints_per_run=10,
+    usage_events=100_000,
+    audit_lines=2_000,
 )
 ROUNDS, ROUNDS_QUICK = 15, 5
 GOAL_MS = 300.0
@@ -45,6 +52,12 @@ PAGES: Mapping[str, str] = {
     "usage": "/admin/usage?days=90&by=key",
     "engines": "/admin/machines",
     "keys": "/admin/keys",
+    "key": f"/admin/keys/{SHOWN_KEY}",
+    "tenant": "/admin/tenants/tenant-01",
+    "prices": "/admin/prices",
+    "prices-of-one": "/admin/prices?model=river/model-1",
+    "audit": "/admin/audit",
+    "audit-found": "/admin/audit?action=keys",
 }
 PARTS: Mapping[str, str] = {
     "run series": f"/admin/runs/{LONG_RUN}/series",

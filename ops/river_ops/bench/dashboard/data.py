@@ -71,6 +71,35 @@ insert into usage_run (tenant_id, run_id, kind, quantity, amount_nano_usd)
 select tenant_id, run_id, kind, sum(quantity), sum(amount_nano_usd) from usage_event
 where run_id is not null and kind <> 'storage' group by 1, 2, 3
 """
+SHOWN_KEY = "key_" + "1".zfill(20)
+_SHOWN_KEY = """
+insert into api_key (key_id, tenant_id, name, secret_hash, prefix, scopes, requests_per_minute, rotated_at,
+                     last_used_at, previous_hash, previous_until)
+select $1, tenant_id, 'application', 'shown', 'rv-Xn2pQ7', '{infer,train}', 600, now() - interval '2 hours', now(),
+       'before', now() + interval '22 hours'
+from tenant where name = 'tenant-00'
+"""
+# Three models at one price after another, the last one planned.
+_PRICES = """
+insert into price (model, context_length, kind, nano_usd_per_unit, valid_from, valid_to)
+select 'river/model-' || m, 32768, kind, 100 + 10 * n, at, case when n < 11 then at + interval '7 days' end
+from generate_series(0, 2) m, generate_series(0, 11) n, unnest(array['prompt', 'completion', 'training']) kind,
+     lateral (select date_trunc('day', now()) + make_interval(days => 7 * (n - 10)) as at) a
+"""
+_DISCOUNTS = """
+insert into discount (tenant_id, model, kind, share, valid_from)
+select tenant_id, '*', '*', 0.05, now() - interval '9 days' from tenant
+"""
+_AUDIT = """
+insert into audit_log (occurred_at, action, through, actor_key_id, actor_key_name, actor_tenant_id, tenant_id, subject,
+                       details, request_id)
+select now() - make_interval(mins => $1::int - n), (array['aliases.put', 'keys.limits', 'learning.start'])[1 + n % 3],
+       (array['api', 'dashboard'])[1 + n % 2], k.key_id, k.name, k.tenant_id, k.tenant_id, 'subject-' || n % 100,
+       jsonb_build_object('requests_per_minute', n, 'tokens_per_minute', null), gen_random_uuid()::text
+from generate_series(1, $1::int) n
+join (select *, row_number() over (order by key_id) - 1 as at, count(*) over () as count from api_key) k
+  on k.at = n % k.count
+"""
 LONG_RUN = "run_" + "1".zfill(20)
 
 
@@ -83,6 +112,7 @@ class Amounts(Struct, frozen=True, kw_only=True):
     steps_long: int
     checkpoints_per_run: int
     usage_events: int
+    audit_lines: int
 
 
 async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
@@ -107,6 +137,10 @@ async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
         await connection.execute(_EVENTS, amounts.usage_events)
         await connection.execute(_HOURS)
         await connection.execute(_OF_RUNS)
+        await connection.execute(_SHOWN_KEY, SHOWN_KEY)
+        for statement in (_PRICES, _DISCOUNTS):
+            await connection.execute(statement)
+        await connection.execute(_AUDIT, amounts.audit_lines)
         await connection.execute("vacuum analyze")
     finally:
         await connection.close()

@@ -273,6 +273,11 @@ def test_checkpoints_bring_a_run_back(make_executor: Maker) -> None:
 def test_a_loaded_checkpoint_brings_its_step(make_executor: Maker) -> None:
     """A fresh run goes on at the checkpoint's step; one that has come further itself never takes a step again."""
     executor = make_executor()
+    first = RunScript("run_0")
+    executor.execute(first.do(CreateRun(shape=shape(seed=9))))
+    new = executor.execute(first.do(SaveWeights(checkpoint_id="ckpt_0", name="x", mode="training")))
+    assert new.checkpoint is not None
+    as_new = LoadWeights(location=new.checkpoint.location, optimizer=True)
     script = training_script("run_a", steps=3)
     for message in script.messages:
         executor.execute(message)
@@ -285,7 +290,9 @@ def test_a_loaded_checkpoint_brings_its_step(make_executor: Maker) -> None:
     )
     fresh = RunScript("run_b")
     executor.execute(fresh.do(CreateRun(shape=shape())))
+    assert executor.execute(fresh.do(as_new)).step == 0
     assert executor.execute(fresh.do(load)).step == 3
+    assert executor.execute(fresh.do(as_new)).step == 4
     assert executor.execute(script.do(load)).step == 4
 
 

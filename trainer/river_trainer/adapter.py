@@ -126,6 +126,12 @@ class Adapter:
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.weights.tensors
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the base model computes with it what it computes without, as with a new one."""
+        outer = (tensor for name, tensor in self.tensors.items() if name.endswith("lora_B"))
+        return not any(bool(tensor.any()) for tensor in outer)
+
     def at(self, home: Home) -> Adapter:
         """The adapter where passes can read it."""
         weights = self.weights.on(home.device)

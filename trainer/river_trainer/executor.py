@@ -195,9 +195,11 @@ class Executor:
             assert isinstance(task, LoadWeights)
             assert work.files is not None
             run = self._expected_run(work)
+            was_new = run.step == 0 and run.adapter.changes_nothing
             load_files(run, self.base.sites, work.files, self.base.home, optimizer=task.optimizer)
-            # A version's name is never used again for other weights.
-            run.step = max(run.step + 1, task.step)
+            # A version's name is never used again for other weights; those of new adapters are all the base model.
+            if task.step > 0 or not was_new or not run.adapter.changes_nothing:
+                run.step = max(run.step + 1, task.step)
         # The snapshot that is made of it says that this operation is done.
         self.pass_seq(message.run_id, message.seq)
         frozen = None if work.files is None else run.frozen()

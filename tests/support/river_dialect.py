@@ -8,9 +8,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 from google.protobuf.message import Message
 from support.gateway import Rig
+from support.stand_ins import BASE
 
+from river_gateway.dialects.river_grpc import nest
 from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.server import SERVICE, listening
 
@@ -75,3 +78,47 @@ async def dialect_of(rig: Rig) -> AsyncGenerator[RiverDialect]:
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield RiverDialect(channel, rig.tenant.secret)
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+
+
+def datum(**fields: Any) -> pb.Datum:
+    return pb.Datum(data=nest.encode({name: np.asarray(value) for name, value in fields.items()}))
+
+
+TEXT = datum(input_ids=[1, 2, 3])
+
+
+def gradients(model_id: str, seq: int, **changes: Any) -> pb.ForwardBackwardRequest:
+    given: dict[str, Any] = {
+        "data": [TEXT],
+        "loss_fn": "cross_entropy",
+        "gradient_accumulation": True,
+        "init_gradients": True,
+    }
+    return pb.ForwardBackwardRequest(
+        model_id=model_id,
+        seq_id=seq,
+        forward_backward_input=pb.ForwardBackwardInput(**given | changes),
+    )
+
+
+async def new_model(river: RiverDialect, **changes: Any) -> str:
+    session = await river.call("CreateSession", pb.CreateSessionRequest())
+    asked: dict[str, Any] = {
+        "session_id": session.session_id,
+        "model_seq_id": 1,
+        "base_model": BASE,
+        "lora_config": pb.LoraConfig(rank=8, train_attn=True),
+    }
+    accepted = await river.call("CreateModel", pb.CreateModelRequest(**asked | changes))
+    made = await result(river, accepted.request_id)
+    assert made.create_model.model_id == made.create_model.training_run_id
+    return made.create_model.model_id
+
+
+async def result(river: RiverDialect, request_id: str) -> pb.RetrieveFutureResponse:
+    answer = await river.call("RetrieveFuture", pb.RetrieveFutureRequest(request_id=request_id))
+    assert isinstance(answer, pb.RetrieveFutureResponse)
+    return answer

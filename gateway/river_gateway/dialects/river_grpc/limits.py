@@ -46,3 +46,13 @@ UPLOADS_MAX_BYTES = 8 * 1024 * 1024 * 1024
 """Of everybody's together."""
 UPLOAD_KEPT_S = 900.0
 UPLOAD_PARALLELISM = 4
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+SAMPLING_BATCH_MAX = 128
+PIECES_CONCURRENT_MAX = 64
+"""Of one request's prompts, so many are with the engines at once."""
+ORDER_PATIENCE_S = 3600.0
+"""How long samples wait for what was submitted before them."""
+SAMPLES_HELD_S = 5.0
+"""How long a look at many samples is held while none of them is done."""

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 NO_IMAGES = "images are not supported: the models here read text only"
 
+NO_RETAINED_KV = (
+    "keeping the KV cache of an earlier policy is not supported: a cache is only used by the version "
+    "that made it"
+)
+
 
 def refusing(sentence: str) -> Handler:
     """A handler that says why not."""
@@ -31,11 +36,19 @@ _CUSTOM_LOSS = (
 )
 NO_ATTESTATION = "attesting training data is not supported; create the model without an attestation"
 
+
+async def _release_images(_call: Call, asked: pb.ReleaseImageRequest) -> pb.ReleaseImageResponse:
+    """At the end of a session all of its images may go: it never had any."""
+    if not asked.close_session:
+        raise NotSupportedError(NO_IMAGES)
+    return pb.ReleaseImageResponse()
+
+
 REFUSED_METHODS: Methods = {
     "PrepareLoss": Unary(pb.PrepareLossRequest, TRAIN, refusing(_CUSTOM_LOSS)),
     "CreateTrainingDataAttestation": Unary(
         pb.CreateTrainingDataAttestationRequest, TRAIN, refusing(NO_ATTESTATION)
     ),
     "UploadImage": Unary(pb.UploadImageRequest, EITHER, refusing(NO_IMAGES)),
-    "ReleaseImage": Unary(pb.ReleaseImageRequest, EITHER, refusing(NO_IMAGES)),
+    "ReleaseImage": Unary(pb.ReleaseImageRequest, EITHER, _release_images),
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from river_gateway.services import Services
 
 FEATURES = (
+    "gradient_scale_v1",
     "policy_versions_v1",
     "prompt_token_echo_v1",
     "sampling_batch_v1",

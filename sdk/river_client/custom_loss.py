@@ -41,7 +41,17 @@ class TorchLoss(Protocol):
     ) -> tuple[Any, Mapping[str, SupportsFloat]]: ...
 
 
-_OF_A_LOSS = frozenset({"weights", "old_logprobs", "advantages", "echo_weights"})
+_OF_A_LOSS = frozenset(
+    {
+        "weights",
+        "old_logprobs",
+        "advantages",
+        "echo_weights",
+        "clip_low",
+        "clip_high",
+        "sequence_mask",
+    }
+)
 _OF_THE_SURROGATE = frozenset({"loss", "loss_sum", "loss_mean", "weight_sum"})
 
 

@@ -34,6 +34,10 @@ class Datum(Wire, frozen=True):
     `weights` (absent: one everywhere), `old_logprobs`, `advantages` float [T]; `echo_weights` float [T], for
     `echo_cispo` alone; `attention_mask` [T] of ones and zeros, whose zeros may only form a tail (padding).
 
+    Where the losses `ppo`, `gspo` and `cispo` have bounds of the ratio, `clip_low` and `clip_high` float [T] may give
+    each token its own. `sequence_mask` [T] of ones and zeros says, for `gspo` alone, over which tokens the mean of a
+    sequence's ratio is; absent, over those that count.
+
     Soft targets, for `cross_entropy` alone: `target_tokens` [T, K] with `weights` [T, K], such as a teacher's K most
     likely tokens and their probabilities.
 
@@ -48,4 +52,7 @@ class Datum(Wire, frozen=True):
     advantages: Numbers | None = None
     attention_mask: Numbers | None = None
     echo_weights: Numbers | None = None
+    clip_low: Numbers | None = None
+    clip_high: Numbers | None = None
+    sequence_mask: Numbers | None = None
     expert_routing: Tensor | None = None

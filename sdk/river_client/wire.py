@@ -126,11 +126,15 @@ class Operation(Wire, frozen=True, tag_field="kind"):
     * `cross_entropy`: -w lp
     * `importance_sampling`: -w A r
     * `ppo`: -min(w A r, w A clip(r)), r clipped to `clip_low` 0.8 and `clip_high` 1.2, bounds of the ratio itself
-    * `cispo`: -w A lp min(r, `eps_max` 6), the ratio without a gradient
+    * `cispo`: -w A lp clip(r), the ratio without a gradient, clipped to `clip_low` 0 and `eps_max` 6; with `unit_ratio`
+      1 it is taken as one
     * `echo_cispo`: cispo, and `echo_coef` 0.05 times the cross-entropy with `echo_weights`
     * `dro`: -w (A lp - `beta`/2 (lp - q)^2), beta 0.05
     * `gspo`: ppo with the ratio of the whole sequence, clipped to `clip_low` 0.9997 and `clip_high` 1.0004
     * `dpo`: sequences 2i are chosen and 2i+1 rejected, `old_logprobs` are the reference's; `beta` 0.1; a sum over pairs
+
+    A `logprob_temperature` of 1, for all but `echo_cispo` and `dpo`, divides the logits before lp and the entropy are
+    taken: that of sampling makes lp what a sampler's log-probabilities are.
 
     Where w A is zero a token does not count for a policy loss, whatever its `old_logprobs` are.
 

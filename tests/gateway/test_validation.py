@@ -164,8 +164,12 @@ def test_wrong_loss_settings(loss_fn: str, config: dict[str, float], param: str)
 
 def test_right_loss_settings() -> None:
     """The trainer is told every setting, so that a journal means the same when defaults change."""
-    assert validation.loss_config("cross_entropy", {}) == {}
-    assert validation.loss_config("ppo", {"clip_high": 1.5}) == {"clip_low": 0.8, "clip_high": 1.5}
+    assert validation.loss_config("cross_entropy", {}) == {"logprob_temperature": 1.0}
+    assert validation.loss_config("ppo", {"clip_high": 1.5}) == {
+        "clip_low": 0.8,
+        "clip_high": 1.5,
+        "logprob_temperature": 1.0,
+    }
 
 
 def test_empty_data() -> None:
@@ -249,6 +253,34 @@ def test_wrong_adam(change: dict[str, float]) -> None:
     with pytest.raises(InvalidFieldError) as refused:
         validation.adam(params)
     assert refused.value.param == f"adam.{next(iter(change))}"
+
+
+def test_bounds_and_masks_of_tokens() -> None:
+    """They arrive cut to the sequence, the mask without the ignored last position, and are refused by index."""
+    good: dict[str, Any] = {
+        "input_ids": [1, 2, 3, 0],
+        "attention_mask": [1, 1, 1, 0],
+        "old_logprobs": [-1.0] * 4,
+        "advantages": [1.0] * 4,
+        "clip_high": [1.5, 2.0, 2.5, 0.0],
+        "sequence_mask": [1, 1, 1, 0],
+    }
+    (sequence,) = validation.sequences([wire.Datum(**good)], "gspo", LIMITS)
+    assert np.frombuffer(sequence.clip_high or b"", "<f4").tolist() == [1.5, 2.0, 2.5]
+    assert np.frombuffer(sequence.sequence_mask or b"", "<f4").tolist() == [1.0, 1.0, 0.0]
+    assert sequence.clip_low is None
+    for change, param in (
+        ({"clip_low": [0.5, -0.1, 0.5, 0.5]}, "data[0].clip_low[1]"),
+        ({"clip_low": [0.5, NAN, 0.5, 0.5]}, "data[0].clip_low[1]"),
+        ({"sequence_mask": [1, 2, 1, 0]}, "data[0].sequence_mask[1]"),
+        ({"sequence_mask": [1, 1, 1]}, "data[0].sequence_mask"),
+    ):
+        with pytest.raises(InvalidFieldError) as refused:
+            validation.sequences([wire.Datum(**{**good, **change})], "gspo", LIMITS)
+        assert refused.value.param == param
+    with pytest.raises(InvalidFieldError) as refused:
+        validation.sequences([wire.Datum(**good)], "dro", LIMITS)
+    assert refused.value.param == "data[0].clip_high"
 
 
 def test_clipping_to_nothing_is_no_clipping() -> None:

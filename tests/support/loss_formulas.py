@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from river_trainer.loss_specs import TEMPERATURE
 from river_trainer.losses import LossInput
 
 CONFIGS: dict[str, dict[str, float]] = {
     "ppo": {"clip_low": 0.7, "clip_high": 1.3},
-    "cispo": {"eps_max": 1.5},
+    "cispo": {"eps_max": 1.5, "clip_low": 0.7},
     "echo_cispo": {"eps_max": 1.5, "echo_coef": 0.3},
     "dro": {"beta": 0.2},
     "gspo": {"clip_low": 0.9, "clip_high": 1.1},
@@ -32,6 +33,8 @@ def in_sequences(data: LossInput, logprobs: torch.Tensor) -> list[Tokens]:
         "A": data.advantages.double(),
         "e": data.echo_weights.double(),
     }
+    own = {"low": data.clip_low, "high": data.clip_high, "mask": data.sequence_mask}
+    fields |= {name: values.double() for name, values in own.items() if values is not None}
     sequences: list[Tokens] = []
     start = 0
     for length in data.lengths:
@@ -42,22 +45,28 @@ def in_sequences(data: LossInput, logprobs: torch.Tensor) -> list[Tokens]:
 
 
 def by_token(term: Callable[..., torch.Tensor]) -> Formula:
-    """A formula that is a sum of `term` over tokens."""
+    """A formula that is a sum of `term` over tokens; a temperature is in their log-probabilities already."""
 
     def total(sequences: list[Tokens], config: Mapping[str, float]) -> torch.Tensor:
+        settings = {name: value for name, value in config.items() if name != TEMPERATURE}
         return torch.stack(
-            [term(token, **config) for tokens in sequences for token in tokens]
+            [term(token, **settings) for tokens in sequences for token in tokens]
         ).sum()
 
     return total
 
 
 def ppo_term(ratio: torch.Tensor, t: dict[str, torch.Tensor], low: float, high: float) -> Any:
-    return -t["w"] * torch.minimum(ratio * t["A"], ratio.clamp(low, high) * t["A"])
+    """With a token's own bounds where it has any."""
+    bound = ratio.clamp(float(t.get("low", low)), float(t.get("high", high)))
+    return -t["w"] * torch.minimum(ratio * t["A"], bound * t["A"])
 
 
-def cispo_term(t: dict[str, torch.Tensor], eps_max: float) -> torch.Tensor:
-    ratio = (t["lp"] - t["q"]).exp().clamp(max=eps_max).detach()
+def cispo_term(
+    t: dict[str, torch.Tensor], eps_max: float, clip_low: float, unit_ratio: float
+) -> torch.Tensor:
+    ratio = 0 * t["lp"] + 1 if unit_ratio else (t["lp"] - t["q"]).exp()
+    ratio = ratio.clamp(float(t.get("low", clip_low)), float(t.get("high", eps_max))).detach()
     return -t["w"] * ratio * t["A"] * t["lp"]
 
 
@@ -71,7 +80,8 @@ def gspo_formula(sequences: list[Tokens], config: Mapping[str, float]) -> torch.
     terms: list[torch.Tensor] = []
     for tokens in sequences:
         counting = [t for t in tokens if t["w"] * t["A"] != 0]
-        mean = torch.stack([t["lp"] - t["q"] for t in counting]).mean().detach()
+        over = [t for t in tokens if t["mask"] != 0] if "mask" in tokens[0] else counting
+        mean = torch.stack([t["lp"] - t["q"] for t in over]).mean().detach()
         for t in counting:
             ratio = mean.exp() * (t["lp"] - t["lp"].detach()).exp()
             terms.append(ppo_term(ratio, t, config["clip_low"], config["clip_high"]))
@@ -99,7 +109,7 @@ FORMULAS: dict[str, Formula] = {
     ),
     "cispo": by_token(cispo_term),
     "echo_cispo": by_token(
-        lambda t, eps_max, echo_coef: cispo_term(t, eps_max) - echo_coef * t["e"] * t["lp"]
+        lambda t, echo_coef, **cut: cispo_term(t, **cut) - echo_coef * t["e"] * t["lp"]
     ),
     "dro": by_token(dro_term),
     "gspo": gspo_formula,

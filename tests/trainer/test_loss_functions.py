@@ -22,6 +22,7 @@ from river_trainer.losses import (
     check_data,
     counted_positions,
     find_loss,
+    loss_data,
     metrics_of,
 )
 from river_trainer.packing import TrainingSequence, decode_sequence
@@ -97,6 +98,82 @@ def test_a_loss_is_its_formula(name: str, seed: int) -> None:
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+def own_settings(name: str, seed: int) -> LossInput:
+    """`make_input` with bounds of each token's own, and for gspo with a mask that is not what counts."""
+    data = make_input(name, seed)
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(LENGTHS)
+    mask = (torch.rand(count, generator=generator) > 0.3).float()
+    mask[[2, 9, 14, 23]] = 1.0  # no sequence is without
+    own: dict[str, Any] = {
+        "clip_low": 0.6 + 0.3 * torch.rand(count, generator=generator),
+        "clip_high": 1.05 + 0.5 * torch.rand(count, generator=generator),
+    }
+    if name == "gspo":
+        own["sequence_mask"] = mask
+    return changed(name, data, **own)
+
+
+@pytest.mark.parametrize("name", ["ppo", "cispo", "echo_cispo", "gspo"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_bounds_and_masks_of_tokens_are_in_the_formula(name: str, seed: int) -> None:
+    """Each token is clipped to its own bounds, and a sequence's ratio is the mean over its mask."""
+    data = own_settings(name, seed)
+    metrics, gradient, _ = computed(name, data)
+    logprobs = data.logprobs.detach().double().requires_grad_()
+    expected = FORMULAS[name](in_sequences(data, logprobs), data.config)
+    (expected_gradient,) = torch.autograd.grad(expected, logprobs)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+    plain, _, _ = computed(name, make_input(name, seed))
+    assert plain["loss"] != pytest.approx(metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cispo", "echo_cispo"])
+def test_a_ratio_of_one_is_a_plain_policy_gradient(name: str) -> None:
+    """With `unit_ratio` the gradient by each log-probability is minus its weighted advantage, and its echo."""
+    data = make_input(name)
+    config = {**data.config, "unit_ratio": 1.0}
+    metrics, gradient, _ = computed(name, changed(name, data, config=config))
+    expected = -data.weights * data.advantages
+    if name == "echo_cispo":
+        expected = expected - config["echo_coef"] * data.echo_weights
+    torch.testing.assert_close(gradient, expected)
+    assert metrics["mean_ratio"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_metrics_of_echoes() -> None:
+    """What is echoed is counted, weighed, and told where it is also learned as a policy."""
+    data = make_input("echo_cispo")
+    metrics, _, _ = computed("echo_cispo", data)
+    echoed = data.echo_weights != 0
+    counted = (data.weights * data.advantages) != 0
+    assert metrics["echo_num_tokens"] == echoed.sum()
+    assert metrics["echo_weight_sum"] == pytest.approx(data.echo_weights.double().sum().item())
+    assert metrics["echo_policy_overlap"] == (echoed & counted).sum() > 0
+    expected = -(data.echo_weights * data.logprobs.detach()).double().sum().item()
+    assert metrics["echo_loss_sum"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fields_that_some_sequences_lack() -> None:
+    """A sequence without bounds of its own has the settings', and one without a mask what counts."""
+    spare = decoded(old_logprobs=floats(3), advantages=floats(3, 0.5))
+    own = dataclasses.replace(
+        spare,
+        clip_high=torch.tensor([1.5, 1.6, 1.7]),
+        sequence_mask=torch.tensor([1.0, 0.0, 0.0]),
+    )
+    data = loss_data(find_loss("gspo", {"clip_low": 0.5, "clip_high": 2.0}), [spare, own])
+    assert data.clip_low is not None
+    assert data.clip_high is not None
+    assert data.sequence_mask is not None
+    assert data.clip_low.tolist() == [0.5] * 6
+    assert data.clip_high.tolist() == pytest.approx([2.0, 2.0, 2.0, 1.5, 1.6, 1.7])
+    assert data.sequence_mask.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+    bare = loss_data(find_loss("gspo", {}), [spare])
+    assert (bare.clip_low, bare.clip_high, bare.sequence_mask) == (None, None, None)
+
+
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_the_metrics_of_policy_losses(name: str) -> None:
     """Means over the tokens whose weighted advantage is not zero."""
@@ -117,7 +194,9 @@ def test_the_metrics_of_policy_losses(name: str) -> None:
         assert 0 < clipped < len(ratio)
         assert metrics["clip_frac"] == pytest.approx(clipped / len(ratio))
     if name in {"cispo", "echo_cispo"}:
-        cut = (ratio > 1.5).double().mean().item()
+        low = data.config["clip_low"]
+        cut = ((ratio > 1.5) | (ratio < low)).double().mean().item()
+        assert ((ratio < low).sum() > 0) == (name == "cispo")
         assert 0 < cut < 1
         assert metrics["clip_frac"] == metrics["truncation_frac"] == pytest.approx(cut)
 
@@ -253,11 +332,16 @@ def test_every_loss_is_known_everywhere() -> None:
         (
             "cross_entropy",
             {"beta": 1.0},
-            "loss_config.beta: unknown, the loss cross_entropy has no",
+            "loss_config.beta: unknown, the loss cross_entropy has logprob_temperature",
         ),
         ("ppo", {"eps_max": 1.0}, "loss_config.eps_max: unknown, the loss ppo has clip_low, clip_"),
         ("ppo", {"clip_high": 0.2}, "loss_config.clip_high: 0.2, must be 1 to 1e+06"),
         ("gspo", {"clip_low": 1.01}, "loss_config.clip_low: 1.01, must be 0 to 1"),
+        (
+            "ppo",
+            {"logprob_temperature": 0.0},
+            "loss_config.logprob_temperature: 0, must be 0.01 to 100",
+        ),
         ("dro", {"beta": -0.1}, "loss_config.beta: -0.1, must be 0 to 1000"),
         ("dpo", {"beta": math.nan}, "loss_config.beta: nan, must be 0 to 1000"),
         ("cispo", {"eps_max": math.inf}, "loss_config.eps_max: inf, must be 0 to 1e+06"),
@@ -273,8 +357,13 @@ def test_wrong_settings_are_refused(name: str, config: dict[str, float], message
 
 def test_settings_have_defaults() -> None:
     """What is not given is the spec's."""
-    assert find_loss("echo_cispo", {"echo_coef": 0}).config == {"eps_max": 6.0, "echo_coef": 0.0}
-    assert find_loss("cross_entropy", {}).config == {}
+    assert find_loss("echo_cispo", {"echo_coef": 0}).config == {
+        "clip_low": 0.0,
+        "eps_max": 6.0,
+        "unit_ratio": 0.0,
+        "echo_coef": 0.0,
+    }
+    assert find_loss("cross_entropy", {}).config == {"logprob_temperature": 1.0}
     for name, loss in LOSSES.items():
         assert find_loss(name, loss.config) == loss
 
@@ -345,6 +434,13 @@ def test_what_does_not_fit_is_refused(fields: dict[str, Any], param: str) -> Non
         ("ppo", {"old_logprobs": floats(3)}, 1, "data[0].advantages"),
         ("dpo", {}, 2, "data[0].old_logprobs"),
         ("dpo", {"old_logprobs": floats(3)}, 3, "data"),
+        ("cross_entropy", {"clip_low": floats(3)}, 1, "data[0].clip_low"),
+        (
+            "ppo",
+            {"old_logprobs": floats(3), "advantages": floats(3), "sequence_mask": floats(3)},
+            1,
+            "data[0].sequence_mask",
+        ),
         (
             "echo_cispo",
             {"old_logprobs": floats(3), "advantages": floats(3)},

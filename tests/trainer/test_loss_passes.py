@@ -174,3 +174,42 @@ def test_soft_targets_beside_hard_ones_change_no_bit(base: BaseModel, run_jobs: 
         for one, two, sequence in zip(mixed.logprobs, alone.logprobs, job.sequences, strict=True):
             assert one.shape == sequence.targets.shape
             assert torch.equal(one, two)
+
+
+def test_a_temperature_divides_the_logits(base: BaseModel, run_jobs: RunJobs) -> None:
+    """Log-probabilities and gradients are those of log-softmax(logits / T), and of a job beside it as they were."""
+    temperature, halves = 0.7, (range(256), range(256, 512))
+    adapter = learned_adapter(base, 5)
+    (sequence,) = decoded(random_sequences(8, [11]))
+    hot = find_loss("cross_entropy", {"logprob_temperature": temperature})
+    plain = LOSSES["cross_entropy"]
+    ones = dataclasses.replace(sequence, weights=torch.ones(11).index_fill(0, torch.tensor(10), 0))
+    tempered, beside = run_jobs(
+        [Job(adapter, [ones], hot, backward=True), Job(adapter, [ones], plain, backward=True)]
+    )
+    (alone,) = run_jobs([Job(adapter, [ones], plain, backward=True)])
+    assert torch.equal(beside.logprobs[0], alone.logprobs[0])
+    assert torch.equal(gradient_of(beside), gradient_of(alone))
+
+    def soft(every_weight: torch.Tensor) -> list[TrainingSequence]:
+        """The sequence with every token as a target, in two halves."""
+        return [
+            dataclasses.replace(
+                sequence,
+                targets=torch.tensor(half).expand(11, -1).clone(),
+                weights=every_weight[:, half.start : half.stop].clone(),
+            )
+            for half in halves
+        ]
+
+    (scored,) = run_jobs([Job(adapter, soft(torch.zeros(11, 512)), plain, backward=False)])
+    log_softmax = (torch.cat(scored.logprobs, 1) / temperature).log_softmax(-1)
+    rows = torch.arange(10)
+    expected = log_softmax[rows, ones.targets[:10]]
+    torch.testing.assert_close(tempered.logprobs[0][:10], expected, rtol=1e-4, atol=1e-4)
+    # By the logits z, the gradient of -log softmax(z / T)[target] is (softmax(z / T) - onehot) / T.
+    slopes = log_softmax.exp()
+    slopes[rows, ones.targets[:10]] -= 1.0
+    slopes[10] = 0.0
+    (same,) = run_jobs([Job(adapter, soft(-slopes / temperature), plain, backward=True)])
+    assert relative_error(gradient_of(tempered), gradient_of(same)) < 1e-4

@@ -184,7 +184,11 @@ class Network(nn.Module):
             position_ids=batch.positions[None],
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden_1TH[0], batch.targets)
+        hidden_TH = hidden_1TH[0]
+        if batch.logit_scale is not None:
+            # The head is linear: so are its logits scaled, those of the adapter included.
+            hidden_TH = hidden_TH * batch.logit_scale[:, None]
+        return self.head(hidden_TH, batch.targets)
 
 
 class BaseModel:

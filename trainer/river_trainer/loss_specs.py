@@ -3,6 +3,8 @@
 The gateway checks requests by it before they are accepted, the trainer once more before it computes; `losses.py` holds
 the functions themselves. A new loss is an entry here and a function there.
 
+A sequence's own `clip_low` and `clip_high` stand before those of the settings, `clip_high` before `eps_max` too.
+
 `ppo` and `gspo` take `clip_low` and `clip_high` as bounds of the ratio itself, 0.8 and 1.2, not as distances from one:
 the ranges refuse a `clip_high` of 0.2.
 """
@@ -14,6 +16,9 @@ from dataclasses import dataclass, field
 
 TARGETS_PER_TOKEN_MAX = 256
 """K of soft targets [T, K]. Gathering them is cheap beside the logits; what bounds K is the size of a request."""
+
+TEMPERATURE = "logprob_temperature"
+"""What the logits are divided by before a loss sees log-probabilities."""
 
 _COEFFICIENT_MAX = 1e3
 _RATIO_MAX = 1e6
@@ -42,7 +47,7 @@ class LossSpec:
 
     `needs` are the optional fields of a sequence that it cannot do without. `sequences_per_group` consecutive sequences
     belong together and are never computed apart. `mean_over` is the metric that `loss_mean` divides by.
-    `soft_targets` says whether it takes K targets at each position.
+    `soft_targets` says whether it takes K targets at each position, `takes` which fields it may have besides.
     """
 
     name: str
@@ -51,6 +56,7 @@ class LossSpec:
     mean_over: str = "num_tokens"
     sequences_per_group: int = 1
     soft_targets: bool = False
+    takes: tuple[str, ...] = ()
 
     def checked_config(self, config: Mapping[str, float]) -> dict[str, float]:
         """Every parameter's value: the one in `config`, or its default.
@@ -84,31 +90,46 @@ class LossSpec:
                 if getattr(sequence, name) is None:
                     reason = f"missing, the loss {self.name} needs it"
                     raise LossSpecError(f"data[{index}].{name}", reason)
+            for name in _OWN_FIELDS:
+                if name not in self.takes and getattr(sequence, name) is not None:
+                    reason = f"the loss {self.name} does not take it"
+                    raise LossSpecError(f"data[{index}].{name}", reason)
 
 
 _POLICY = ("old_logprobs", "advantages")
-_EPS_MAX = Parameter(6.0, 0.0, _RATIO_MAX)
+_BOUNDS = ("clip_low", "clip_high")
+_OWN_FIELDS = (*_BOUNDS, "sequence_mask")
+"""Fields that would go unheeded by losses that do not know them."""
+_TEMPERED = {TEMPERATURE: Parameter(1.0, 1e-2, 1e2)}
+_CUT = {
+    "clip_low": Parameter(0.0, 0.0, 1.0),
+    "eps_max": Parameter(6.0, 0.0, _RATIO_MAX),
+    "unit_ratio": Parameter(0.0, 0.0, 1.0),
+}
 
 SPECS: Mapping[str, LossSpec] = {
     spec.name: spec
     for spec in (
-        LossSpec("cross_entropy", mean_over="weight_sum", soft_targets=True),
-        LossSpec("importance_sampling", _POLICY),
+        LossSpec("cross_entropy", parameters=_TEMPERED, mean_over="weight_sum", soft_targets=True),
+        LossSpec("importance_sampling", _POLICY, _TEMPERED),
         LossSpec(
             "ppo",
             _POLICY,
             {
                 "clip_low": Parameter(0.8, 0.0, 1.0),
                 "clip_high": Parameter(1.2, 1.0, _RATIO_MAX),
+                **_TEMPERED,
             },
+            takes=_BOUNDS,
         ),
-        LossSpec("cispo", _POLICY, {"eps_max": _EPS_MAX}),
+        LossSpec("cispo", _POLICY, {**_CUT, **_TEMPERED}, takes=_BOUNDS),
         LossSpec(
             "echo_cispo",
             (*_POLICY, "echo_weights"),
-            {"eps_max": _EPS_MAX, "echo_coef": Parameter(0.05, 0.0, _COEFFICIENT_MAX)},
+            {**_CUT, "echo_coef": Parameter(0.05, 0.0, _COEFFICIENT_MAX)},
+            takes=_BOUNDS,
         ),
-        LossSpec("dro", _POLICY, {"beta": Parameter(0.05, 0.0, _COEFFICIENT_MAX)}),
+        LossSpec("dro", _POLICY, {"beta": Parameter(0.05, 0.0, _COEFFICIENT_MAX), **_TEMPERED}),
         LossSpec(
             "gspo",
             _POLICY,
@@ -116,7 +137,9 @@ SPECS: Mapping[str, LossSpec] = {
                 # A mean over a sequence moves far less than one token's ratio.
                 "clip_low": Parameter(1 - 3e-4, 0.0, 1.0),
                 "clip_high": Parameter(1 + 4e-4, 1.0, _RATIO_MAX),
+                **_TEMPERED,
             },
+            takes=_OWN_FIELDS,
         ),
         LossSpec(
             "dpo",

@@ -7,11 +7,11 @@ groups. With lp the log-probability, q the old one, A the advantage, w the weigh
 * `cross_entropy`: -sum w lp, over all K targets of a position if they are soft
 * `importance_sampling`: -sum w A r
 * `ppo`: -sum min(w A r, w A clip(r, clip_low, clip_high)); Schulman et al. 2017
-* `cispo`: -sum w A sg(min(r, eps_max)) lp, sg meaning that no gradient flows; Chen et al. 2025
+* `cispo`: -sum w A sg(clip(r, clip_low, eps_max)) lp, sg meaning that no gradient flows; Chen et al. 2025
 * `echo_cispo`: cispo - echo_coef sum e lp, e the echo weight: cross-entropy on what the policy did not write
 * `dro`: -sum w (A lp - beta/2 (lp - q)^2); Richemond et al. 2024
-* `gspo`: ppo with the ratio of a whole sequence, exp(mean log r), whose gradient each token takes as its own, so that
-  advantages may differ between tokens (GSPO-token); Zheng et al. 2025
+* `gspo`: ppo with the ratio of a whole sequence, exp(mean log r) over its mask or else over what counts, whose gradient
+  each token takes as its own, so that advantages may differ between tokens (GSPO-token); Zheng et al. 2025
 * `dpo`: -sum log sigmoid(beta (sum w log r of the chosen - sum w log r of the rejected)); Rafailov et al. 2023
 
 Positions that count: for cross_entropy and dpo those with a weight, for the others those whose weighted advantage is
@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -46,7 +47,8 @@ class LossData:
 
     Tensors are [N]; with soft targets `weights` is [N, K]. `weights` and `echo_weights` are zero where nothing counts.
     `counted` are the positions that count, [C], of which each sequence has one of `counts`: found out on the host,
-    because a device would have to be waited for. `config` has a value for each parameter of the loss.
+    because a device would have to be waited for. `config` has a value for each parameter of the loss. The bounds
+    `clip_low` and `clip_high` are there, both, if any sequence has its own; so is the `sequence_mask`, zero or one.
     """
 
     weights: torch.Tensor
@@ -57,6 +59,9 @@ class LossData:
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
     config: Mapping[str, float]
+    clip_low: torch.Tensor | None = None
+    clip_high: torch.Tensor | None = None
+    sequence_mask: torch.Tensor | None = None
 
     def with_outputs(self, logprobs: torch.Tensor, entropy_N: torch.Tensor) -> LossInput:  # noqa: N803  # the shape
         """The input of the loss, from the positions' rows of a pass, [N] or [N, K], whose K may be larger."""
@@ -132,7 +137,7 @@ def importance_sampling(data: LossInput) -> tuple[torch.Tensor, Sums]:
 @loss("ppo")
 def ppo(data: LossInput) -> tuple[torch.Tensor, Sums]:
     tokens = _policy_tokens(data)
-    ratio, clipped = _pessimistic_ratio(tokens.log_ratio, tokens.gain, data.config)
+    ratio, clipped = _pessimistic_ratio(tokens.log_ratio, tokens.gain, _bounds(data))
     terms = -tokens.gain * ratio
     return terms.sum(), tokens.sums(terms, clip_frac=clipped)
 
@@ -141,8 +146,11 @@ def ppo(data: LossInput) -> tuple[torch.Tensor, Sums]:
 def cispo(data: LossInput) -> tuple[torch.Tensor, Sums]:
     tokens = _policy_tokens(data)
     ratio = tokens.log_ratio.detach().exp()
-    terms = -tokens.gain * ratio.clamp(max=data.config["eps_max"]) * tokens.logprobs
-    cut = ratio > data.config["eps_max"]
+    if data.config["unit_ratio"]:
+        ratio = torch.ones_like(ratio)
+    low, high = _bounds(data)
+    terms = -tokens.gain * ratio.clamp(low, high) * tokens.logprobs
+    cut = (ratio > high) | (ratio < low)
     return terms.sum(), tokens.sums(terms, clip_frac=cut, truncation_frac=cut)
 
 
@@ -152,7 +160,12 @@ def echo_cispo(data: LossInput) -> tuple[torch.Tensor, Sums]:
     echoes = -data.echo_weights * data.logprobs
     echo_sum = _total(echoes)
     sums["loss_sum"] = sums["loss_sum"] + data.config["echo_coef"] * echo_sum
-    sums |= {"echo_loss_sum": echo_sum, "echo_num_tokens": (data.echo_weights != 0).sum()}
+    sums |= {
+        "echo_loss_sum": echo_sum,
+        "echo_num_tokens": (data.echo_weights != 0).sum(),
+        "echo_weight_sum": _total(data.echo_weights),
+        "echo_policy_overlap": (data.echo_weights[data.counted] != 0).sum(),
+    }
     return policy_loss + data.config["echo_coef"] * echoes.sum(), sums
 
 
@@ -168,9 +181,12 @@ def dro(data: LossInput) -> tuple[torch.Tensor, Sums]:
 def gspo(data: LossInput) -> tuple[torch.Tensor, Sums]:
     tokens = _policy_tokens(data)
     # The value is the sequence's mean, the gradient that of the token's own log-probability.
-    sequence_log_ratio = tokens.mean_by_sequence(tokens.log_ratio.detach())
+    if data.sequence_mask is None:
+        sequence_log_ratio = tokens.mean_by_sequence(tokens.log_ratio.detach())
+    else:
+        sequence_log_ratio = _masked_means(data, data.sequence_mask)[data.counted]
     log_ratio = sequence_log_ratio + tokens.logprobs - tokens.logprobs.detach()
-    ratio, clipped = _pessimistic_ratio(log_ratio, tokens.gain, data.config)
+    ratio, clipped = _pessimistic_ratio(log_ratio, tokens.gain, _bounds(data))
     terms = -tokens.gain * ratio
     sums = tokens.sums(terms, clip_frac=clipped)
     return terms.sum(), sums | {"mean_ratio": _total(sequence_log_ratio.double().exp())}
@@ -248,11 +264,37 @@ def _policy_tokens(data: LossInput) -> _PolicyTokens:
     )
 
 
+def _masked_means(data: LossInput, mask: torch.Tensor) -> torch.Tensor:
+    """[N], at each position the mean of log r over the masked ones of its sequence; zero if there are none."""
+    # Where the mask is zero, whatever stands there may be filler.
+    log_ratio = torch.where(mask != 0, data.logprobs.detach() - data.old_logprobs, 0.0)
+    return torch.cat(
+        [
+            (values.sum() / where.sum().clamp(min=1.0)).expand_as(values)
+            for values, where in zip(
+                log_ratio.split(data.lengths), mask.split(data.lengths), strict=True
+            )
+        ]
+    )
+
+
+def _bounds(data: LossInput) -> Any:
+    """Of the ratio at the counting tokens, low and high: numbers, or where any sequence has its own, two [C]."""
+    if data.clip_low is None or data.clip_high is None:
+        return configured_bounds(data.config)
+    return data.clip_low[data.counted], data.clip_high[data.counted]
+
+
+def configured_bounds(config: Mapping[str, float]) -> tuple[float, float]:
+    """Low and high; losses that cut the ratio call the latter `eps_max`."""
+    return config["clip_low"], config["clip_high" if "clip_high" in config else "eps_max"]
+
+
 def _pessimistic_ratio(
-    log_ratio: torch.Tensor, gain: torch.Tensor, config: Mapping[str, float]
+    log_ratio: torch.Tensor, gain: torch.Tensor, bounds: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ratio or its bound, whichever gains less, and where it is the bound, which has no gradient; two [C]."""
-    low, high = config["clip_low"], config["clip_high"]
+    low, high = bounds
     plain = log_ratio.detach().exp()
     clipped = torch.where(gain > 0, plain > high, plain < low)
     # The exponential of what is clipped away may be infinite, and would spoil the gradient even unused.
@@ -267,7 +309,16 @@ def _total(values: torch.Tensor) -> torch.Tensor:
 # ---- By name, with data, and as metrics ------------------------------------------------------------------------------
 
 TOTALS = frozenset(
-    {"loss_sum", "num_tokens", "weight_sum", "num_pairs", "echo_loss_sum", "echo_num_tokens"}
+    {
+        "loss_sum",
+        "num_tokens",
+        "weight_sum",
+        "num_pairs",
+        "echo_loss_sum",
+        "echo_num_tokens",
+        "echo_weight_sum",
+        "echo_policy_overlap",
+    }
 )
 """Reported as they are."""
 OF_PAIRS = frozenset({"accuracy", "margin", "chosen_reward", "rejected_reward"})
@@ -317,10 +368,34 @@ def loss_data(loss: Loss, sequences: Sequence[TrainingSequence]) -> LossData:
             ]
         )
 
+    def own(name: str, instead: torch.Tensor) -> torch.Tensor:
+        """[N], a field that some of the sequences have, and for the others what stands `instead`."""
+        fields = [getattr(sequence, name) for sequence in sequences]
+        return torch.cat(
+            [
+                default if values is None else values
+                for values, default in zip(fields, instead.split(lengths), strict=True)
+            ]
+        )
+
+    def given(name: str) -> bool:
+        return any(getattr(sequence, name) is not None for sequence in sequences)
+
     weights = join_targets([sequence.weights for sequence in sequences])
     advantages = joined("advantages")
     lengths = tuple(sequence.tokens for sequence in sequences)
     counted, counts = counted_positions(loss.spec, weights, advantages, lengths)
+    low = high = mask = None
+    everywhere = torch.ones(sum(lengths))
+    if given("clip_low") or given("clip_high"):
+        low, high = (
+            own(name, bound * everywhere)
+            for name, bound in zip(
+                ("clip_low", "clip_high"), configured_bounds(loss.config), strict=True
+            )
+        )
+    if given("sequence_mask"):
+        mask = own("sequence_mask", torch.zeros_like(everywhere).index_fill(0, counted, 1.0))
     return LossData(
         weights=weights,
         old_logprobs=joined("old_logprobs"),
@@ -330,6 +405,9 @@ def loss_data(loss: Loss, sequences: Sequence[TrainingSequence]) -> LossData:
         counts=counts,
         lengths=lengths,
         config=loss.config,
+        clip_low=low,
+        clip_high=high,
+        sequence_mask=mask,
     )
 
 

@@ -28,6 +28,9 @@ class TrainingSequence:
     old_logprobs: torch.Tensor | None
     advantages: torch.Tensor | None
     echo_weights: torch.Tensor | None
+    clip_low: torch.Tensor | None = None
+    clip_high: torch.Tensor | None = None
+    sequence_mask: torch.Tensor | None = None
     expert_routing: torch.Tensor | None = None
 
     @property
@@ -79,6 +82,9 @@ def decode_sequence(
         floats("old_logprobs"),
         floats("advantages"),
         echo_weights,
+        floats("clip_low"),
+        floats("clip_high"),
+        floats("sequence_mask"),
         decode_routing(sequence.expert_routing, tokens, routed_experts, f"{field}.expert_routing"),
     )
 
@@ -173,7 +179,8 @@ def split_logprobs(
 class PackedBatch:
     """T tokens of several sequences, all of one adapter before all of the next.
 
-    Tensors are [T]; `targets` are [T, K] if any sequence has K targets at a position (`join_targets`).
+    Tensors are [T]; `targets` are [T, K] if any sequence has K targets at a position (`join_targets`). Logits are
+    multiplied by `logit_scale`, if there is one.
     """
 
     input_ids: torch.Tensor
@@ -182,14 +189,18 @@ class PackedBatch:
     segments: Segments
     packing: Packing
     routing: PassRouting | None = None
+    logit_scale: torch.Tensor | None = None
 
 
 def pack(
-    parts: Listing[Listing[TrainingSequence]], replayed: Listing[bool] | None = None
+    parts: Listing[Listing[TrainingSequence]],
+    replayed: Listing[bool] | None = None,
+    temperatures: Listing[float] | None = None,
 ) -> PackedBatch:
     """Packs `parts`, one for each slot, in that order; every part has at least one sequence.
 
-    The tokens of the parts that `replayed` names go to the experts that their sequences name.
+    The tokens of the parts that `replayed` names go to the experts that their sequences name. `temperatures` are those
+    that the logits of each part are divided by.
     """
     segments: list[Segment] = []
     position = 0
@@ -199,6 +210,14 @@ def pack(
         segments.append(Segment(slot, position, end))
         position = end
     everything = [sequence for sequences in parts for sequence in sequences]
+    scale = None
+    if temperatures is not None and any(temperature != 1.0 for temperature in temperatures):
+        scale = torch.cat(
+            [
+                torch.full((segment.end - segment.start,), 1.0 / temperature)
+                for segment, temperature in zip(segments, temperatures, strict=True)
+            ]
+        )
     return PackedBatch(
         input_ids=torch.cat([sequence.input_ids for sequence in everything]),
         positions=torch.cat([torch.arange(sequence.tokens) for sequence in everything]),
@@ -210,4 +229,5 @@ def pack(
             [[sequence.tokens for sequence in part] for part in parts],
             replayed or [False] * len(parts),
         ),
+        logit_scale=scale,
     )

@@ -33,6 +33,7 @@ from river_trainer.base_model import BaseModel, SlotPairs
 from river_trainer.devices import fetched, moved
 from river_trainer.gradients import GradientPool
 from river_trainer.lanes import Lanes
+from river_trainer.loss_specs import TEMPERATURE
 from river_trainer.losses import Loss, LossData, Sums, loss_data, metrics_of
 from river_trainer.packing import PackedBatch, pack, split_logprobs
 from river_trainer.routing import Flips
@@ -163,7 +164,9 @@ class Passes:
 
     def _load(self, parts: Sequence[Part]) -> Cargo:
         batch = pack(
-            [piece.sequences for _, piece in parts], [strand.job.replay for strand, _ in parts]
+            [piece.sequences for _, piece in parts],
+            [strand.job.replay for strand, _ in parts],
+            [strand.job.loss.config.get(TEMPERATURE, 1.0) for strand, _ in parts],
         )
         data = [loss_data(strand.job.loss, piece.sequences) for strand, piece in parts]
         return moved(Cargo(batch, data), self._base.home.device)

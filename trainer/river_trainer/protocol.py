@@ -91,9 +91,9 @@ class Sequence(Struct, frozen=True, kw_only=True):
     """One validated training sequence of T tokens, as little-endian bytes.
 
     `input_ids`, `target_tokens` int32 [T] (or [T, K] targets with `weights` [T, K], K = `targets_per_token`);
-    `weights`, `old_logprobs`, `advantages`, `echo_weights` float32 [T]. Index i describes the prediction from position
-    i; the last index is ignored. `target_tokens` absent means `input_ids` shifted left; `weights` absent means one
-    everywhere.
+    `weights`, `old_logprobs`, `advantages`, `echo_weights`, `clip_low`, `clip_high`, `sequence_mask` float32 [T].
+    Index i describes the prediction from position i; the last index is ignored. `target_tokens` absent means
+    `input_ids` shifted left; `weights` absent means one everywhere.
     `expert_routing` holds the experts a sampler chose, [T, MoE layers, experts per token] of `routing_dtype`.
     """
 
@@ -103,6 +103,9 @@ class Sequence(Struct, frozen=True, kw_only=True):
     old_logprobs: bytes | None = None
     advantages: bytes | None = None
     echo_weights: bytes | None = None
+    clip_low: bytes | None = None
+    clip_high: bytes | None = None
+    sequence_mask: bytes | None = None
     expert_routing: bytes | None = None
     targets_per_token: int = 1
 

@@ -101,6 +101,15 @@ def _sequence(datum: wire.Datum, where: str, spec: LossSpec, limits: Limits) -> 
         value: wire.Numbers | None = getattr(datum, name)
         return _cut(_checked_floats(value, f"{where}.{name}", shape), kept)
 
+    def bounds(name: str) -> bytes | None:
+        """Of a ratio, which is never negative."""
+        field = f"{where}.{name}"
+        array = _checked_floats(getattr(datum, name), field, (length,))
+        if array is not None and (array < 0).any():
+            place = f"{field}[{int(np.argmax(array < 0))}]"
+            raise InvalidFieldError(f"{place}: must not be negative", param=place)
+        return _cut(array, kept)
+
     return protocol.Sequence(
         input_ids=ids[:kept].tobytes(),
         target_tokens=_cut(targets, kept),
@@ -108,6 +117,9 @@ def _sequence(datum: wire.Datum, where: str, spec: LossSpec, limits: Limits) -> 
         old_logprobs=floats("old_logprobs"),
         advantages=floats("advantages"),
         echo_weights=floats("echo_weights"),
+        clip_low=bounds("clip_low"),
+        clip_high=bounds("clip_high"),
+        sequence_mask=_mask(datum.sequence_mask, f"{where}.sequence_mask", length, kept),
         expert_routing=routing_bytes(datum, where, length, kept, limits.routed_experts),
         targets_per_token=1 if soft_shape is None else soft_shape[1],
     )
@@ -118,17 +130,31 @@ def _kept_length(datum: wire.Datum, where: str, length: int) -> int:
     if datum.attention_mask is None:
         return length
     field = f"{where}.attention_mask"
-    mask = integers(datum.attention_mask, field)
-    _check_shape(mask, (length,), field)
-    odd = np.flatnonzero((mask != 0) & (mask != 1))
-    if odd.size:
-        place = f"{field}[{odd[0]}]"
-        raise InvalidFieldError(f"{place}: {mask[odd[0]]}, must be 0 or 1", param=place)
+    mask = _zeros_and_ones(datum.attention_mask, field, length)
     kept = int(mask.sum())
     if not mask[:kept].all():
         place = f"{field}[{int(np.argmin(mask))}]"
         raise InvalidFieldError(f"{place}: 0 before a 1, zeros may only form a tail", param=place)
     return kept
+
+
+def _zeros_and_ones(value: wire.Numbers, field: str, length: int) -> npt.NDArray[np.int64]:
+    mask = integers(value, field)
+    _check_shape(mask, (length,), field)
+    odd = np.flatnonzero((mask != 0) & (mask != 1))
+    if odd.size:
+        place = f"{field}[{odd[0]}]"
+        raise InvalidFieldError(f"{place}: {mask[odd[0]]}, must be 0 or 1", param=place)
+    return mask
+
+
+def _mask(value: wire.Numbers | None, field: str, length: int, kept: int) -> bytes | None:
+    """Zeros and ones of the kept positions, the ignored last one zero."""
+    if value is None:
+        return None
+    mask = _zeros_and_ones(value, field, length)[:kept].astype("<f4")
+    mask[-1] = 0.0
+    return mask.tobytes()
 
 
 def _targets(

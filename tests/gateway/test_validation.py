@@ -230,6 +230,15 @@ def test_long_texts() -> None:
     assert refused.value.param == "prompts[1]"
 
 
+def test_the_length_of_prompts_is_looked_at_first() -> None:
+    """Nothing is made of the ids of a prompt that is too long, whatever they are."""
+    ids: Any = ["no number"] * 5000
+    asked = wire.SampleRequest(model="m", prompt_token_ids=[[1], ids], max_tokens=1)
+    with pytest.raises(InvalidFieldError, match="5000 tokens and 1 to be drawn") as refused:
+        check_sample(asked, LIMITS)
+    assert refused.value.param == "prompt_token_ids[1]"
+
+
 @pytest.mark.parametrize(
     "change",
     [

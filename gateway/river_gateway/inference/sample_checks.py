@@ -144,8 +144,7 @@ def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
             )
     for index, ids in enumerate(request.prompt_token_ids or ()):
         where = f"prompt_token_ids[{index}]"
-        token_ids(ids, where, limits.vocab_size)
-        # An engine draws one token even where only the prompt is to be scored.
+        # This comes first: a body may hold millions of ids. An engine draws a token even where none is asked for.
         drawn = request.max_tokens or 1
         if len(ids) + drawn > limits.context_length:
             raise InvalidFieldError(
@@ -153,3 +152,4 @@ def _check_prompts(request: wire.SampleRequest, limits: Limits) -> None:
                 f"{limits.context_length}",
                 param=where,
             )
+        token_ids(ids, where, limits.vocab_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -19,6 +18,7 @@ from river_engine.protocol import (
     ExpertRouting,
 )
 from river_gateway.codec import MSGPACK
+from river_gateway.decoding import beside_the_loop
 from river_gateway.errors import NotSupportedError, UnavailableError
 from river_gateway.inference.metering import usage_event
 from river_gateway.inference.models import Target, Wish, ask_current, resolve_model
@@ -76,11 +76,10 @@ async def sample(
             param="return_expert_routing",
         )
     limits = Limits(context_length=known.context_length, vocab_size=known.vocab_size)
-    check_sample(asked, limits)
-    targets = None
-    if asked.prompt_targets is not None:
-        # Checking many numbers must not hold up everybody else's requests.
-        targets = await asyncio.to_thread(target_tables, asked, limits)
+    # Checking many numbers must not hold up everybody else's requests.
+    ids_bytes = 4 * sum(len(ids) for ids in asked.prompt_token_ids or ())
+    await beside_the_loop(ids_bytes, check_sample, asked, limits)
+    targets = await beside_the_loop(_size_bytes(asked.prompt_targets), target_tables, asked, limits)
     worst = _worst_case(asked, known.context_length)
     with (
         services.quotas.admit(principal, _tokens_at_most(asked, known.context_length)) as ticket,
@@ -139,6 +138,17 @@ async def check_credit(
     worst = _worst_case(asked, known.context_length)
     with await services.credit.hold(principal, base_model, known.context_length, worst):
         pass
+
+
+def _size_bytes(arrays: Sequence[wire.Numbers] | None) -> int:
+    """About what the numbers of `arrays` take; of rows, by the first."""
+    total = 0
+    for array in arrays or ():
+        if isinstance(array, wire.Tensor):
+            total += len(array.data)
+        elif array:
+            total += 4 * len(array) * (len(array[0]) if isinstance(array[0], list) else 1)
+    return total
 
 
 def _tokens_at_most(asked: wire.SampleRequest, context_length: int) -> int:

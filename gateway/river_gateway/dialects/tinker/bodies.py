@@ -6,7 +6,7 @@ that bodies repeat is taken and not looked at.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType, field
 
@@ -50,7 +50,7 @@ class DynamicConfig(Told, frozen=True):
 
 class CreateSession(Asked, frozen=True):
     tags: list[str] = field(default_factory=list[str])
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: dict[str, str] | None = None
     sdk_version: str | None = None
     project_id: str | None = None
     display_name: str | None = None
@@ -95,7 +95,7 @@ class CreateModel(Asked, frozen=True):
     session_id: str
     model_seq_id: int
     base_model: str
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: dict[str, str] | None = None
     lora_config: LoraConfig | None = None
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
@@ -219,7 +219,7 @@ class LoadWeights(Asked, frozen=True):
     session_id: str | None = None
     model_seq_id: int | None = None
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: dict[str, str] | None = None
     optimizer_config: OptimizerConfig | None = None
     weights_access_token: str | None = None
 

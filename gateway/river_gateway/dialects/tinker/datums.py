@@ -204,7 +204,7 @@ def _datum(
             place = f"{where}.loss_fn_inputs.{key}"
             raise InvalidFieldError(f"{place}: missing, the loss {name} needs it", param=place)
     fields: dict[str, wire.Tensor] = {}
-    for key, values in inputs.items():
+    for key, values in sorted(inputs.items()):  # A map has no order: so the same is told each time.
         place = f"{where}.loss_fn_inputs.{key}"
         own = "target_tokens" if key == "target_tokens" else loss.field_of(key)
         if own is None:

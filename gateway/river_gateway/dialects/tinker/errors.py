@@ -63,6 +63,7 @@ _NAMES = {
     "ttl_s": "ttl_seconds",
     "checkpoint": "path",
     "seq": "seq_id",
+    "name": "path",
 }
 _DATUM_FIELD = re.compile(rf"\b(data\[[0-9]+\])\.({'|'.join(_FIELDS)})\b")
 _NAME = re.compile(

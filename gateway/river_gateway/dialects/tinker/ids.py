@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from river_gateway.checkpoints import catalog
 from river_gateway.errors import InvalidFieldError, NotFoundError
 from river_gateway.ids import idempotent_id
 from river_gateway.limits import SEQ_MAX
+
+if TYPE_CHECKING:
+    from river_gateway.checkpoints.catalog import RunRow
 
 SCHEME = "tinker://"
 EPHEMERAL_PREFIX = "ephemeral-"
@@ -63,6 +66,21 @@ def run_id_of(model: str, tenant_id: str) -> str:
     if match is None:
         raise NotFoundError(f"there is no training run {model!r}", param="model_id")
     return model if match["session"] is None else idempotent_id("run", tenant_id, model)
+
+
+def model_parts(model: str) -> tuple[str, int] | None:
+    """The session of a run's name and its number in it; None when it goes by River's id."""
+    match = _MODEL_ID.fullmatch(model)
+    return (
+        None
+        if match is None or match["session"] is None
+        else (match["session"], int(match["number"]))
+    )
+
+
+def name_of(run: RunRow) -> str:
+    """What clients call a run."""
+    return run.run_id if run.model_seq_id is None else model_id(run.session_id, run.model_seq_id)
 
 
 # ---- Sampling sessions -----------------------------------------------------------------------------------------------

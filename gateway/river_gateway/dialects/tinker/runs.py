@@ -1,10 +1,11 @@
-"""Finding what requests name: runs, their names, and checkpoints of one's own."""
+"""Finding what requests name: runs and checkpoints."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from river_gateway.dialects.tinker.ids import TinkerPath, parse_path, run_id_of
+from river_gateway.checkpoints import catalog
+from river_gateway.dialects.tinker.ids import TinkerPath, model_parts, parse_path, run_id_of
 from river_gateway.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -24,12 +25,27 @@ async def find_run(services: Services, model: str, tenant_id: str) -> RunRow:
         raise NotFoundError(f"there is no training run {model!r}", param="model_id") from None
 
 
-def river_path(text: str, tenant_id: str, *, field: str = "path") -> str:
-    """What River calls the checkpoint of a path.
+async def river_path(services: Services, text: str, tenant_id: str, *, field: str = "path") -> str:
+    """What River calls the checkpoint of a path, be it one's own or one that its owner shows to all.
 
     Raises:
         InvalidFieldError: it is no path of a checkpoint.
         NotFoundError: it is one of nothing that could be a run.
     """
-    path: TinkerPath = parse_path(text, field=field)
-    return path.river(run_id_of(path.model, tenant_id))
+    path = parse_path(text, field=field)
+    run_id = run_id_of(path.model, tenant_id)
+    try:
+        await services.runs.find(run_id, tenant_id)
+    except NotFoundError:
+        run_id = await _run_of_another(services, path) or run_id
+    return path.river(run_id)
+
+
+async def _run_of_another(services: Services, path: TinkerPath) -> str | None:
+    parts = model_parts(path.model)
+    if parts is None:
+        return None
+    session_id, number = parts
+    return await catalog.find_run_of_session(
+        services.pool, session_id=session_id, model_seq_id=number
+    )

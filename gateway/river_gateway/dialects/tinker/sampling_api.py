@@ -40,7 +40,7 @@ async def create_sampling_session(request: AnyRequest) -> Response[bytes]:
     asked = await read(request, bodies.CreateSamplingSession)
     validation.in_range(asked.sampling_session_seq_id, "sampling_session_seq_id", 0, SEQ_MAX)
     services, principal = services_of(request), principal_of(request)
-    model = _model_of(asked.base_model, asked.model_path, principal.tenant_id)
+    model = await _model_of(services, asked.base_model, asked.model_path, principal.tenant_id)
     sampler = await samplers.open_sampler(
         services,
         principal,
@@ -75,14 +75,16 @@ async def get_sampler(request: AnyRequest, sampler: str) -> Response[bytes]:
     )
 
 
-def _model_of(base_model: str | None, model_path: str | None, tenant_id: str) -> str:
+async def _model_of(
+    services: Services, base_model: str | None, model_path: str | None, tenant_id: str
+) -> str:
     """What River calls what is to be sampled from; a path goes before a base model.
 
     Raises:
         InvalidFieldError: neither is given, or the path is none of a checkpoint.
     """
     if model_path is not None:
-        return river_path(model_path, tenant_id, field="model_path")
+        return await river_path(services, model_path, tenant_id, field="model_path")
     if base_model is None:
         raise InvalidFieldError("base_model: missing, or model_path", param="base_model")
     return base_model
@@ -121,7 +123,7 @@ async def asample(request: AnyRequest) -> Response[bytes]:
         model, base_model = found.model, found.base_model
         identity = None if asked.seq_id is None else f"{found.sampler_id}:{asked.seq_id}"
     else:
-        model = _model_of(asked.base_model, asked.model_path, principal.tenant_id)
+        model = await _model_of(services, asked.base_model, asked.model_path, principal.tenant_id)
         base_model = await _base_of(services, principal, model, asked.model_path)
         identity = identity_of(request)
     wanted = await beside_the_loop(_size_of(asked), samples.request_of, asked, model)

@@ -13,7 +13,7 @@ from river_gateway.dialects.tinker.http import AnyRequest, identity_of, read, to
 from river_gateway.errors import GoneError, NotFoundError, NotSupportedError
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
-from river_gateway.training import sessions
+from river_gateway.training import session_list, sessions, validation
 
 _SCOPES = requires("train", "infer")
 
@@ -66,11 +66,18 @@ async def get_server_capabilities(request: AnyRequest) -> Response[bytes]:
 async def create_session(request: AnyRequest) -> Response[bytes]:
     """Opens a session; its client sends a heartbeat every ten seconds."""
     asked = await read(request, bodies.CreateSession)
+    services, principal = services_of(request), principal_of(request)
+    user_metadata = validation.tags(asked.user_metadata or {}, "user_metadata")
     session_id = await sessions.open_session(
-        services_of(request),
-        principal_of(request),
-        tags=_tags(asked),
-        identity=identity_of(request),
+        services, principal, tags=_tags(asked), identity=identity_of(request)
+    )
+    await session_list.describe_session(
+        services.pool,
+        session_id=session_id,
+        tenant_id=principal.tenant_id,
+        display_name=asked.display_name,
+        user_metadata=user_metadata,
+        project_id=asked.project_id,
     )
     return told(bodies.SessionCreated(session_id=session_id))
 

@@ -7,7 +7,7 @@ must not leave its place empty: those behind it would wait for it. It is accepte
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litestar import Response, post
 
@@ -29,11 +29,7 @@ from river_gateway.errors import (
 from river_gateway.limits import SEQ_MAX, SNAPSHOT_TTL_S
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
-from river_gateway.training import opening, submitting, validation
-
-if TYPE_CHECKING:
-    from river_gateway.services import Services
-    from river_gateway.tenancy.auth import Principal
+from river_gateway.training import opening, operations, submitting, validation
 
 _SCOPES = requires("train")
 _ADAM = "adamw"
@@ -59,22 +55,31 @@ async def create_model(request: AnyRequest) -> Response[bytes]:
         train_unembed=asked.lora_config.train_unembed,
         expert_layout=bodies.EXPERT_LAYOUT,
     )
-    run = wire.CreateRun(session_id=asked.session_id, base_model=asked.base_model, lora=lora)
+    run = wire.CreateRun(
+        session_id=asked.session_id,
+        base_model=asked.base_model,
+        lora=lora,
+        user_metadata=asked.user_metadata or {},
+    )
     model = await _open(request, run, asked.model_seq_id)
     return _accepted(OperationRequest(model, 0, "create_model"))
 
 
 async def _open(request: AnyRequest, asked: wire.CreateRun, number: int | None) -> str:
     """The name of a new run, the `number`-th of its session, or of the one that was opened as such before."""
+    services, principal = services_of(request), principal_of(request)
     number = _number(number, "model_seq_id")
     model = model_id(asked.session_id, number)
     try:
-        await opening.open_run(services_of(request), principal_of(request), asked, identity=model)
+        run = await opening.open_run(services, principal, asked, identity=model)
     except ConflictError:
         raise ConflictError(
             f"model_seq_id: {number} is of another model of this session already",
             param="model_seq_id",
         ) from None
+    await catalog.describe_run(
+        services.pool, run_id=run.run_id, tenant_id=principal.tenant_id, model_seq_id=number
+    )
     return model
 
 
@@ -137,26 +142,15 @@ async def optim_step(request: AnyRequest) -> Response[bytes]:
 async def save_weights(request: AnyRequest) -> Response[bytes]:
     """Keeps weights and optimizer, to go on from."""
     asked = await read(request, bodies.SaveWeights)
-    services, principal = services_of(request), principal_of(request)
-    run = await find_run(services, asked.model_id, principal.tenant_id)
-    name = f"{asked.seq_id:06d}" if asked.path is None else asked.path
-    operation = wire.SaveWeights(name=name, mode="training", ttl_s=asked.ttl_seconds)
-    taken = not asked.overwrite and await _is_taken(
-        services, principal, catalog.checkpoint_path(run.run_id, "training", name)
-    )
-    wrong = InvalidFieldError(
-        f"path: there is a checkpoint {name!r} already; overwrite=True replaces it", param="path"
+    operation = wire.SaveWeights(
+        name=f"{asked.seq_id:06d}" if asked.path is None else asked.path,
+        mode="training",
+        ttl_s=asked.ttl_seconds,
+        overwrite=asked.overwrite,
+        user_metadata=asked.user_metadata or {},
     )
     request_id = OperationRequest(asked.model_id, asked.seq_id, "save_weights")
-    return await _submit(request, request_id, wrong if taken else operation)
-
-
-async def _is_taken(services: Services, principal: Principal, path: str) -> bool:
-    try:
-        await services.names.checkpoint(path, principal.tenant_id)
-    except NotFoundError:
-        return False
-    return True
+    return await _submit(request, request_id, operation)
 
 
 @post("/save_weights_for_sampler", guards=[_SCOPES], status_code=HTTPStatus.OK)
@@ -186,7 +180,9 @@ async def save_weights_for_sampler(request: AnyRequest) -> Response[bytes]:
     return await _submit(
         request,
         OperationRequest(asked.model_id, asked.seq_id, "save_weights_for_sampler", sampler),
-        wire.SaveWeights(name=name, mode="inference", ttl_s=ttl_s),
+        wire.SaveWeights(
+            name=name, mode="inference", ttl_s=ttl_s, user_metadata=asked.user_metadata or {}
+        ),
     )
 
 
@@ -202,7 +198,7 @@ async def load_weights(request: AnyRequest) -> Response[bytes]:
         )
     operation: wire.LoadWeights | GatewayError
     try:
-        path = _source(request, asked)
+        path = await _source(request, asked)
         operation = wire.LoadWeights(path=path, optimizer=asked.optimizer)
     except GatewayError as error:
         operation = error
@@ -216,26 +212,27 @@ async def _create_loaded(
     """A new run that begins where a checkpoint ends: its base model and shape, unless another base is asked for."""
     _check_optimizer(asked.optimizer_config)
     services, principal = services_of(request), principal_of(request)
-    path = _source(request, asked)
-    row = await services.names.checkpoint(path, principal.tenant_id)
+    path = await _source(request, asked)
+    source = await operations.find_source(services, path, principal.tenant_id)
     run = wire.CreateRun(
         session_id=session_id,
-        base_model=asked.base_model or row.checkpoint.base_model,
+        base_model=asked.base_model or source.base_model,
         checkpoint=path,
         optimizer=asked.optimizer,
+        user_metadata=asked.user_metadata or {},
     )
     model = await _open(request, run, asked.model_seq_id)
     return _accepted(OperationRequest(model, 0, "load_weights", asked.path))
 
 
-def _source(request: AnyRequest, asked: bodies.LoadWeights) -> str:
+async def _source(request: AnyRequest, asked: bodies.LoadWeights) -> str:
     if asked.weights_access_token is not None:
         raise UnsupportedFieldError(
             "weights_access_token: loading with another account's token is not offered; a published checkpoint can be "
             "copied",
             param="weights_access_token",
         )
-    return river_path(asked.path, principal_of(request).tenant_id)
+    return await river_path(services_of(request), asked.path, principal_of(request).tenant_id)
 
 
 # ---- Submitting ------------------------------------------------------------------------------------------------------
@@ -252,8 +249,10 @@ async def _submit(
         asked = wire.SubmitOperation(seq=request_id.seq, operation=operation)
         try:
             await submitting.submit(services, principal, run, asked)
-        except (InvalidFieldError, NotFoundError, NotSupportedError) as error:
-            wrong = error
+        except (InvalidFieldError, NotFoundError, ConflictError, NotSupportedError) as error:
+            wrong = (
+                error  # Where the run itself takes no operation now, it does not take this either.
+            )
     if wrong is not None:
         await submitting.refuse(services, principal, run, request_id.seq, wrong)
     return _accepted(request_id)

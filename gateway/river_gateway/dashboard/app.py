@@ -14,6 +14,7 @@ from river_gateway.dashboard.billing_pages import BILLING_HANDLERS
 from river_gateway.dashboard.chat_pages import CHAT_HANDLERS
 from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
 from river_gateway.dashboard.key_pages import KEY_PAGES
+from river_gateway.dashboard.learning_pages import LEARNING_PAGE_HANDLERS
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.price_pages import PRICE_PAGES
@@ -53,6 +54,7 @@ dashboard_router = Router(
         *SAMPLE_HANDLERS,
         *CHECKPOINT_HANDLERS,
         *CHAT_HANDLERS,
+        *LEARNING_PAGE_HANDLERS,
         *BILLING_HANDLERS,
         *ACCOUNT_HANDLERS,
         *KEY_PAGES,

@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from river_client import wire
-from river_client.feedback_wire import ClaimFeedback
 from river_gateway.bus import BusError
 from river_gateway.database import POSTGRES_AWAY, POSTGRES_FAILED
 from river_gateway.errors import (
@@ -194,14 +193,7 @@ class _Worker:
         await self._check_alias(work)
         await principal_of_key(self._services.pool, work.key_id)
         run = await self._services.runs.find(work.run_id, work.tenant_id)
-        asked = ClaimFeedback(
-            model=settings.alias,
-            consumer=work.run_id,
-            min_batch=settings.min_batch,
-            max_batch=settings.max_batch,
-            base_model=run.base_model,
-            baseline=settings.baseline,
-        )
+        asked = learning.next_batch(run.run_id, run.base_model, settings)
         pool = self._services.pool
         if not await rewards.is_enough(pool, tenant_id=work.tenant_id, asked=asked):
             return None

@@ -108,13 +108,25 @@ def name_of(run_id: str) -> str:
     return f"learning {run_id}"
 
 
+def next_batch(run_id: str, base_model: str, settings: StartLearning) -> ClaimFeedback:
+    """What a run that learns asks for."""
+    return ClaimFeedback(
+        model=settings.alias,
+        consumer=run_id,
+        min_batch=settings.min_batch,
+        max_batch=settings.max_batch,
+        base_model=base_model,
+        baseline=settings.baseline,
+    )
+
+
 # ---- For tenants -----------------------------------------------------------------------------------------------------
 
 
 async def find(database: Database, *, run_id: str, tenant_id: str) -> LearningState | None:
     """What a run learns, or has learnt last."""
     row = await database.fetchrow(_FIND, run_id, tenant_id)
-    return None if row is None else _state(row)
+    return None if row is None else state_of(row)
 
 
 async def get(database: Database, *, run_id: str, tenant_id: str) -> LearningState:
@@ -131,7 +143,7 @@ async def get(database: Database, *, run_id: str, tenant_id: str) -> LearningSta
 
 async def list_all(database: Database, tenant_id: str) -> list[LearningState]:
     """What the tenant's runs learn and have learnt, newest first."""
-    return [_state(row) for row in await database.fetch(_LIST, tenant_id, PAGE_ROWS_MAX)]
+    return [state_of(row) for row in await database.fetch(_LIST, tenant_id, PAGE_ROWS_MAX)]
 
 
 async def start(
@@ -154,7 +166,7 @@ async def start(
         _START, run_id, tenant_id, key_id, settings.alias, wanted, seq, step
     )
     if row is not None:
-        return _state(row)
+        return state_of(row)
     current = await get(database, run_id=run_id, tenant_id=tenant_id)
     check_startable(current, settings)
     return current
@@ -197,7 +209,7 @@ async def stop(database: Database, *, run_id: str, tenant_id: str) -> LearningSt
         NotFoundError: it has never learnt from feedback.
     """
     row = await database.fetchrow(_STOP, run_id, tenant_id)
-    return await get(database, run_id=run_id, tenant_id=tenant_id) if row is None else _state(row)
+    return await get(database, run_id=run_id, tenant_id=tenant_id) if row is None else state_of(row)
 
 
 # ---- For the gateway that works on them ------------------------------------------------------------------------------
@@ -294,10 +306,11 @@ def _leased(row: Row) -> Leased:
     batch = None
     if row["batch_id"] is not None:
         batch = Batch(row["batch_id"], row["batch_at"], row["next_seq"])
-    return Leased(row["run_id"], row["tenant_id"], row["key_id"], _state(row), batch)
+    return Leased(row["run_id"], row["tenant_id"], row["key_id"], state_of(row), batch)
 
 
-def _state(row: Row) -> LearningState:
+def state_of(row: Row) -> LearningState:
+    """A row as clients see it."""
     ended_at: dt.datetime | None = row["ended_at"]
     return LearningState(
         run_id=row["run_id"],

@@ -148,10 +148,16 @@ async def is_enough(
     database: Database, *, tenant_id: str, asked: feedback_wire.ClaimFeedback
 ) -> bool:
     """Whether there is a batch for a consumer; the cheaper question for whoever asks it again and again."""
-    count = await database.fetchval(
+    return await count_unused(database, tenant_id=tenant_id, asked=asked) == asked.min_batch
+
+
+async def count_unused(
+    database: Database, *, tenant_id: str, asked: feedback_wire.ClaimFeedback
+) -> int:
+    """How many rewarded choices wait for a consumer; those beyond its `min_batch` are not counted."""
+    return await database.fetchval(
         _COUNT, tenant_id, asked.model, asked.consumer, asked.base_model, asked.min_batch
     )
-    return count == asked.min_batch
 
 
 async def claim_batch(

@@ -90,7 +90,7 @@ async def test_a_key_is_shown_once_and_ends_at_once(rig: Rig) -> None:
         assert done.status_code == 303
         assert (await window.client.get(url, headers=headers)).status_code == 401
         assert "revoked" in await window.page("/keys")
-        for wrong in ({"tenant": "ten_0"}, {"name": ""}, {"expires_on": "soon"}, {"scopes": "all"}):
+        for wrong in ({"tenant": "ten_0"}, {"name": ""}, {"expires_at": "soon"}, {"scopes": "all"}):
             refused = await window.send("/keys", **(form | wrong))
             assert refused.status_code in (404, 422), wrong
         assert (await window.send("/tenants", name="Newcomers")).status_code == 303

@@ -111,6 +111,29 @@ async def test_what_is_wrong_is_beside_its_field(
     assert await _key(rig) == before
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "said"),
+    [
+        ("/keys", {"tenant": "tenant", "name": ""}, "name: 0 characters"),
+        ("/keys", {"tenant": "tenant", "name": "n", "expires_at": "soon"}, "no ISO 8601 time"),
+        ("/tenants", {"name": "stranger"}, "there is a tenant named"),
+        ("/tenants", {"name": " "}, "name: 0 characters"),
+    ],
+    ids=str,
+)
+async def test_what_is_wrong_with_a_new_one(
+    rig: Rig, path: str, fields: dict[str, str], said: str
+) -> None:
+    """A key or tenant that cannot be made is told beside the one field that is wrong, and none is made."""
+    async with signed_in(rig, rig.admin) as window:
+        answer = await window.send(path, **fields)
+    assert answer.status_code == 422
+    assert answer.text.count('aria-invalid="true"') == 1
+    assert said in answer.text
+    assert len((await rig.admin.get("/keys")).json()["keys"]) == 3
+    assert len((await rig.admin.get("/tenants")).json()["tenants"]) == 3
+
+
 async def test_a_tenant_is_limited(rig: Rig) -> None:
     """Limits over all keys, a budget and the time that completions are kept; its keys are listed with their use."""
     tenant_id = rig.tenant.tenant_id

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import msgspec
 import pytest
@@ -39,6 +40,7 @@ class Counting:
         self._pool = pool
         self.asked = 0
         self.there = True
+        self.reads_only = False
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
@@ -56,6 +58,8 @@ class Counting:
         return await self._pool.fetchval(query, *args)
 
     async def execute(self, query: str, *args: Any) -> str:
+        if self.reads_only:
+            raise asyncpg.ReadOnlySQLTransactionError("it is another one that does")
         return await self._pool.execute(query, *args)
 
 
@@ -193,6 +197,14 @@ async def test_an_old_answer_stands_in_while_postgres_is_away(database: Counting
     assert database.asked == 1
     with pytest.raises(UnavailableError):
         await keys.authenticate("Bearer rv-unknown")
+
+
+async def test_a_postgres_that_takes_no_writes_still_knows_keys(database: Counting) -> None:
+    """While another Postgres takes over, a key's use cannot be noted; it is let in all the same."""
+    keys = KeyCache(database)
+    header, key = await _new_key(database)
+    database.reads_only = True
+    assert (await keys.authenticate(header)).key_id == key.key_id
 
 
 async def test_anthropic_s_header_is_a_key_too(rig: Rig) -> None:

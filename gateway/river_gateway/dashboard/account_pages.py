@@ -9,8 +9,10 @@ from litestar import Request, Response, get, post
 from litestar.response import ServerSentEvent
 
 from river_client import wire
+from river_gateway.dashboard.forms import Typed, moment_typed
 from river_gateway.dashboard.pages import Page, follow, redirect, show
 from river_gateway.dashboard.viewer import PATH, actor_of, admin_form, admin_of
+from river_gateway.errors import ConflictError, InvalidFieldError
 from river_gateway.services import services_of
 from river_gateway.tenancy import accounts, administration
 from river_gateway.tenancy.auth import SCOPES
@@ -41,9 +43,13 @@ async def create_key(request: Request[Any, Any, Any]) -> Response[str]:
         tenant=form.get("tenant", ""),
         name=form.get("name", ""),
         scopes=[str(scope) for scope in fields.getall("scopes", [])],
-        expires_at=f"{form['expires_on']}T00:00:00+00:00" if form.get("expires_on") else None,
+        expires_at=moment_typed(form.get("expires_at", "")),
     )
-    made = await administration.create_key(services_of(request), actor_of(request, viewer), asked)
+    by = actor_of(request, viewer)
+    try:
+        made = await administration.create_key(services_of(request), by, asked)
+    except InvalidFieldError as error:
+        return await _show_keys(request, viewer, key=Typed(form, error))
     return await _show_keys(request, viewer, made=made, status=HTTPStatus.CREATED)
 
 
@@ -61,7 +67,10 @@ async def create_tenant(request: Request[Any, Any, Any]) -> Response[Any]:
     """Makes a tenant."""
     viewer, form = await admin_form(request)
     asked = wire.CreateTenant(name=form.get("name", "").strip())
-    await administration.create_tenant(services_of(request), actor_of(request, viewer), asked)
+    try:
+        await administration.create_tenant(services_of(request), actor_of(request, viewer), asked)
+    except (InvalidFieldError, ConflictError) as error:
+        return await _show_keys(request, viewer, tenant=Typed(form, error))
     return redirect(_KEYS_PATH)
 
 
@@ -70,8 +79,12 @@ async def _show_keys(
     viewer: Viewer,
     *,
     made: wire.ApiKey | None = None,
+    key: Typed | None = None,
+    tenant: Typed | None = None,
     status: int = HTTPStatus.OK,
 ) -> Response[str]:
+    if key is not None or tenant is not None:
+        status = HTTPStatus.UNPROCESSABLE_ENTITY
     pool = services_of(request).pool
     tenants = await accounts.list_tenants(pool)
     names = {tenant.tenant_id: tenant.name for tenant in tenants}
@@ -82,6 +95,8 @@ async def _show_keys(
         "keys": keys,
         "scopes": SCOPES,
         "made": made,
+        "new_key": key or Typed(),
+        "new_tenant": tenant or Typed(),
         "own_key": viewer.principal.key_id,
     }
     return show(_KEYS_PAGE, request, viewer, values, status=status)

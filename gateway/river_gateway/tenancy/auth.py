@@ -13,7 +13,7 @@ import msgspec
 
 from river_client.wire import Limits
 from river_gateway.context import context_of
-from river_gateway.database import POSTGRES_AWAY
+from river_gateway.database import POSTGRES_AWAY, POSTGRES_FAILED
 from river_gateway.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
 from river_gateway.limits import (
     KEY_CACHE_ENTRIES_MAX,
@@ -194,8 +194,6 @@ class KeyCache:
         changes = self._changes
         try:
             row = await self._database.fetchrow(_FIND_KEY, secret_hash)
-            if row is not None and row["unnoted"]:
-                await self._database.execute(_NOTE_USE, row["key_id"])
         except POSTGRES_AWAY:
             entry = self._entries.get(secret_hash)
             now = time.monotonic()
@@ -203,11 +201,20 @@ class KeyCache:
                 return None
             entry.fresh_until = now + KEY_RETRY_S
             return entry
+        if row is not None and row["unnoted"]:
+            await self._note_use(row["key_id"])
         now = time.monotonic()
         fresh_s = KEY_CACHE_FRESH_S if changes == self._changes else 0.0
         entry = _Entry(_principal(row) if row else None, now, now + fresh_s)
         self._entries.put(secret_hash, entry)
         return entry
+
+    async def _note_use(self, key_id: str) -> None:
+        """Writes down that a key was used; where Postgres takes no writes, keys work all the same."""
+        try:
+            await self._database.execute(_NOTE_USE, key_id)
+        except POSTGRES_FAILED as error:
+            logger.warning("the use of a key is not noted: %s", error)
 
     @staticmethod
     def _known(entry: _Entry | None) -> Principal | None:

@@ -189,7 +189,7 @@ MISTAKES = {
     "missing": (CONNECTION, "data[0].old_logprobs: missing, the loss cispo needs it"),
     "loss": (CONNECTION, "loss_fn: 'hinge' is not offered, there are cross_entropy"),
     "setting": (CONNECTION, "loss_config.eps_max: unknown, the loss cross_entropy"),
-    "temperature": (CONNECTION, "logprob_temperature: 0.5, only 1 is supported"),
+    "temperature": (CONNECTION, "loss_config.logprob_temperature: 0, must be 0.01 to 100"),
     "replay": (CONNECTION, "data[0].expert_routing: missing, force_routing_replay needs it"),
     "image": (CONNECTION, "[UNIMPLEMENTED] - data[0].model_input[0]: images are not supported"),
     "policy": (FAILED, "conflict: "),

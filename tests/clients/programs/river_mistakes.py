@@ -54,7 +54,7 @@ with closing(connect()) as client, client.session() as session:
         ("missing", {"input_ids": [1, 2]}, {"loss_fn": "cispo"}),
         ("loss", {"input_ids": [1, 2]}, {"loss_fn": "hinge"}),
         ("setting", {"input_ids": [1, 2]}, {"eps_max": 2.0}),
-        ("temperature", {"input_ids": [1, 2]}, {"logprob_temperature": 0.5}),
+        ("temperature", {"input_ids": [1, 2]}, {"logprob_temperature": 0.0}),
         ("replay", {"input_ids": [1, 2]}, {"force_routing_replay": True}),
         (
             "image",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import time
+from pathlib import Path
 
+import grpc
 import grpc.aio
 import httpx
+import msgspec
 import pytest
 from support.gateway import Rig
 from support.river_dialect import RPCS, Refused, RiverDialect
@@ -14,7 +18,8 @@ from support.stand_ins import BASE
 
 from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.methods import METHODS
-from river_gateway.dialects.river_grpc.server import listening
+from river_gateway.dialects.river_grpc.server import RiverServerError, listening, river_server
+from river_ops.children import free_port
 
 
 def test_every_rpc_is_there() -> None:
@@ -156,6 +161,48 @@ async def test_the_web_server_stays_quick_while_large_bodies_come(
             await asyncio.sleep(0.01)
     await flooding
     assert worst_s < 0.5
+
+
+def certificate_files(folder: Path) -> tuple[Path, Path]:
+    """A key and a certificate of its own for `localhost`."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=DNS:localhost", "-days", "1"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return key, certificate
+
+
+async def test_tls_if_a_certificate_is_named(rig: Rig, tmp_path: Path) -> None:
+    """With a certificate only clients that trust it are served; one that cannot be read is an error in a line."""
+    key, certificate = certificate_files(tmp_path)
+    settings = msgspec.structs.replace(
+        rig.services.settings,
+        host="localhost",
+        grpc_port=free_port(),
+        grpc_certificate=str(certificate),
+        grpc_key=str(key),
+    )
+    async with river_server(rig.services, settings) as port:
+        trusting = grpc.ssl_channel_credentials(certificate.read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{port}", trusting) as channel:
+            client = RiverDialect(channel, rig.tenant.secret)
+            assert (await client.call("HealthCheck", pb.HealthCheckRequest())).status == "ok"
+        async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+            plain = RiverDialect(channel, rig.tenant.secret)
+            with pytest.raises(Refused):
+                await plain.call("HealthCheck", pb.HealthCheckRequest(), timeout_s=2)
+    certificate.unlink()
+    with pytest.raises(RiverServerError, match="the certificate or its key cannot be read"):
+        async with river_server(rig.services, settings):
+            pass
+
+
+async def test_a_port_that_is_taken_is_an_error_in_a_line(rig: Rig) -> None:
+    """Two servers on one port are told apart at the start, not by their clients."""
+    async with listening(rig.services, "127.0.0.1:0") as port:
+        with pytest.raises(RiverServerError, match=f"cannot listen on 127.0.0.1:{port}"):
+            async with listening(rig.services, f"127.0.0.1:{port}"):
+                pass
 
 
 async def test_stopping_ends_calls_and_takes_no_more(rig: Rig) -> None:

@@ -151,8 +151,8 @@ WRONG = {
     "loss": ({"loss_fn": "hinge"}, "loss_fn: 'hinge' is not offered"),
     "setting": ({"loss_fn_config": {"eps_max": 3.0}}, "eps_max: unknown"),
     "temperature": (
-        {"loss_fn_config": {"logprob_temperature": 0.7}},
-        "logprob_temperature: 0.7, only 1 is supported",
+        {"loss_fn_config": {"logprob_temperature": 0.0}},
+        "loss_config.logprob_temperature: 0, must be 0.01 to 100",
     ),
     "replay": ({"force_routing_replay": "weights"}, "force_routing_replay: 'weights', must be"),
     "no routing": (
@@ -356,9 +356,14 @@ def test_metrics_can_be_joined() -> None:
     assert (told["ratio_sum"], told["log_ratio_sum"], told["num_response"]) == (2.0, 1.0, 4.0)
 
 
-def test_distances_of_ppo_become_bounds() -> None:
-    """The client's `clip_low` 0.2 is River's 0.8; its defaults are the client's own."""
+def test_settings_get_rivers_names_and_meaning() -> None:
+    """The client's `clip_low` 0.2 is River's 0.8; a temperature of 1 is none, also for losses that know none."""
     assert read_loss_config("ppo", {}) == pytest.approx({"clip_low": 0.8, "clip_high": 1.2})
+    assert read_loss_config("echo_cispo", {"logprob_temperature": 1.0}) == {}
+    assert read_loss_config("cispo", {"use_perfect_ratio": 1.0, "logprob_temperature": 0.7}) == {
+        "unit_ratio": 1.0,
+        "logprob_temperature": 0.7,
+    }
     with pytest.raises(InvalidFieldError, match="must be a distance from the ratio 1"):
         read_loss_config("ppo", {"clip_low": 1.5})
 

@@ -11,6 +11,7 @@ from river_gateway.dialects.river_grpc import nest
 from river_gateway.dialects.river_grpc.refused import NO_IMAGES
 from river_gateway.dialects.river_grpc.routing_handle import read_handle
 from river_gateway.errors import InvalidFieldError, NotSupportedError
+from river_trainer.loss_specs import TEMPERATURE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,24 +124,21 @@ def _tensor(array: Array) -> wire.Tensor:
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
+_SETTINGS = {"use_perfect_ratio": "unit_ratio"}
+
 
 def read_loss_config(loss_fn: str, given: Mapping[str, float]) -> dict[str, float]:
-    """The settings of a loss as River counts them.
+    """The settings of a loss by River's names and as River counts them.
 
-    The client gives `ppo` distances from one where River has bounds of the ratio, and names the temperature of its
-    samples, of which 1 changes nothing.
+    The client gives `ppo` distances from one where River has bounds of the ratio. It names the temperature of its
+    samples for every loss, also for those that know none; 1 changes nothing.
 
     Raises:
-        InvalidFieldError: the temperature is another, or a distance is negative.
+        InvalidFieldError: a distance is out of range.
     """
-    config = dict(given)
-    temperature = config.pop("logprob_temperature", 1.0)
-    if temperature != 1.0:
-        raise InvalidFieldError(
-            f"loss_fn_config.logprob_temperature: {temperature:g}, only 1 is supported: sample at "
-            "temperature 1, where the sampler's log-probabilities are those of the model",
-            param="loss_fn_config.logprob_temperature",
-        )
+    config = {_SETTINGS.get(name, name): value for name, value in given.items()}
+    if config.get(TEMPERATURE) == 1.0:
+        del config[TEMPERATURE]
     if loss_fn == "ppo":
         for name, sign in (("clip_low", -1), ("clip_high", 1)):
             distance = config.get(name, 0.2)
@@ -178,13 +176,16 @@ def client_metrics(metrics: Mapping[str, float], datums: int) -> dict[str, float
         for mean, total in _SUMS.items():
             if mean in told:
                 told[total] = told[mean] * tokens
-    if "echo_num_tokens" in told:
-        told["num_echo_tokens"] = told.pop("echo_num_tokens")
-    if "expert_slot_flip" in told:
-        told["expert_flip/per_token_expert_rate"] = told.pop("expert_slot_flip")
-    return told
+    if told.get("echo_weight_sum"):
+        told["echo_loss"] = told["echo_loss_sum"] / told["echo_weight_sum"]
+    return {_METRICS.get(name, name): value for name, value in told.items()}
 
 
+_METRICS = {
+    "echo_num_tokens": "num_echo_tokens",
+    "echo_policy_overlap": "echo_policy_overlap_count",
+    "expert_slot_flip": "expert_flip/per_token_expert_rate",
+}
 _SUMS = {
     "mean_ratio": "ratio_sum",
     "kl": "log_ratio_sum",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
@@ -68,6 +68,7 @@ class AsyncClient:
         login = resolve_login(api_key, base_url)
         self.api_key = login.api_key
         self.base_url = login.base_url
+        self._retry_for_s = retry_for_s
         self._transport = Transport(login, retry_for_s=retry_for_s)
         self.runs = AsyncRuns(self._transport)
         self.checkpoints = AsyncCheckpoints(self._transport)
@@ -78,6 +79,9 @@ class AsyncClient:
         self.budgets = AsyncBudgets(self._transport)
         self.invoices = AsyncInvoices(self._transport)
         self.audit = AsyncAudit(self._transport)
+
+    def __reduce__(self) -> tuple[Callable[[str, float], AsyncClient], tuple[str, float]]:
+        return _reopened, (self.base_url, self._retry_for_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -295,6 +299,11 @@ class AsyncClient:
         return (await self._transport.call("PUT", "/discounts", Discounts, body=body)).discounts
 
 
+def _reopened(base_url: str, retry_for_s: float) -> AsyncClient:
+    """A client that was pickled: its key is the one that this process has for the server."""
+    return AsyncClient(base_url=base_url, retry_for_s=retry_for_s)
+
+
 class AsyncSession:
     """A piece of work, alive while its heartbeats come. What was trained in it stays when it ends."""
 
@@ -306,6 +315,7 @@ class AsyncSession:
 
     @property
     def session_id(self) -> str:
+        """The id that the server has given it, once it is open."""
         assert self._opened is not None, "a session is opened by `with`"
         return self._opened.session_id
 

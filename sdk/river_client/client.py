@@ -5,7 +5,7 @@ Every method here is one of `async_client` that blocks; what it does is written 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -103,6 +103,7 @@ class Session(Blocking):
 
     @property
     def session_id(self) -> str:
+        """The id that the server has given it, once it is open."""
         return self._twin.session_id
 
     def __enter__(self) -> Self:
@@ -283,6 +284,7 @@ class Client(Blocking):
         self._twin: AsyncClient = AsyncClient(api_key, base_url, retry_for_s=retry_for_s)
         self.api_key = self._twin.api_key
         self.base_url = self._twin.base_url
+        self._retry_for_s = retry_for_s
         self.runs = Runs(self._portal, self._twin.runs)
         self.checkpoints = Checkpoints(self._portal, self._twin.checkpoints)
         self.aliases = Aliases(self._portal, self._twin.aliases)
@@ -292,6 +294,9 @@ class Client(Blocking):
         self.budgets = Budgets(self._portal, self._twin.budgets)
         self.invoices = Invoices(self._portal, self._twin.invoices)
         self.audit = Audit(self._portal, self._twin.audit)
+
+    def __reduce__(self) -> tuple[Callable[[str, float], Client], tuple[str, float]]:
+        return _reopened, (self.base_url, self._retry_for_s)
 
     def __enter__(self) -> Self:
         return self
@@ -359,3 +364,8 @@ class Client(Blocking):
     set_price = blocking(AsyncClient.set_price)
     discounts = blocking(AsyncClient.discounts)
     set_discount = blocking(AsyncClient.set_discount)
+
+
+def _reopened(base_url: str, retry_for_s: float) -> Client:
+    """A client that was pickled: its key is the one that this process has for the server."""
+    return Client(base_url=base_url, retry_for_s=retry_for_s)

@@ -72,11 +72,13 @@ class InvalidRequestError(RiverError, ValueError):
 
     @property
     def field(self) -> str | None:
+        """`param` without its last index."""
         match = _INDEXED.fullmatch(self.param or "")
         return match["field"] if match else self.param
 
     @property
     def index(self) -> int | None:
+        """The last index in `param`; None where the whole field is meant."""
         match = _INDEXED.fullmatch(self.param or "")
         return int(match["index"]) if match else None
 

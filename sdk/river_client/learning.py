@@ -51,10 +51,12 @@ class LocalLearning(Blocking):
 
     @property
     def steps(self) -> int:
+        """How many batches it has trained on."""
         return self._twin.steps
 
     @property
     def completions(self) -> int:
+        """How many completions were in them."""
         return self._twin.completions
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from river_client import exceptions, limits, wire
 from river_client.progress import waiting
@@ -33,6 +33,10 @@ class AsyncPendingOp(Generic[Result]):
         self._early = early  # the rest of the answer to the submission: the first poll, as it were
         self._finished: wire.OperationResult | None = None
         self._queue_state: wire.QueueState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is under way belongs to this process; in another one the operation is asked about anew.
+        return vars(self) | {"_early": None, "_on_done": None}
 
     @property
     def queue_state(self) -> wire.QueueState | None:

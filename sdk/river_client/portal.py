@@ -16,9 +16,13 @@ Twin = TypeVar("Twin")
 
 
 class Portal:
-    """An event loop in a daemon thread, started when it is first needed."""
+    """An event loop in a daemon thread, started when it is first needed.
 
-    def __init__(self) -> None:
+    Handles that come out of pickles share one in their process, which no handle can close.
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
+        self._shared = shared
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -34,12 +38,17 @@ class Portal:
 
     def close(self) -> None:
         """Stops the thread."""
+        if self._shared:
+            return
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
             loop.call_soon_threadsafe(loop.stop)
             thread.join(limits.CLOSE_TIMEOUT_S)
+
+    def __reduce__(self) -> tuple[Callable[[], Portal], tuple[()]]:
+        return shared_portal, ()
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -50,6 +59,12 @@ class Portal:
                 )
                 self._thread.start()
             return self._loop
+
+
+@functools.cache
+def shared_portal() -> Portal:
+    """The one of all handles that came out of pickles."""
+    return Portal(shared=True)
 
 
 async def next_or_none(pieces: AsyncGenerator[Result]) -> Result | None:

@@ -51,6 +51,8 @@ class SampleRequest(Wire, frozen=True):
 
 
 class TopLogprob(Wire, frozen=True):
+    """One of the most likely tokens of a position."""
+
     token: int
     logprob: float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,7 +21,10 @@ Result = TypeVar("Result")
 
 
 class Submissions:
-    """Gives out seqs. `step` is that of the newest policy version that an answered operation has made."""
+    """Gives out seqs. `step` is that of the newest policy version that an answered operation has made.
+
+    Pickled, it goes on elsewhere after what was submitted here, which therefore has to be all.
+    """
 
     def __init__(self, transport: Transport, run: wire.Run) -> None:
         self.run_id = run.run_id
@@ -31,6 +34,17 @@ class Submissions:
         self._submitting = asyncio.Lock()
         self._unsettled: bytes | None = None
         self._shared = False  # Whether the server may have used seqs of this run.
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._submitting.locked():
+            raise TypeError(
+                "an operation is just being submitted; pickle the model before or after"
+            )
+        return {name: value for name, value in vars(self).items() if name != "_submitting"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._submitting = asyncio.Lock()
 
     async def submit(
         self, operation: wire.AnyOperation, convert: Callable[[wire.OperationResult], Result]

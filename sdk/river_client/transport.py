@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from river_client import exceptions, limits, wire
-from river_client.settings import Login
+from river_client.settings import Login, resolve_login
 
 if TYPE_CHECKING:
     import httpx
@@ -43,7 +43,10 @@ class EarlyAnswer(Generic[Answer]):
 
 
 class Transport:
-    """The connections to one gateway; belongs to the event loop that first uses it."""
+    """The connections to one gateway; belongs to the event loop that first uses it.
+
+    Pickled, it is the gateway's address and no key: where it is unpickled, the key comes from there (`resolve_login`).
+    """
 
     def __init__(self, login: Login, *, retry_for_s: float) -> None:
         self.login = login
@@ -51,6 +54,9 @@ class Transport:
         self._opened: httpx.AsyncClient | None = None
         self._reached = False  # whether the server ever answered
         self._early: set[asyncio.Task[Any]] = set()
+
+    def __reduce__(self) -> tuple[Callable[[str, float], Transport], tuple[str, float]]:
+        return reopened_transport, (self.login.base_url, self._retry_for_s)
 
     async def call(
         self,
@@ -365,3 +371,12 @@ def _timeout(timeout_s: float) -> httpx.Timeout:
     import httpx  # noqa: PLC0415 - importing the SDK stays cheap
 
     return httpx.Timeout(timeout_s, connect=limits.CONNECT_TIMEOUT_S)
+
+
+def reopened_transport(base_url: str, retry_for_s: float) -> Transport:
+    """New connections to a gateway, with the key that this process has for it.
+
+    Raises:
+        AuthenticationError: there is none.
+    """
+    return Transport(resolve_login(None, base_url), retry_for_s=retry_for_s)

@@ -262,6 +262,8 @@ class LogMetrics(Wire, frozen=True):
 
 
 class Checkpoint(Wire, frozen=True):
+    """A policy version that is kept, at `path`; `expires_at` None is for ever."""
+
     checkpoint_id: str
     path: str
     run_id: str
@@ -315,6 +317,8 @@ class Alias(Wire, frozen=True):
 
 
 class BaseModel(Wire, frozen=True):
+    """A model that can be trained or served here; lengths are in tokens."""
+
     name: str
     context_length: int
     vocab_size: int

@@ -285,7 +285,7 @@ async def test_other_tenants_models_are_unknown(rig: Rig, river: RiverDialect) -
 
 async def test_a_body_in_parts_is_the_body(rig: Rig, river: RiverDialect) -> None:
     """Parts in any order make the request; sent again after it was accepted, it is the same operation."""
-    model_id = await new_model(river)
+    model_id, other = await new_model(river), await new_model(river)
     body = gradients(model_id, 1, data=[TEXT] * 20).SerializeToString()
     opened = await river.call(
         "CreateUpload",
@@ -299,8 +299,9 @@ async def test_a_body_in_parts_is_the_body(rig: Rig, river: RiverDialect) -> Non
             "UploadChunk",
             pb.UploadChunkRequest(upload_id=opened.upload_id, chunk_index=index, data=part),
         )
-    with pytest.raises(Refused, match="chunk 1 of 3 has not come"):
-        await river.call("ForwardBackward", thin)
+    early = pb.ForwardBackwardRequest(model_id=other, seq_id=1, upload_id=opened.upload_id)
+    with pytest.raises(Refused, match=f"it is for the model {model_id}"):
+        await river.call("ForwardBackward", early)
     middle = pb.UploadChunkRequest(
         upload_id=opened.upload_id, chunk_index=1, data=body[size : 2 * size]
     )
@@ -313,6 +314,13 @@ async def test_a_body_in_parts_is_the_body(rig: Rig, river: RiverDialect) -> Non
     assert isinstance(task, protocol.ForwardBackward)
     assert len(task.data) == 20
     assert await river.call("ForwardBackward", thin) == accepted
+    with pytest.raises(Refused, match=f"it has been used for {model_id}-1"):
+        await river.call("UploadChunk", middle)
+    thin.seq_id = 2
+    with pytest.raises(Refused, match=f"it has been used for {model_id}-1"):
+        await river.call("ForwardBackward", thin)
+    behind = await river.call("ForwardBackward", gradients(model_id, 3))
+    assert (await result(river, behind.request_id)).HasField("forward_backward")
 
 
 @pytest.mark.parametrize(
@@ -374,7 +382,23 @@ def test_a_handle_carries_its_routing() -> None:
         packed = array.astype(dtype).reshape(3, 4, 2)
         tensor = Tensor(dtype=dtype, shape=packed.shape, data=packed.tobytes())  # type: ignore[arg-type]
         handle = make_handle(tensor)
-        assert read_handle(handle.encode(), "x") == tensor
+        for tokens in (3, 4):  # a row for the last token, or none
+            assert read(handle, tokens=tokens) == tensor
         for broken in (handle[:-4], handle[:20] + "AAAA" + handle[24:], "!" + handle[1:], ""):
             with pytest.raises(InvalidFieldError, match=r"^x: not a routing handle"):
-                read_handle(broken.encode(), "x")
+                read(broken)
+
+
+def test_a_handle_is_never_unpacked_beyond_its_sequence() -> None:
+    """A small handle that would be large, or is of another sequence, is refused by what it says of itself."""
+    zeros = Tensor(dtype="uint8", shape=(1000, 100, 100), data=bytes(10**7))
+    handle = make_handle(zeros)
+    assert len(handle) < 10**5
+    with pytest.raises(InvalidFieldError, match="of a sequence of 1000 tokens, this one has 3"):
+        read(handle)
+    with pytest.raises(InvalidFieldError, match="10000000 bytes of experts, 1000000 are left"):
+        read(handle, tokens=1000)
+
+
+def read(handle: str, tokens: int = 3) -> Tensor:
+    return read_handle(handle.encode(), "x", tokens=tokens, size_max_bytes=10**6)

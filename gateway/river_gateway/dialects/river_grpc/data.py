@@ -8,6 +8,7 @@ import numpy as np
 
 from river_client import wire
 from river_gateway.dialects.river_grpc import nest
+from river_gateway.dialects.river_grpc.limits import ROUTING_MAX_BYTES
 from river_gateway.dialects.river_grpc.refused import NO_IMAGES
 from river_gateway.dialects.river_grpc.routing_handle import read_handle
 from river_gateway.errors import InvalidFieldError, NotSupportedError
@@ -48,10 +49,17 @@ def read_data(datums: Sequence[pb.Datum]) -> list[wire.Datum]:
         InvalidFieldError: a datum is no NEST, or has a field that is unknown or no array.
         NotSupportedError: a datum has images.
     """
-    return [_datum(datum, f"data[{index}]") for index, datum in enumerate(datums)]
+    data: list[wire.Datum] = []
+    routing_left_bytes = ROUTING_MAX_BYTES
+    for index, datum in enumerate(datums):
+        read = _datum(datum, f"data[{index}]", routing_left_bytes)
+        if read.expert_routing is not None:
+            routing_left_bytes -= len(read.expert_routing.data)
+        data.append(read)
+    return data
 
 
-def _datum(datum: pb.Datum, where: str) -> wire.Datum:
+def _datum(datum: pb.Datum, where: str, routing_left_bytes: int) -> wire.Datum:
     if datum.resolved_image_handles:
         raise NotSupportedError(f"{where}: {NO_IMAGES}", param=where)
     try:
@@ -80,7 +88,12 @@ def _datum(datum: pb.Datum, where: str) -> wire.Datum:
     routing = None
     if handle is not None:
         place = f"{where}.{_HANDLE}"
-        routing = read_handle(_array(handle, place).tobytes(), place)
+        routing = read_handle(
+            _array(handle, place).tobytes(),
+            place,
+            tokens=_array(fields["input_ids"], f"{where}.input_ids").size,
+            size_max_bytes=routing_left_bytes,
+        )
     return wire.Datum(**tensors, expert_routing=routing)
 
 

@@ -31,7 +31,7 @@ SESSION_RUNS_MAX = 64
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 ROUTING_MAX_BYTES = 256 * 1024 * 1024
-"""Of one sequence's experts, unpacked: a million tokens of 32 layers with 8 experts."""
+"""Of all experts of a request, unpacked: a million tokens of 32 layers with 8 experts."""
 LIMIT_PATIENCE_S = 30.0
 """How long an operation waits at the door while its key is over a limit."""
 TEMPORARY_TTL_S = 24 * 3600
@@ -41,7 +41,7 @@ TEMPORARY_TTL_S = 24 * 3600
 
 UPLOAD_MAX_BYTES = 512 * 1024 * 1024
 UPLOAD_PARTS_MAX = 64
-UPLOADS_OF_TENANT_MAX_BYTES = 1024 * 1024 * 1024
+UPLOADS_OF_TENANT_MAX_BYTES = 1280 * 1024 * 1024
 UPLOADS_MAX_BYTES = 8 * 1024 * 1024 * 1024
 """Of everybody's together."""
 UPLOAD_KEPT_S = 900.0

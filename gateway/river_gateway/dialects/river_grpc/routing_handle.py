@@ -34,18 +34,19 @@ def make_handle(routing: Tensor) -> str:
     return base64.urlsafe_b64encode(head + zlib.compress(routing.data, level=1)).decode()
 
 
-def read_handle(handle: bytes, field: str) -> Tensor:
-    """The experts of a handle.
+def read_handle(handle: bytes, field: str, *, tokens: int, size_max_bytes: int) -> Tensor:
+    """The experts of a handle of a sequence of `tokens`, with or without those of its last one.
 
     Raises:
-        InvalidFieldError: it is none that was made here.
+        InvalidFieldError: it is none that was made here, of another sequence, or larger than may be unpacked.
     """
     try:
         raw = base64.b64decode(handle, altchars=b"-_", validate=True)
         version, item_bytes, *shape, checksum = _HEAD.unpack_from(raw)
-        size_bytes = item_bytes * shape[0] * shape[1] * shape[2]
-        if version != _VERSION or size_bytes > ROUTING_MAX_BYTES:
+        if version != _VERSION:
             raise _unknown(field)
+        # Before anything is unpacked: a small body may say that it is a large one.
+        size_bytes = _checked_size(item_bytes, shape, field, tokens, size_max_bytes)
         unpacker = zlib.decompressobj()
         data = unpacker.decompress(raw[_HEAD.size :], size_bytes + 1)
         dtype = _DTYPES[item_bytes]
@@ -54,6 +55,23 @@ def read_handle(handle: bytes, field: str) -> Tensor:
     if len(data) != size_bytes or zlib.crc32(data) != checksum or not unpacker.eof:
         raise _unknown(field)
     return wire.Tensor(dtype=dtype, shape=(shape[0], shape[1], shape[2]), data=data)
+
+
+def _checked_size(
+    item_bytes: int, shape: list[int], field: str, tokens: int, size_max_bytes: int
+) -> int:
+    if shape[0] not in (tokens - 1, tokens):
+        raise InvalidFieldError(
+            f"{field}: of a sequence of {shape[0]} tokens, this one has {tokens}", param=field
+        )
+    size_bytes = item_bytes * shape[0] * shape[1] * shape[2]
+    if size_bytes > size_max_bytes:
+        raise InvalidFieldError(
+            f"{field}: {size_bytes} bytes of experts, {size_max_bytes} are left of the {ROUTING_MAX_BYTES} that a "
+            "request may have",
+            param=field,
+        )
+    return size_bytes
 
 
 def _unknown(field: str) -> InvalidFieldError:

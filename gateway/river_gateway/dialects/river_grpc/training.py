@@ -9,7 +9,6 @@ from google.protobuf.message import DecodeError
 
 from river_client import wire
 from river_gateway.decoding import beside_the_loop
-from river_gateway.dialects.river_grpc import request_ids
 from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.call import TRAIN, Methods, Unary
 from river_gateway.dialects.river_grpc.data import read_data, read_loss_config
@@ -19,7 +18,12 @@ from river_gateway.dialects.river_grpc.limits import (
     TEMPORARY_TTL_S,
 )
 from river_gateway.dialects.river_grpc.models import accepted, model_of
-from river_gateway.dialects.river_grpc.uploads import find_upload, finish_upload, read_upload
+from river_gateway.dialects.river_grpc.uploads import (
+    Upload,
+    find_upload,
+    finish_upload,
+    read_upload,
+)
 from river_gateway.dialects.river_grpc.versions import expected_of
 from river_gateway.errors import (
     AheadError,
@@ -32,6 +36,7 @@ from river_gateway.errors import (
 )
 from river_gateway.limits import RETRY_AFTER_S
 from river_gateway.training import submitting
+from river_trainer import protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,12 +69,7 @@ async def _submit(
     One that is wrong is refused at once, and fails in its turn as well: the client has used up its seq, and what it
     sends behind must not wait for ever. What only has to wait for a limit is not refused while the client waits.
     """
-    run = await model_of(call, asked.model_id)
-    if not asked.HasField("seq_id"):
-        raise InvalidFieldError(
-            "seq_id: missing; it is what makes an operation that is sent again the same one",
-            param="seq_id",
-        )
+    run = await _model_of(call, asked)
     try:
         operation = await beside_the_loop(size_bytes, make, run)
         submitted = wire.SubmitOperation(seq=asked.seq_id, operation=operation)
@@ -77,9 +77,31 @@ async def _submit(
     except (UnavailableError, AheadError):
         raise  # The client sends it again.
     except GatewayError as error:
-        await submitting.refuse(call.services, call.principal, run, asked.seq_id, error)
+        await _refuse(call, asked, error)
         raise
     return accepted(kind, done.operation_id)
+
+
+async def _model_of(call: Call, asked: AnyRequest) -> RunRow:
+    """The run that an operation is for.
+
+    Raises:
+        NotFoundError: there is none of the caller's.
+        InvalidFieldError: the operation has no seq.
+    """
+    run = await model_of(call, asked.model_id)
+    if not asked.HasField("seq_id"):
+        raise InvalidFieldError(
+            "seq_id: missing; it is what makes an operation that is sent again the same one",
+            param="seq_id",
+        )
+    return run
+
+
+async def _refuse(call: Call, asked: AnyRequest, error: GatewayError) -> None:
+    """Lets an operation that is wrong fail in its turn."""
+    run = await _model_of(call, asked)
+    await submitting.refuse(call.services, call.principal, run, asked.seq_id, error)
 
 
 async def _patiently(
@@ -129,25 +151,45 @@ async def _forward_backward_uploaded(
     call: Call, asked: pb.ForwardBackwardRequest
 ) -> pb.AsyncResponse:
     """The same, of a body that has come in parts."""
+    try:
+        upload = await _upload_of(call, asked)
+        if upload.operation is not None:  # Our answer was lost.
+            return accepted("forward_backward", upload.operation)
+        body = await read_upload(call, upload)
+        uploaded = await beside_the_loop(len(body), _parse, body)
+    except UnavailableError:
+        raise
+    except GatewayError as error:
+        await _refuse(call, asked, error)
+        raise
+    answer = await _submit_gradients(call, asked, uploaded.forward_backward_input)
+    await finish_upload(call, upload, protocol.operation_id(asked.model_id, asked.seq_id))
+    return answer
+
+
+async def _upload_of(call: Call, asked: pb.ForwardBackwardRequest) -> Upload:
+    """The upload that a request names, if it is for it.
+
+    Raises:
+        NotFoundError: there is none of the caller's.
+        InvalidFieldError: it is for another model or operation, or the data have come with the request as well.
+    """
     if asked.HasField("forward_backward_input"):
         raise InvalidFieldError(
             "upload_id: the data come with it, so forward_backward_input must be absent",
             param="upload_id",
         )
     upload = await find_upload(call, asked.upload_id)
-    if upload.operation is not None:  # Our answer was lost.
-        return accepted("forward_backward", upload.operation)
     if upload.run_id != asked.model_id:
         raise InvalidFieldError(
             f"upload_id: it is for the model {upload.run_id}", param="upload_id"
         )
-    body = await read_upload(call, upload)
-    uploaded = await beside_the_loop(len(body), _parse, body)
-    answer = await _submit_gradients(call, asked, uploaded.forward_backward_input)
-    operation = request_ids.parse(answer.request_id)
-    assert operation is not None
-    await finish_upload(call, upload, operation.operation_id)
-    return answer
+    operation = protocol.operation_id(asked.model_id, asked.seq_id)
+    if upload.operation not in (None, operation):
+        raise InvalidFieldError(
+            f"upload_id: it has been used for {upload.operation}", param="upload_id"
+        )
+    return upload
 
 
 async def _submit_gradients(

@@ -82,7 +82,7 @@ async def _create_upload(call: Call, asked: pb.CreateUploadRequest) -> pb.Create
     call.services.bus.require()
     uploads = await _uploads(call.services.bus.jetstream)
     open_bytes = await _open_bytes(uploads, call.principal.tenant_id)
-    if open_bytes + size_bytes > UPLOADS_OF_TENANT_MAX_BYTES:
+    if open_bytes + parts * _part_max_bytes(size_bytes, parts) > UPLOADS_OF_TENANT_MAX_BYTES:
         raise errors.RateLimitedError(
             f"{open_bytes} bytes of uploads are not used yet, at most {UPLOADS_OF_TENANT_MAX_BYTES} together",
             retry_after_s=RETRY_AFTER_S,
@@ -101,8 +101,11 @@ async def _upload_chunk(call: Call, asked: pb.UploadChunkRequest) -> pb.UploadCh
             f"chunk_index: {asked.chunk_index}, the upload has {upload.parts} chunks",
             param="chunk_index",
         )
-    # All but the last are equally long, so none can be longer than this.
-    most = min(2 * -(-upload.size_bytes // upload.parts), upload.size_bytes, MESSAGE_MAX_BYTES)
+    if upload.operation is not None:
+        raise errors.ConflictError(
+            f"upload_id: it has been used for {upload.operation}", param="upload_id"
+        )
+    most = _part_max_bytes(upload.size_bytes, upload.parts)
     if not 1 <= len(asked.data) <= most:
         raise errors.InvalidFieldError(
             f"data: {len(asked.data)} bytes, must be 1 to {most}", param="data"
@@ -110,6 +113,11 @@ async def _upload_chunk(call: Call, asked: pb.UploadChunkRequest) -> pb.UploadCh
     bucket = await _parts(call.services.bus.jetstream)
     await bucket.put(_part_name(upload.upload_id, asked.chunk_index), asked.data)
     return pb.UploadChunkResponse()
+
+
+def _part_max_bytes(size_bytes: int, parts: int) -> int:
+    """No chunk is longer: all but the last are equally long."""
+    return min(-(-size_bytes // max(1, parts - 1)), MESSAGE_MAX_BYTES)
 
 
 UPLOAD_METHODS: Methods = {
@@ -186,7 +194,7 @@ async def finish_upload(call: Call, upload: Upload, operation: str) -> None:
 
 
 async def _open_bytes(uploads: KeyValue, tenant_id: str) -> int:
-    """How much of a tenant's is announced and not used yet."""
+    """How much of a tenant's may come that is not used yet."""
     watcher = await uploads.watch(f"{tenant_id}.>", ignore_deletes=True)
     total = 0
     try:
@@ -194,7 +202,8 @@ async def _open_bytes(uploads: KeyValue, tenant_id: str) -> int:
             if entry is None:  # That was all there is.
                 break
             facts = msgspec.msgpack.decode(entry.value or b"", type=_Facts)
-            total += facts.size_bytes if facts.operation is None else 0
+            if facts.operation is None:
+                total += facts.parts * _part_max_bytes(facts.size_bytes, facts.parts)
     finally:
         await watcher.stop()
     return total

@@ -296,6 +296,34 @@ def test_a_loaded_checkpoint_brings_its_step(make_executor: Maker) -> None:
     assert executor.execute(script.do(load)).step == 4
 
 
+def test_a_save_after_a_load_in_one_batch_is_of_what_was_loaded(make_executor: Maker) -> None:
+    """Also where both are of step 0: the factors differ, and training goes on differently from them."""
+    executor = make_executor()
+    other = RunScript("run_0")
+    executor.execute(other.do(CreateRun(shape=shape(seed=9))))
+
+    def save(name: str) -> SaveWeights:
+        return SaveWeights(checkpoint_id=f"ckpt_{name}", name=name, mode="training")
+
+    source = executor.execute(other.do(save("source")))
+    assert source.checkpoint is not None
+    load = LoadWeights(location=source.checkpoint.location, optimizer=True)
+    script = RunScript("run_a")
+    executor.execute(script.do(CreateRun(shape=shape(seed=1))))
+    batch = [script.do(task) for task in (save("before"), load, save("after"))]
+    results = executor.execute_together(batch)
+    assert [result.step for result in results] == [0, 0, 0]
+    files: list[dict[str, bytes]] = []
+    for result in (source, results[0], results[2]):
+        assert result.checkpoint is not None
+        found = read_location(result.checkpoint.location)
+        assert found is not None
+        files.append(found[1])
+    loaded, before, after = (found["adapter_model.safetensors"] for found in files)
+    assert after == loaded
+    assert before != loaded
+
+
 def test_an_inference_checkpoint_has_no_optimizer(make_executor: Maker) -> None:
     """It is smaller, loads without the optimizer, and says what it lacks when asked for it."""
     executor = make_executor()

@@ -200,6 +200,8 @@ class Executor:
             # A version's name is never used again for other weights; those of new adapters are all the base model.
             if task.step > 0 or not was_new or not run.adapter.changes_nothing:
                 run.step = max(run.step + 1, task.step)
+            # A load that leaves the step as it was brings other factors all the same.
+            self._frozen.pop((run.run_id, run.step), None)
         # The snapshot that is made of it says that this operation is done.
         self.pass_seq(message.run_id, message.seq)
         frozen = None if work.files is None else run.frozen()

@@ -36,6 +36,8 @@ class Versions:
     def write(self, run_id: str, step: int, adapter: Adapter) -> LiveVersion:
         """Writes a version of a run, unless it is there already, and removes old ones.
 
+        Other factors of the same version, which a new run can load at step 0, compute the same: nothing.
+
         Several threads may write versions of several runs; those of one run come one after another.
 
         Raises:

@@ -14,6 +14,7 @@ from river_client.wire import API_PREFIX
 from river_gateway.checkpoints.aliases_api import ALIAS_HANDLERS
 from river_gateway.checkpoints.catalog_api import CATALOG_HANDLERS
 from river_gateway.checkpoints.import_api import IMPORT_HANDLERS
+from river_gateway.checkpoints.sharing_api import SHARING_HANDLERS
 from river_gateway.codec import WireRequest
 from river_gateway.context import Envelope
 from river_gateway.dashboard.app import dashboard_router
@@ -78,6 +79,7 @@ def create_litestar(services: Services) -> Litestar:
             *FEEDBACK_HANDLERS,
             *LEARNING_HANDLERS,
             *IMPORT_HANDLERS,
+            *SHARING_HANDLERS,
             *ADMIN_HANDLERS,
             *CREDIT_HANDLERS,
             *PRICE_HANDLERS,

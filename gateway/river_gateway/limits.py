@@ -234,6 +234,8 @@ GRADIENT_SCALE_MAX = 1e6
 SEED_MAX = 2**63 - 1
 CHECKPOINT_TTL_MAX_S = 10 * 365 * 24 * 3600
 AGE_RECIPIENTS_MAX = 16
+SIGNED_URL_S = 3600
+"""How long a signed URL opens a file."""
 
 # ---- The Tinker dialect ----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from river_billing.streams import ensure_streams
 from river_gateway.bus import Bus, BusError
 from river_gateway.checkpoints.names import LiveVersions, Names
+from river_gateway.checkpoints.signed_urls import UrlSigner
 from river_gateway.checkpoints.sweeper import sweep_forever
 from river_gateway.database import open_pool
 from river_gateway.dialects.tinker.samplers import Samplers
@@ -69,6 +70,7 @@ class Services:
     upstream: Upstream
     meter: Meter
     telemetry: Telemetry
+    url_signer: UrlSigner
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     learning_wake: asyncio.Event = field(default_factory=asyncio.Event)
     imports: asyncio.Semaphore = field(
@@ -134,6 +136,7 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         ),
         meter=Meter(bus, telemetry, spool),
         telemetry=telemetry,
+        url_signer=UrlSigner(pool, settings.url_secret),
     )
     try:
         # Before results, so that a version is heard before the result that made it.

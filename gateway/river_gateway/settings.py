@@ -23,6 +23,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     `completions_kept_s`, unless its tenant says otherwise. A completion that an engine has not begun to answer after
     `hedge_after_ms` is asked of a second one as well; 0 means never. While NATS is away, usage is kept in
     `usage_spool_dir`, or a folder in `data_dir`, up to `usage_spool_max_bytes`; gateways of one machine may share it.
+    Signed URLs begin with `public_url`, or else as the request for them did, and are signed with `url_secret`, or a
+    secret that is kept in Postgres.
     The River dialect is served on `grpc_port` of the same host, 0 is not at all; with TLS if `grpc_certificate` and
     `grpc_key` name files in PEM.
     """
@@ -39,6 +41,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     data_dir: str = ".river"
     usage_spool_dir: str | None = None
     usage_spool_max_bytes: Annotated[int, Meta(gt=0)] = USAGE_SPOOL_MAX_BYTES
+    public_url: str | None = None
+    url_secret: Annotated[str, Meta(min_length=16)] | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: Annotated[int, Meta(ge=0, le=65535)] = 0

@@ -93,6 +93,28 @@ class AsyncCheckpoints:
         """Deletes a checkpoint and its files."""
         await self._transport.tell("DELETE", "/checkpoints", params={"path": path})
 
+    async def publish(self, path: str) -> None:
+        """Lets every tenant load a checkpoint and sample from it, by its path."""
+        await self._transport.tell("POST", "/checkpoints/public", params={"path": path})
+
+    async def unpublish(self, path: str) -> None:
+        """Lets nobody else use a checkpoint from now on; copies of it stay."""
+        await self._transport.tell("DELETE", "/checkpoints/public", params={"path": path})
+
+    async def copy(self, path: str, *, ttl: float | timedelta | None = None) -> wire.Checkpoint:
+        """A copy of your own checkpoint, or of one that is shown to all, whose storage you pay.
+
+        It goes to a run of its own, which cannot be trained on. `ttl` (seconds) is how long to keep it.
+        """
+        body = wire.CopyCheckpoint(path=path, ttl_s=None if ttl is None else ttl_seconds(ttl))
+        return await self._transport.call("POST", "/checkpoints/copy", wire.Checkpoint, body=body)
+
+    async def signed_urls(self, path: str) -> wire.SignedUrls:
+        """A URL for each file of a checkpoint, which opens it for an hour without a key."""
+        return await self._transport.call(
+            "GET", "/checkpoints/urls", wire.SignedUrls, params={"path": path}
+        )
+
     async def set_ttl(self, path: str, ttl: float | timedelta | None) -> wire.Checkpoint:
         """Keeps a checkpoint for `ttl` (seconds) from now on; None is for ever.
 

@@ -278,6 +278,20 @@ class Checkpoint(Wire, frozen=True):
     user_metadata: dict[str, str] = field(default_factory=dict[str, str])
 
 
+class CopyCheckpoint(Wire, frozen=True):
+    """`path` is one's own or shown to all; `ttl_s` is how long the copy is to live, absent for ever."""
+
+    path: str
+    ttl_s: int | None = None
+
+
+class SignedUrls(Wire, frozen=True):
+    """A URL for each file of a checkpoint, by name, good until `expires_at` for whoever has it."""
+
+    urls: dict[str, str]
+    expires_at: str
+
+
 class ChangeTtl(Wire, frozen=True):
     """Keeps a checkpoint for `ttl_s` seconds from now on; None is for ever."""
 

@@ -79,7 +79,8 @@ def _by_tenant(method: str, path: str, body: object = None) -> Act:
     async def act(world: World) -> httpx.Response:
         await world.point("mine")
         path_filled = path.replace("<run>", world.run_id).replace("<path>", world.paths[-1])
-        content = b"" if body is None else json.dumps(body).encode()
+        text = json.dumps(body).replace("<path>", world.paths[-1])
+        content = b"" if body is None else text.encode()
         return await world.rig.tenant.http.request(method, API + path_filled, content=content)
 
     return act
@@ -182,6 +183,18 @@ ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
     ("DELETE", f"{API}/runs/{{run_id:str}}/learning"): (
         _by_tenant("DELETE", "/runs/<run>/learning"),
         "learning.stop",
+    ),
+    ("POST", f"{API}/checkpoints/public"): (
+        _by_tenant("POST", "/checkpoints/public?path=<path>"),
+        "checkpoints.publish",
+    ),
+    ("DELETE", f"{API}/checkpoints/public"): (
+        _by_tenant("DELETE", "/checkpoints/public?path=<path>"),
+        "checkpoints.unpublish",
+    ),
+    ("POST", f"{API}/checkpoints/copy"): (
+        _by_tenant("POST", "/checkpoints/copy", {"path": "<path>"}),
+        "checkpoints.copy",
     ),
     ("PATCH", f"{API}/checkpoints"): (
         _by_tenant("PATCH", "/checkpoints?path=<path>", {"ttl_s": 3600}),

@@ -301,6 +301,7 @@ async def test_holds_are_of_discounted_prices(pool: Pool) -> None:
         tags={},
         user_metadata={},
         model_seq_id=None,
+        updated_at="2026-11-25T00:00:00+00:00",
     )
     await credit.hold_operation(cheap, run, 1, training_tokens=8)
     async with pool.acquire() as connection:

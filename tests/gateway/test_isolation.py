@@ -118,6 +118,16 @@ _STORED = "/v1/chat/completions"
 _TEXTS = "/v1/completions"
 _MESSAGES = [{"role": "user", "content": "x"}]
 
+
+async def _signed(who: Tenant, things: Things) -> list[httpx.Response]:
+    """A file by its signed URL; who is given none tries one that is made up."""
+    given = await who.http.get(f"{River}/checkpoints/urls", params={"path": things.path})
+    if given.status_code == 200:
+        return [await who.http.get(url) for url in given.json()["urls"].values()]
+    made_up = f"{River}/signed/ckpt_0/adapter_config.json?expires=9999999999&signature=00"
+    return [given, await who.http.get(made_up)]
+
+
 # (method, route) -> a stranger's attempt at the owner's thing; every answer must be 404.
 ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("POST", "/v1/chat/completions"): _models("/v1/chat/completions", messages=_MESSAGES),
@@ -187,6 +197,17 @@ ATTEMPTS: dict[tuple[str, str], Attempt] = {
     ("PATCH", f"{River}/checkpoints"): _call(
         "PATCH", River + "/checkpoints?path={path}", {"ttl_s": 60}
     ),
+    ("POST", f"{River}/checkpoints/public"): _call(
+        "POST", River + "/checkpoints/public?path={path}"
+    ),
+    ("DELETE", f"{River}/checkpoints/public"): _call(
+        "DELETE", River + "/checkpoints/public?path={path}"
+    ),
+    ("POST", f"{River}/checkpoints/copy"): _call(
+        "POST", f"{River}/checkpoints/copy", {"path": "<path>"}
+    ),
+    ("GET", f"{River}/checkpoints/urls"): _call("GET", River + "/checkpoints/urls?path={path}"),
+    ("GET", f"{River}/signed/{{checkpoint_id:str}}/{{name:str}}"): _signed,
     ("DELETE", f"{River}/checkpoints"): _call("DELETE", River + "/checkpoints?path={path}"),
     ("GET", f"{River}/checkpoints/files"): _call("GET", River + "/checkpoints/files?path={path}"),
     ("GET", f"{River}/checkpoints/file"): _call(

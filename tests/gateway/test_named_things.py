@@ -68,15 +68,17 @@ async def test_the_number_of_a_run_in_its_session(rig: Rig) -> None:
     run = await rig.tenant.new_run()
     pool, tenant_id = rig.services.pool, rig.tenant.tenant_id
     for _ in range(2):
-        await catalog.describe_run(pool, run_id=run.run_id, tenant_id=tenant_id, model_seq_id=3)
+        await session_list.describe_run(
+            pool, run_id=run.run_id, tenant_id=tenant_id, model_seq_id=3
+        )
     found = await catalog.find_run(pool, run_id=run.run_id, tenant_id=tenant_id)
     assert found.model_seq_id == 3
     by_number = [
-        await catalog.find_run_of_session(pool, session_id=run.session_id, model_seq_id=number)
+        await session_list.find_run_of_session(pool, session_id=run.session_id, model_seq_id=number)
         for number in (3, 4)
     ]
     assert by_number == [run.run_id, None]
-    await catalog.describe_run(
+    await session_list.describe_run(
         pool, run_id=run.run_id, tenant_id=rig.stranger.tenant_id, model_seq_id=9
     )
     found = await catalog.find_run(pool, run_id=run.run_id, tenant_id=tenant_id)

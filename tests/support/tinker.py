@@ -57,6 +57,11 @@ class TinkerUser:
     async def get(self, route: str) -> httpx.Response:
         return await self.tenant.http.get(f"/api/v1{route}")
 
+    async def request(self, method: str, route: str, body: Any = None) -> httpx.Response:
+        return await self.tenant.http.request(
+            method, f"/api/v1{route}", json=body or None, timeout=PATIENCE_S + 30
+        )
+
     async def post(
         self, route: str, body: Any = None, *, content: bytes = b"", **headers: str
     ) -> httpx.Response:

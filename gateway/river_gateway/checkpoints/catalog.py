@@ -14,6 +14,8 @@ from river_gateway.limits import PAGE_ROWS_MAX
 from river_trainer.protocol import policy_version
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from river_billing.events import CheckpointSaved
     from river_gateway.database import Database, Row
 
@@ -110,7 +112,7 @@ async def end_session(database: Database, *, session_id: str, tenant_id: str) ->
 
 _RUN_COLUMNS = """
 select r.run_id, r.session_id, r.base_model, r.lora, r.context_length, r.created_at, r.last_seq,
-       r.step, r.metrics, r.imported, r.lost, s.tags, r.user_metadata, r.model_seq_id
+       r.step, r.metrics, r.imported, r.lost, s.tags, r.user_metadata, r.model_seq_id, r.updated_at
 from run r join session s using (session_id)
 """
 _INSERT_RUN = """
@@ -119,14 +121,14 @@ values ($1, $2, $3, $4, $5::jsonb, $6, $7, $8::jsonb, $9) on conflict (run_id) d
 """
 _DELETE_UNSTARTED_RUN = "delete from run where run_id = $1 and last_seq < 0"
 _FIND_RUN = _RUN_COLUMNS + "where r.run_id = $1 and r.tenant_id = $2"
+_FIND_RUNS = (
+    _RUN_COLUMNS
+    + "where r.run_id = any($1) and r.tenant_id = $2 order by r.created_at desc, r.run_id"
+)
 _LIST_RUNS = (
     _RUN_COLUMNS
     + "where r.tenant_id = $1 and not r.imported order by r.created_at desc, r.run_id limit $2"
 )
-_DESCRIBE_RUN = """
-update run set model_seq_id = $3 where run_id = $1 and tenant_id = $2 and model_seq_id is distinct from $3
-"""
-_FIND_RUN_OF_SESSION = "select run_id from run where session_id = $1 and model_seq_id = $2"
 _INSERT_METRICS = """
 insert into run_metric (run_id, step, metrics)
 select run_id, coalesce($3::bigint, step), $4::jsonb from run where run_id = $1 and tenant_id = $2
@@ -156,6 +158,7 @@ class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     tags: dict[str, str]
     user_metadata: dict[str, str]
     model_seq_id: int | None
+    updated_at: str
 
     def to_wire(self) -> wire.Run:
         """The run as clients see it."""
@@ -219,18 +222,9 @@ async def find_run(database: Database, *, run_id: str, tenant_id: str) -> RunRow
     return _run(row)
 
 
-async def describe_run(
-    database: Database, *, run_id: str, tenant_id: str, model_seq_id: int
-) -> None:
-    """Notes the number that a run's client gave it in its session; again is a no-op."""
-    await database.execute(_DESCRIBE_RUN, run_id, tenant_id, model_seq_id)
-
-
-async def find_run_of_session(
-    database: Database, *, session_id: str, model_seq_id: int
-) -> str | None:
-    """The id of the run that has a number in a session, whoever's it is; to be used for what is shown to all only."""
-    return await database.fetchval(_FIND_RUN_OF_SESSION, session_id, model_seq_id)
+async def find_runs(database: Database, *, run_ids: Sequence[str], tenant_id: str) -> list[RunRow]:
+    """Those of these runs that there are, newest first."""
+    return [_run(row) for row in await database.fetch(_FIND_RUNS, run_ids, tenant_id)]
 
 
 async def list_runs(database: Database, tenant_id: str) -> list[RunRow]:
@@ -261,6 +255,9 @@ _FIND_CHECKPOINT_OF_STEP = f"""
 select * from checkpoint where run_id = $1 and step = $2 and tenant_id = $3 and mode <> 'external' and {_LIVE}
 order by created_at desc limit 1
 """  # noqa: S608 - built from constants
+_FIND_CHECKPOINTS = (
+    f"select * from checkpoint where checkpoint_id = any($1) and tenant_id = $2 and {_LIVE}"  # noqa: S608
+)
 _LIST_CHECKPOINTS = f"""
 select * from checkpoint where tenant_id = $1 and {_LIVE}
 order by created_at desc, checkpoint_id limit $2
@@ -379,6 +376,14 @@ async def find_checkpoint_of_step(
     return _checkpoint(row) if row else None
 
 
+async def find_checkpoints(
+    database: Database, *, checkpoint_ids: Sequence[str], tenant_id: str
+) -> list[CheckpointRow]:
+    """Those of these checkpoints that are live, in any order."""
+    rows = await database.fetch(_FIND_CHECKPOINTS, checkpoint_ids, tenant_id)
+    return [_checkpoint(row) for row in rows]
+
+
 async def list_checkpoints(database: Database, tenant_id: str) -> list[CheckpointRow]:
     """The newest live checkpoints, newest first."""
     rows = await database.fetch(_LIST_CHECKPOINTS, tenant_id, PAGE_ROWS_MAX)
@@ -444,6 +449,7 @@ def _run(row: Row) -> RunRow:
         tags=msgspec.json.decode(row["tags"], type=dict[str, str]),
         user_metadata=msgspec.json.decode(row["user_metadata"], type=dict[str, str]),
         model_seq_id=row["model_seq_id"],
+        updated_at=row["updated_at"].isoformat(),
     )
 
 

@@ -49,6 +49,10 @@ where $7::text[] is null or status = any($7)
 order by created_at desc, session_id desc offset $10 limit $11
 """  # noqa: S608 - built from constants
 _RUNS = "select run_id, model_seq_id from run where session_id = $1 and tenant_id = $2 order by created_at, run_id"
+_DESCRIBE_RUN = """
+update run set model_seq_id = $3 where run_id = $1 and tenant_id = $2 and model_seq_id is distinct from $3
+"""
+_FIND_RUN_OF_SESSION = "select run_id from run where session_id = $1 and model_seq_id = $2"
 _DESCRIBE = """
 update session set display_name = coalesce($3, display_name), user_metadata = user_metadata || $4::jsonb,
                    project_id = coalesce($5, project_id)
@@ -144,6 +148,20 @@ async def runs_of_session(
     """Ids of a session's runs, oldest first, with the numbers that their client gave them."""
     rows = await database.fetch(_RUNS, session_id, tenant_id)
     return [(row["run_id"], row["model_seq_id"]) for row in rows]
+
+
+async def describe_run(
+    database: Database, *, run_id: str, tenant_id: str, model_seq_id: int
+) -> None:
+    """Notes the number that a run's client gave it in its session; again is a no-op."""
+    await database.execute(_DESCRIBE_RUN, run_id, tenant_id, model_seq_id)
+
+
+async def find_run_of_session(
+    database: Database, *, session_id: str, model_seq_id: int
+) -> str | None:
+    """The id of the run that has a number in a session, whoever's it is; to be used for what is shown to all only."""
+    return await database.fetchval(_FIND_RUN_OF_SESSION, session_id, model_seq_id)
 
 
 async def describe_session(

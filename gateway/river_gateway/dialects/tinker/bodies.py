@@ -209,6 +209,16 @@ class SaveWeightsForSampler(Asked, frozen=True):
     user_metadata: dict[str, str] | None = None
 
 
+class SaveWeightsExternal(Asked, frozen=True):
+    """`age_encryption_recipients` are those for whom the files are encrypted, if there are any."""
+
+    model_id: str
+    seq_id: int
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
 class LoadWeights(Asked, frozen=True):
     """Into a model by `model_id` and `seq_id`, or as a new one by `session_id` and `model_seq_id`."""
 

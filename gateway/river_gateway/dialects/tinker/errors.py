@@ -61,6 +61,7 @@ _NAMES = {
     "logprobs": "topk_sample_logprobs",
     "prompt_token_ids[0]": "prompt",
     "ttl_s": "ttl_seconds",
+    "age_recipients": "age_encryption_recipients",
     "checkpoint": "path",
     "seq": "seq_id",
     "name": "path",

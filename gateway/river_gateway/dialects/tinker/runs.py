@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from river_gateway.checkpoints import catalog
 from river_gateway.dialects.tinker.ids import TinkerPath, model_parts, parse_path, run_id_of
 from river_gateway.errors import NotFoundError
+from river_gateway.training import session_list
 
 if TYPE_CHECKING:
     from river_gateway.checkpoints.catalog import RunRow
@@ -46,6 +46,6 @@ async def _run_of_another(services: Services, path: TinkerPath) -> str | None:
     if parts is None:
         return None
     session_id, number = parts
-    return await catalog.find_run_of_session(
+    return await session_list.find_run_of_session(
         services.pool, session_id=session_id, model_seq_id=number
     )

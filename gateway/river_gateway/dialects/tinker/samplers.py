@@ -24,6 +24,10 @@ _FIND = """
 select sampling_session_id, base_model, model, model_path from sampling_session
 where sampling_session_id = $1 and tenant_id = $2
 """
+_OF_SESSION = """
+select sampling_session_id from sampling_session where session_id = $1 and tenant_id = $2
+order by created_at, sampling_session_id
+"""
 _JOIN = """
 update sampling_session set clones = clones + 1 where sampling_session_id = $1 and tenant_id = $2
 returning clones
@@ -111,3 +115,9 @@ async def open_sampler(
 
 def _unknown(sampler: str) -> NotFoundError:
     return NotFoundError(f"there is no sampling session {sampler!r}", param="sampling_session_id")
+
+
+async def of_session(database: Database, session_id: str, tenant_id: str) -> list[str]:
+    """The names of a session's sampling sessions, oldest first."""
+    rows = await database.fetch(_OF_SESSION, session_id, tenant_id)
+    return [row["sampling_session_id"] for row in rows]

@@ -10,7 +10,8 @@ from litestar import Response, get, post
 from river_gateway.dialects.tinker import bodies
 from river_gateway.dialects.tinker.errors import answer_to
 from river_gateway.dialects.tinker.http import AnyRequest, identity_of, read, told
-from river_gateway.errors import GoneError, NotFoundError, NotSupportedError
+from river_gateway.errors import GoneError, InvalidFieldError, NotFoundError, NotSupportedError
+from river_gateway.limits import TAG_MAX_CHARS
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
 from river_gateway.training import session_list, sessions, validation
@@ -67,7 +68,12 @@ async def create_session(request: AnyRequest) -> Response[bytes]:
     """Opens a session; its client sends a heartbeat every ten seconds."""
     asked = await read(request, bodies.CreateSession)
     services, principal = services_of(request), principal_of(request)
-    user_metadata = validation.tags(asked.user_metadata or {}, "user_metadata")
+    metadata = validation.tags(asked.user_metadata or {}, "user_metadata")
+    project = asked.project_id and validation.name(asked.project_id, "project_id")
+    if asked.display_name is not None and len(asked.display_name) > TAG_MAX_CHARS:
+        raise InvalidFieldError(
+            f"display_name: at most {TAG_MAX_CHARS} characters", param="display_name"
+        )
     session_id = await sessions.open_session(
         services, principal, tags=_tags(asked), identity=identity_of(request)
     )
@@ -76,8 +82,8 @@ async def create_session(request: AnyRequest) -> Response[bytes]:
         session_id=session_id,
         tenant_id=principal.tenant_id,
         display_name=asked.display_name,
-        user_metadata=user_metadata,
-        project_id=asked.project_id,
+        user_metadata=metadata,
+        project_id=project or None,
     )
     return told(bodies.SessionCreated(session_id=session_id))
 

@@ -29,7 +29,7 @@ from river_gateway.errors import (
 from river_gateway.limits import SEQ_MAX, SNAPSHOT_TTL_S
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
-from river_gateway.training import opening, operations, submitting, validation
+from river_gateway.training import opening, operations, session_list, submitting, validation
 
 _SCOPES = requires("train")
 _ADAM = "adamw"
@@ -77,7 +77,7 @@ async def _open(request: AnyRequest, asked: wire.CreateRun, number: int | None) 
             f"model_seq_id: {number} is of another model of this session already",
             param="model_seq_id",
         ) from None
-    await catalog.describe_run(
+    await session_list.describe_run(
         services.pool, run_id=run.run_id, tenant_id=principal.tenant_id, model_seq_id=number
     )
     return model
@@ -150,6 +150,20 @@ async def save_weights(request: AnyRequest) -> Response[bytes]:
         user_metadata=asked.user_metadata or {},
     )
     request_id = OperationRequest(asked.model_id, asked.seq_id, "save_weights")
+    return await _submit(request, request_id, operation)
+
+
+@post("/save_weights_external", guards=[_SCOPES], status_code=HTTPStatus.OK)
+async def save_weights_external(request: AnyRequest) -> Response[bytes]:
+    """Keeps weights as files to download, encrypted for whom the client says."""
+    asked = await read(request, bodies.SaveWeightsExternal)
+    operation = wire.SaveWeights(
+        name=asked.path,
+        mode="external",
+        ttl_s=asked.ttl_seconds,
+        age_recipients=asked.age_encryption_recipients or [],
+    )
+    request_id = OperationRequest(asked.model_id, asked.seq_id, "save_weights_external")
     return await _submit(request, request_id, operation)
 
 
@@ -296,5 +310,6 @@ TRAINING_HANDLERS: list[Any] = [
     optim_step,
     save_weights,
     save_weights_for_sampler,
+    save_weights_external,
     load_weights,
 ]

@@ -30,7 +30,8 @@ def usd(nano_usd: int) -> Markup:
     """An amount of money: dollars, to the cent or as small as it is; the exact amount in the tooltip."""
     dollars = nano_usd / NANO_USD_PER_USD
     small = dollars != 0 and abs(dollars) < 1
-    short = f"${dollars:,.4g}" if small else f"${dollars:,.2f}"
+    # Four digits that count, never as a power of ten.
+    short = f"${Decimal(f'{dollars:.4g}'):f}" if small else f"${dollars:,.2f}"
     exact = f"${nano_usd // NANO_USD_PER_USD}.{nano_usd % NANO_USD_PER_USD:09d}"
     return Markup('<span title="{}">{}</span>').format(
         exact if nano_usd >= 0 else f"{nano_usd:,} nano-dollars", short

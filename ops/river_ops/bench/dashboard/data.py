@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncpg
 from msgspec import Struct
 
+from river_gateway.limits import LOGGED_PER_RUN_MAX
 from river_gateway.tenancy.accounts import create_key, create_tenant
 
 _MONTHS = """
@@ -39,6 +40,23 @@ _REWARDS = """
 insert into run_metric (run_id, step, metrics)
 select run_id, n, jsonb_build_object('reward', 1 - 1.0 / (1 + n / 40.0), 'length', 100 + n % 9)
 from run r, generate_series(1, case when r.run_id = $1 then $3::int else $2::int end) n
+"""
+_SAMPLES = """
+insert into run_sample (run_id, step, identity, place, prompt, completions, rewards, size_bytes)
+select $1, n / 8, 'log_' || n / 8, n % 8, 'Tom has ' || n || ' apples and gets 4 more. How many apples does Tom have?',
+       array['He has ' || n + 4 || ' apples.', repeat('Let us count them one by one. ', 30), ''],
+       array[1, 0.5 * random(), null], 1200
+from generate_series(1, $2::int) n
+"""
+_LEARNINGS = """
+insert into learning (run_id, tenant_id, key_id, alias, settings, status, reason, first_seq, next_seq, steps,
+                      completions, step, metrics, ended_at, leased_until)
+select run_id, r.tenant_id, s.key_id, 'tutor', '{"alias": "tutor", "adam": {"lr": 0.0001}}',
+       (array['learning', 'stopped', 'failed'])[1 + n % 3],
+       case when n % 3 = 2 then 'no completion of the last batch can be trained on' end,
+       1, 1 + n, n, 64 * n, n, '{"loss_mean": 0.5}', case when n % 3 > 0 then now() end, now() + interval '1 day'
+from (select run_id, tenant_id, session_id, row_number() over (order by run_id) as n from run) r
+join session s using (session_id) where n <= $1
 """
 _CHECKPOINTS = """
 insert into checkpoint (checkpoint_id, tenant_id, run_id, base_model, mode, name, step, location, size_bytes,
@@ -100,6 +118,7 @@ from generate_series(1, $1::int) n
 join (select *, row_number() over (order by key_id) - 1 as at, count(*) over () as count from api_key) k
   on k.at = n % k.count
 """
+_LEARNING_RUNS = 60
 LONG_RUN = "run_" + "1".zfill(20)
 
 
@@ -133,6 +152,8 @@ async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
         await connection.execute(_RUNS, amounts.runs)
         for statement in (_METRICS, _REWARDS):
             await connection.execute(statement, LONG_RUN, amounts.steps, amounts.steps_long)
+        await connection.execute(_SAMPLES, LONG_RUN, LOGGED_PER_RUN_MAX)
+        await connection.execute(_LEARNINGS, _LEARNING_RUNS)
         await connection.execute(_CHECKPOINTS, amounts.checkpoints_per_run)
         await connection.execute(_EVENTS, amounts.usage_events)
         await connection.execute(_HOURS)

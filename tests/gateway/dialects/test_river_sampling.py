@@ -16,6 +16,7 @@ from support.stand_ins import BASE
 from river_engine.protocol import EngineSample
 from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.routing_handle import read_handle
+from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM
 
 
 def prompt(**changes: Any) -> pb.InferencePrompt:
@@ -120,9 +121,9 @@ async def test_a_wrong_prompt_is_refused_at_once(
     ids=["length", "temperature", "vocabulary"],
 )
 async def test_a_wrong_setting_fails_with_its_place(
-    river: RiverDialect, changes: dict[str, Any], sentence: str
+    rig: Rig, river: RiverDialect, changes: dict[str, Any], sentence: str
 ) -> None:
-    """What the model's limits forbid is the failure that is collected, and names prompt, field and limit."""
+    """What the model's limits forbid is the failure that is collected; it names its place, and nothing was drawn."""
     asked = pb.InferenceGenerateRequest(
         base_model=BASE, prompts=[prompt(seed=1), prompt(seed=2, **changes)]
     )
@@ -130,6 +131,7 @@ async def test_a_wrong_setting_fails_with_its_place(
     failed = (await result(river, accepted.request_id)).failed
     assert failed.error_category == "invalid_request"
     assert failed.message.startswith(sentence)
+    assert asked_of(rig) == []
 
 
 async def test_sources_that_are_not_there(rig: Rig, river: RiverDialect) -> None:
@@ -188,6 +190,22 @@ async def test_samples_of_a_model_come_after_what_was_submitted_before(
     (message,) = [message for message in rig.trainer.messages if message.seq == 1]
     await rig.trainer.answer(message)
     assert len((await result(river, ordered.request_id)).inference.results) == 1
+
+
+async def test_samples_of_a_run_whose_results_are_gone(rig: Rig, river: RiverDialect) -> None:
+    """A run that has long been idle, of which neither journal nor results tell, is sampled and unloaded at once."""
+    model_id = await new_model(river)
+    jetstream = rig.nats.jetstream()
+    for stream in (TRAIN_STREAM, RESULTS_STREAM):
+        await jetstream.purge_stream(stream)
+    await rig.services.pool.execute("update run set last_seq = 5 where run_id = $1", model_id)
+    training = pb.SampleFromTrainingRequest(model_id=model_id, prompts=[prompt()])
+    accepted = await river.call("SampleFromTraining", training)
+    assert len((await result(river, accepted.request_id)).inference.results) == 1
+    unloading = await river.call("UnloadModel", pb.UnloadModelRequest(model_id=model_id))
+    poll = pb.RetrieveFutureRequest(request_id=unloading.request_id)
+    answer = await river.call("RetrieveFuture", poll, timeout_s=1.0)
+    assert answer.HasField("unload_model")
 
 
 async def test_independent_samples_are_collected_as_they_come(

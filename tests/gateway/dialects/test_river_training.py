@@ -107,7 +107,9 @@ async def test_data_reach_the_trainer_as_numbers(rig: Rig, river: RiverDialect) 
     (sequence,) = task.data
     assert np.frombuffer(sequence.input_ids, "<i4").tolist() == [5, 6, 7]
     assert np.frombuffer(sequence.old_logprobs or b"", "<f4").tolist() == [-1.0, -2.0, 0.0]
-    assert task.loss_config == pytest.approx({"clip_low": 0.9, "clip_high": 1.2})
+    assert task.loss_config == pytest.approx(
+        {"clip_low": 0.9, "clip_high": 1.2, "logprob_temperature": 1.0}
+    )
     done = (await result(river, accepted.request_id)).forward_backward
     (logprobs,) = nest.decode(done.loss_fn_outputs["logprobs"].data)
     assert isinstance(logprobs, np.ndarray)

@@ -52,7 +52,9 @@ UPLOAD_PARALLELISM = 4
 SAMPLING_BATCH_MAX = 128
 PIECES_CONCURRENT_MAX = 64
 """Of one request's prompts, so many are with the engines at once."""
-ORDER_PATIENCE_S = 3600.0
-"""How long samples wait for what was submitted before them."""
+ORDER_WAIT_S = 5.0
+"""How long samples wait at first for what was submitted before them, in one of the tenant's places for work …"""
+ORDER_LOOK_AGAIN_S = 0.5
+"""… and how long they leave it to others before they look again."""
 SAMPLES_HELD_S = 5.0
 """How long a look at many samples is held while none of them is done."""

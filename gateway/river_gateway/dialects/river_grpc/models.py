@@ -93,11 +93,21 @@ async def _unload_model(call: Call, asked: pb.UnloadModelRequest) -> pb.AsyncRes
     Nothing has to be freed: a run that is left alone gives way to others by itself, and comes back when it is needed.
     """
     run = await model_of(call, asked.model_id)
-    return accepted("unload_model", await newest_operation(call, run))
+    newest = await newest_operation(call, run)
+    if newest is None:  # All is done, so the last that was done says so.
+        run = await call.services.runs.current(run.run_id, call.principal.tenant_id)
+        newest = protocol.operation_id(run.run_id, run.last_seq)
+    return accepted("unload_model", newest)
 
 
-async def newest_operation(call: Call, run: RunRow) -> str:
-    """The operation of a run that was accepted last, or one that is done when none is waiting.
+async def is_done(call: Call, run: RunRow, operation_id: str) -> bool:
+    """Whether Postgres knows that an operation is done, when its result is not kept any more."""
+    run = await call.services.runs.current(run.run_id, call.principal.tenant_id)
+    return run.last_seq >= int(operation_id.rpartition("-")[2])
+
+
+async def newest_operation(call: Call, run: RunRow) -> str | None:
+    """The operation of a run that was accepted last, None when all are known to be done.
 
     Raises:
         UnavailableError: NATS is not reachable.
@@ -107,11 +117,11 @@ async def newest_operation(call: Call, run: RunRow) -> str:
     newest = await journal.newest_seq(services.bus.jetstream, run.base_model, run.run_id)
     if newest is not None:
         return protocol.operation_id(run.run_id, newest)
-    # The journal forgets what has been done. Operation 0 has made the run, so it is done if anything is.
+    # The journal forgets what has been done.
     run = await services.runs.current(run.run_id, call.principal.tenant_id)
     if run.last_seq < 0:
         raise UnavailableError(f"{run.run_id} is not made yet; try again")
-    return protocol.operation_id(run.run_id, 0)
+    return None
 
 
 MODEL_METHODS: Methods = {

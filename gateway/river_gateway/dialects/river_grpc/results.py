@@ -10,6 +10,7 @@ from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.call import EITHER, Methods, Unary
 from river_gateway.dialects.river_grpc.data import client_metrics, logprobs_body
 from river_gateway.dialects.river_grpc.limits import POLL_MARGIN_S, POLL_MAX_S
+from river_gateway.dialects.river_grpc.models import is_done
 from river_gateway.dialects.river_grpc.versions import version_of
 from river_gateway.errors import NotFoundError
 from river_gateway.inference.futures import Done, Failed
@@ -32,10 +33,14 @@ async def _retrieve(
     run_id = operations.run_of_operation(operation.operation_id)
     run = await call.services.runs.find(run_id, call.principal.tenant_id)
     result = await operations.await_result(call.services, run, operation.operation_id, timeout_s)
+    if operation.kind == "unload_model" and (
+        result.status != "pending" or await is_done(call, run, operation.operation_id)
+    ):
+        return pb.RetrieveFutureResponse(unload_model=pb.UnloadModelResponse(type="unload_model"))
     if result.status == "pending":
         reason = result.queue.reason if result.queue is not None else ""
         return _try_again(asked.request_id, reason)
-    if result.error is not None and operation.kind != "unload_model":
+    if result.error is not None:
         return failed(result.error.type, result.error.message)
     size_bytes = sum(len(tensor.data) for tensor in result.logprobs or ())
     return await beside_the_loop(size_bytes, _answer, operation, run_id, result)
@@ -100,7 +105,7 @@ def _answer(operation: OperationRequest, run_id: str, result: wire.OperationResu
                 )
             )
         case "unload_model":
-            answer.unload_model.CopyFrom(pb.UnloadModelResponse(type="unload_model"))
+            raise AssertionError("answered before")
     return answer.SerializeToString()
 
 

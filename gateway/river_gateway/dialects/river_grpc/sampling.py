@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,7 +14,8 @@ from river_gateway.decoding import beside_the_loop
 from river_gateway.dialects.river_grpc import river_pb2 as pb
 from river_gateway.dialects.river_grpc.call import INFER, Methods, Streaming, Unary
 from river_gateway.dialects.river_grpc.limits import (
-    ORDER_PATIENCE_S,
+    ORDER_LOOK_AGAIN_S,
+    ORDER_WAIT_S,
     PIECES_CONCURRENT_MAX,
     POLL_MARGIN_S,
     SAMPLES_HELD_S,
@@ -33,13 +33,16 @@ from river_gateway.errors import (
     InvalidFieldError,
     NotFoundError,
     NotSupportedError,
+    RateLimitedError,
     UnavailableError,
 )
 from river_gateway.ids import uuid7
 from river_gateway.inference import sampling
 from river_gateway.inference.futures import AnyOutcome, Done, Failed
 from river_gateway.inference.models import Wish, resolve_model
-from river_gateway.limits import LONG_POLL_MAX_S
+from river_gateway.inference.sample_checks import check_sample
+from river_gateway.training import operations
+from river_gateway.training.validation import Limits
 
 if TYPE_CHECKING:
     from river_client import wire
@@ -55,6 +58,7 @@ class Source:
     """A model by the name that completions take; samples wait until the operation `after` is done."""
 
     model: str
+    base_model: str
     after: str | None = None
     pin: str | None = None
 
@@ -64,7 +68,7 @@ async def of_base(call: Call, base_model: str) -> Source:
         if not call.services.registered:
             raise UnavailableError("the registry of base models is being read; try again")
         raise NotFoundError(f"there is no base model {base_model!r}", param="base_model")
-    return Source(base_model)
+    return Source(base_model, base_model)
 
 
 async def of_checkpoint(call: Call, path: str, base_model: str) -> Source:
@@ -78,19 +82,19 @@ async def of_checkpoint(call: Call, path: str, base_model: str) -> Source:
             f"base_model: {base_model!r}, but {path} is of {target.base_model!r}",
             param="base_model",
         )
-    return Source(path)
+    return Source(path, target.base_model)
 
 
 async def _of_training(call: Call, model_id: str, *, pin: str = "", ordered: bool = True) -> Source:
     """A model in training: its version after all that was submitted before, its newest, or one that is named."""
     run = await model_of(call, model_id)
-    source = Source(f"{SCHEME}{run.run_id}", pin=pin or None)
+    source = Source(f"{SCHEME}{run.run_id}", run.base_model, pin=pin or None)
     if pin:
         await resolve_model(call.services, source.model, call.principal.tenant_id, Wish(pin=pin))
         return source
     if not ordered:
         return source
-    return Source(source.model, after=await newest_operation(call, run))
+    return Source(source.model, run.base_model, after=await newest_operation(call, run))
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
@@ -105,9 +109,12 @@ class _Draw:
     source: Source
     pieces: list[Piece]
     _drawn: dict[int, wire.SampleResponse] = field(default_factory=dict[int, "wire.SampleResponse"])
+    _wait_s: float = ORDER_WAIT_S
 
     async def __call__(self) -> bytes:
         await self._wait_for_training()
+        for piece in self.pieces:
+            self._check(piece)  # All of them, before any is drawn and billed.
         width = asyncio.Semaphore(PIECES_CONCURRENT_MAX)
 
         async def draw(number: int) -> None:
@@ -123,14 +130,36 @@ class _Draw:
         return await beside_the_loop(_size_of(drawn), samples_body, drawn)
 
     async def _wait_for_training(self) -> None:
+        """Until what was submitted before is done; for long only outside of the tenant's places for running work.
+
+        Raises:
+            UnavailableError: it is not done; to be tried again soon.
+        """
         if self.source.after is None:
             return
-        give_up_at = time.monotonic() + ORDER_PATIENCE_S
-        while await self.services.results.result(self.source.after, LONG_POLL_MAX_S) is None:
-            if self.services.stopping.is_set() or time.monotonic() > give_up_at:
-                raise UnavailableError(
-                    f"{self.source.after}, which was submitted before, is not done"
-                )
+        wait_s, self._wait_s = self._wait_s, 0.0
+        found = await self.services.results.result(self.source.after, wait_s)
+        if found is None and not await self._is_done(self.source.after):
+            raise UnavailableError(
+                f"{self.source.after}, which was submitted before, is not done",
+                retry_after_s=ORDER_LOOK_AGAIN_S,
+            )
+
+    async def _is_done(self, operation_id: str) -> bool:
+        """Whether it is, by what Postgres said up to a minute ago, when its result is not kept any more."""
+        run_id = operations.run_of_operation(operation_id)
+        run = await self.services.runs.find(run_id, self.principal.tenant_id)
+        return run.last_seq >= int(operation_id.rpartition("-")[2])
+
+    def _check(self, piece: Piece) -> None:
+        engine = self.services.engines.last_of(self.source.base_model)
+        if engine is None:
+            return  # Asking it says so.
+        limits = Limits(context_length=engine.context_length, vocab_size=engine.vocab_size)
+        try:
+            check_sample(piece.to_wire(), limits)
+        except InvalidFieldError as error:
+            raise with_place(error, piece.places[0]) from None
 
     async def _draw(self, piece: Piece) -> wire.SampleResponse:
         try:
@@ -143,6 +172,9 @@ class _Draw:
             )
         except (InvalidFieldError, EngineRefusedError) as error:
             raise with_place(error, piece.places[0]) from None
+        (group,) = sampled.response.groups
+        if any(sequence.stop_reason == "abort" for sequence in group.samples):
+            raise UnavailableError("the engine broke off a sample; try again")
         return sampled.response
 
 
@@ -164,25 +196,37 @@ def _submit(call: Call, source: Source, pieces: list[Piece], *, identity: str | 
     return call.services.futures.submit(call.principal.tenant_id, draw, identity=identity)
 
 
+def _begin(call: Call, source: Source, pieces: list[Piece], *, identity: str | None = None) -> str:
+    """The request id of work that has begun.
+
+    Raises:
+        UnavailableError: there is too much unfinished already; the client asks again, since nothing was taken.
+    """
+    try:
+        return _submit(call, source, pieces, identity=identity)
+    except RateLimitedError as error:
+        raise UnavailableError(error.message) from None
+
+
 # ---- Whole requests --------------------------------------------------------------------------------------------------
 
 
 async def _from_training(call: Call, asked: pb.SampleFromTrainingRequest) -> pb.AsyncResponse:
     """Samples of a model as it is once all that was submitted before is done."""
     source = await _of_training(call, asked.model_id)
-    return _accepted(_submit(call, source, pieces_of(source.model, asked.prompts)))
+    return _accepted(_begin(call, source, pieces_of(source.model, asked.prompts)))
 
 
 async def _generate(call: Call, asked: pb.InferenceGenerateRequest) -> pb.AsyncResponse:
     """Samples of a base model."""
     source = await of_base(call, asked.base_model)
-    return _accepted(_submit(call, source, pieces_of(source.model, asked.prompts)))
+    return _accepted(_begin(call, source, pieces_of(source.model, asked.prompts)))
 
 
 async def _from_checkpoint(call: Call, asked: pb.SampleFromCheckpointRequest) -> pb.AsyncResponse:
     """Samples of a checkpoint."""
     source = await of_checkpoint(call, asked.checkpoint_path, asked.base_model)
-    return _accepted(_submit(call, source, pieces_of(source.model, asked.prompts)))
+    return _accepted(_begin(call, source, pieces_of(source.model, asked.prompts)))
 
 
 def _accepted(request_id: str) -> pb.AsyncResponse:
@@ -212,7 +256,7 @@ async def _submit_batch(
     ]
     return pb.SubmitSamplingBatchResponse(
         request_ids=[
-            _submit(call, source, [piece], identity=f"{asked.idempotency_key}:{piece.places[0]}")
+            _begin(call, source, [piece], identity=f"{asked.idempotency_key}:{piece.places[0]}")
             for piece in pieces
         ]
     )

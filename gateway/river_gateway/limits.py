@@ -267,6 +267,11 @@ TEMPERATURE_MAX = 2.0  # vLLM takes no more
 FUTURES_MAX = 65_536
 """Unfinished, of one gateway."""
 FUTURES_OF_TENANT_MAX = 16_384
+FUTURES_MAX_BYTES = 1024 * 1024 * 1024
+"""What unfinished requests may keep in memory, all together; and of one tenant:"""
+FUTURES_OF_TENANT_MAX_BYTES = 256 * 1024 * 1024
+FUTURE_MAX_BYTES = 64 * 1024 * 1024
+"""Of one result: several fit into what is kept."""
 FUTURES_RUNNING_OF_TENANT_MAX = 512
 """The rest waits here and not in the engines' queues, which would refuse it."""
 FUTURE_PATIENCE_S = 600.0

@@ -27,16 +27,20 @@ from river_gateway.errors import (
     GoneError,
     NotFoundError,
     RateLimitedError,
+    TooLargeError,
     UnavailableError,
     as_gateway_error,
 )
 from river_gateway.limits import (
+    FUTURE_MAX_BYTES,
     FUTURE_PATIENCE_S,
     FUTURES_COLLECTED_KEPT_S,
     FUTURES_KEPT_MAX_BYTES,
     FUTURES_KEPT_S,
     FUTURES_MAX,
+    FUTURES_MAX_BYTES,
     FUTURES_OF_TENANT_MAX,
+    FUTURES_OF_TENANT_MAX_BYTES,
     FUTURES_RUNNING_OF_TENANT_MAX,
     FUTURES_SWEEP_INTERVAL_S,
     RETRY_AFTER_S,
@@ -54,6 +58,8 @@ logger = logging.getLogger("river.gateway")
 _REQUEST_ID = re.compile(r"fut_(?P<gateway>[0-9a-f]{16})_(?P<number>[0-9a-f]{1,16})")
 _ANSWER_MARGIN_S = 5.0
 """How much longer than the wait itself another gateway's answer is waited for."""
+_ENTRY_BYTES = 2048
+"""What an entry takes beside the bodies, about."""
 
 
 # ---- Outcomes --------------------------------------------------------------------------------------------------------
@@ -75,6 +81,12 @@ class Done(Outcome, frozen=True, tag="done"):
     body: bytes
 
 
+class Large(Outcome, frozen=True, tag="large"):
+    """It is done, and its body larger than was wanted; it is kept as long as if nobody had asked."""
+
+    size_bytes: int
+
+
 class Failed(Outcome, frozen=True, tag="failed"):
     """A `GatewayError` as it travels between gateways."""
 
@@ -93,7 +105,7 @@ class Unknown(Outcome, frozen=True, tag="unknown"):
     """It was never there, or is another tenant's."""
 
 
-AnyOutcome = Pending | Done | Failed | Gone | Unknown
+AnyOutcome = Pending | Done | Large | Failed | Gone | Unknown
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,16 +114,18 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     tenant_id: str
     request_id: str
     timeout_s: float
+    body_max_bytes: int | None = None
     cancel: bool = False
 
 
 @dataclass(slots=True)
 class _Entry:
-    """Times of a steady clock."""
+    """Times of a steady clock. `asked_bytes` is what the work itself keeps until it is done."""
 
     tenant_id: str
     identity: str | None
     made_at: float
+    asked_bytes: int
     outcome: Done | Failed | None = None
     reason: str | None = None
     done_at: float | None = None
@@ -121,14 +135,18 @@ class _Entry:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.outcome.body) if isinstance(self.outcome, Done) else 0
+        """What is kept of it, once it is done."""
+        body = self.outcome.body if isinstance(self.outcome, Done) else b""
+        return _ENTRY_BYTES + len(body)
 
 
 @dataclass(slots=True)
 class _TenantWork:
-    """How much of a tenant's work there is; `running` lets so much of it run at once."""
+    """How much of a tenant's work there is, and how much is kept of it; `running` lets so much of it run at once."""
 
     unfinished: int = 0
+    asked_bytes: int = 0
+    kept_bytes: int = 0
     running: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(FUTURES_RUNNING_OF_TENANT_MAX)
     )
@@ -152,11 +170,17 @@ class Futures:
         self._stopped = False
 
     def submit(
-        self, tenant_id: str, work: Callable[[], Awaitable[bytes]], *, identity: str | None = None
+        self,
+        tenant_id: str,
+        work: Callable[[], Awaitable[bytes]],
+        *,
+        asked_bytes: int,
+        identity: str | None = None,
     ) -> str:
         """The id under which the result of `work` can be collected, or that of what is known by `identity` already.
 
         `work` may be called several times, each after a `RateLimitedError` or `UnavailableError` of the one before.
+        `asked_bytes` is about what it keeps in memory until then. A result larger than `FUTURE_MAX_BYTES` fails.
 
         Raises:
             RateLimitedError: the tenant, or everybody together, has more unfinished work than is kept.
@@ -165,29 +189,45 @@ class Futures:
             known = self._identities.get((tenant_id, identity))
             if known is not None:
                 return known
-        self._check_room(tenant_id)
+        self._check_room(tenant_id, asked_bytes)
         self._made += 1
         request_id = f"fut_{self._gateway}_{self._made:x}"
-        entry = _Entry(tenant_id, identity, time.monotonic())
+        entry = _Entry(tenant_id, identity, time.monotonic(), asked_bytes)
         self._entries[request_id] = entry
         if identity is not None:
             self._identities[tenant_id, identity] = request_id
         tenant = self._tenants.setdefault(tenant_id, _TenantWork())
         tenant.unfinished += 1
+        tenant.asked_bytes += asked_bytes
         entry.task = asyncio.create_task(self._patiently(entry, tenant, work), name=request_id)
         entry.task.add_done_callback(lambda task: self._finish(request_id, entry, task))
         return request_id
 
-    async def result(self, tenant_id: str, request_id: str, timeout_s: float) -> AnyOutcome:
+    async def result(
+        self,
+        tenant_id: str,
+        request_id: str,
+        timeout_s: float,
+        *,
+        body_max_bytes: int | None = None,
+    ) -> AnyOutcome:
         """What has come of a piece of work, waiting up to `timeout_s` for its end: `Pending`, `Done` or `Failed`.
+
+        With `body_max_bytes` a larger body is only announced, as `Large`, to be collected when there is room for it.
 
         Raises:
             NotFoundError: there is no such request.
             GoneError: its result is no longer kept, or the gateway that held it is gone.
             UnavailableError: another gateway holds it, and NATS is not reachable.
         """
-        question = Question(tenant_id=tenant_id, request_id=request_id, timeout_s=timeout_s)
-        return await self._put(question)
+        return await self._put(
+            Question(
+                tenant_id=tenant_id,
+                request_id=request_id,
+                timeout_s=timeout_s,
+                body_max_bytes=body_max_bytes,
+            )
+        )
 
     async def cancel(self, tenant_id: str, request_id: str) -> None:
         """Ends a piece of work that nobody wants any more; what is done already stays.
@@ -225,15 +265,22 @@ class Futures:
 
     # ---- Working -----------------------------------------------------------------------------------------------------
 
-    def _check_room(self, tenant_id: str) -> None:
-        unfinished = sum(tenant.unfinished for tenant in self._tenants.values())
-        tenant = self._tenants.get(tenant_id)
-        if tenant is not None and tenant.unfinished >= FUTURES_OF_TENANT_MAX:
+    def _check_room(self, tenant_id: str, asked_bytes: int) -> None:
+        tenant = self._tenants.get(tenant_id, _TenantWork())
+        if tenant.unfinished >= FUTURES_OF_TENANT_MAX:
             raise RateLimitedError(
                 f"{tenant.unfinished} requests are unfinished, at most {FUTURES_OF_TENANT_MAX} at once",
                 retry_after_s=RETRY_AFTER_S,
             )
-        if unfinished >= FUTURES_MAX:
+        if tenant.unfinished and tenant.asked_bytes + asked_bytes > FUTURES_OF_TENANT_MAX_BYTES:
+            raise RateLimitedError(
+                f"{tenant.asked_bytes} bytes of unfinished requests wait, at most "
+                f"{FUTURES_OF_TENANT_MAX_BYTES} at once",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        unfinished = sum(one.unfinished for one in self._tenants.values())
+        waiting_bytes = sum(one.asked_bytes for one in self._tenants.values())
+        if unfinished >= FUTURES_MAX or waiting_bytes + asked_bytes > FUTURES_MAX_BYTES:
             raise RateLimitedError(
                 "this server has as much unfinished work as it takes; try again",
                 retry_after_s=RETRY_AFTER_S,
@@ -262,11 +309,11 @@ class Futures:
         entry.done_at = time.monotonic()
         tenant = self._tenants[entry.tenant_id]
         tenant.unfinished -= 1
-        if not tenant.unfinished:
-            del self._tenants[entry.tenant_id]
+        tenant.asked_bytes -= entry.asked_bytes
+        tenant.kept_bytes += entry.size_bytes
         self._kept_bytes += entry.size_bytes
         entry.changed.set()
-        if self._kept_bytes > FUTURES_KEPT_MAX_BYTES:
+        while self._kept_bytes > FUTURES_KEPT_MAX_BYTES:
             self._make_room()
 
     # ---- Forgetting --------------------------------------------------------------------------------------------------
@@ -285,22 +332,28 @@ class Futures:
             self._forget(request_id)
 
     def _make_room(self) -> None:
-        """Forgets finished work until what is left fits: first what was collected, of that the oldest."""
+        """Forgets finished work of the tenant of whom most is kept, a quarter of it: what was collected first."""
+        owner, tenant = max(self._tenants.items(), key=lambda item: item[1].kept_bytes)
         finished = [
             (entry.collected_at is None, entry.done_at, request_id)
             for request_id, entry in self._entries.items()
-            if entry.done_at is not None and entry.size_bytes
+            if entry.done_at is not None and entry.tenant_id == owner
         ]
+        enough = tenant.kept_bytes * 3 // 4
         for *_, request_id in sorted(finished):
-            if self._kept_bytes <= FUTURES_KEPT_MAX_BYTES:
-                return
             self._forget(request_id)
+            if tenant.kept_bytes <= enough:
+                return
 
     def _forget(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
+        tenant = self._tenants[entry.tenant_id]
+        tenant.kept_bytes -= entry.size_bytes
         self._kept_bytes -= entry.size_bytes
         if entry.identity is not None:
             del self._identities[entry.tenant_id, entry.identity]
+        if not tenant.unfinished and not tenant.kept_bytes:
+            del self._tenants[entry.tenant_id]
 
     # ---- Collecting --------------------------------------------------------------------------------------------------
 
@@ -337,6 +390,10 @@ class Futures:
                     await entry.changed.wait()
         if entry.outcome is None:
             return Pending(reason=entry.reason)
+        if question.body_max_bytes is not None and isinstance(entry.outcome, Done):
+            size_bytes = len(entry.outcome.body)
+            if size_bytes > question.body_max_bytes:
+                return Large(size_bytes=size_bytes)
         entry.collected_at = entry.collected_at or time.monotonic()
         return entry.outcome
 
@@ -379,6 +436,8 @@ def _outcome(request_id: str, entry: _Entry, task: asyncio.Task[bytes]) -> Done 
     if task.cancelled():
         return _failed(GoneError("the request was cancelled"))
     error = task.exception()
+    if error is None and len(task.result()) > FUTURE_MAX_BYTES:
+        return _failed(TooLargeError(f"the result is larger than {FUTURE_MAX_BYTES} bytes"))
     if error is None:
         return Done(body=task.result())
     if not isinstance(error, Exception):

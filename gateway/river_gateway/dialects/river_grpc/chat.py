@@ -76,7 +76,7 @@ def _submit(call: Call, model: str, request_json: str) -> pb.AsyncResponse:
         )
     body = msgspec.json.encode(fields | {"model": model})
     chat = _Chat(call.services, call.principal, body)
-    request_id = call.services.futures.submit(call.principal.tenant_id, chat)
+    request_id = call.services.futures.submit(call.principal.tenant_id, chat, asked_bytes=len(body))
     return pb.AsyncResponse(request_id=request_id, type="chat_complete")
 
 

@@ -193,7 +193,10 @@ def _size_of(drawn: list[tuple[Piece, wire.SampleResponse]]) -> int:
 
 def _submit(call: Call, source: Source, pieces: list[Piece], *, identity: str | None = None) -> str:
     draw = _Draw(call.services, call.principal, source, pieces)
-    return call.services.futures.submit(call.principal.tenant_id, draw, identity=identity)
+    asked_bytes = sum(sampling.kept_bytes(piece.asked) for piece in pieces)
+    return call.services.futures.submit(
+        call.principal.tenant_id, draw, asked_bytes=asked_bytes, identity=identity
+    )
 
 
 def _begin(call: Call, source: Source, pieces: list[Piece], *, identity: str | None = None) -> str:

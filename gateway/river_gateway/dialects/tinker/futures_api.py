@@ -22,7 +22,7 @@ from river_gateway.dialects.tinker.results import PROTOBUF
 from river_gateway.dialects.tinker.runs import find_run
 from river_gateway.disconnect import unless_client_leaves
 from river_gateway.errors import EngineRefusedError
-from river_gateway.inference.futures import Done, Failed, Pending
+from river_gateway.inference.futures import Done, Failed, Large, Pending
 from river_gateway.limits import TINKER_INLINE_MAX_BYTES, TINKER_POLL_S
 from river_gateway.services import services_of
 from river_gateway.tenancy.auth import principal_of, requires
@@ -57,7 +57,8 @@ async def retrieve_future(request: AnyRequest) -> Response[bytes]:
     services, principal = services_of(request), principal_of(request)
     operation = parse_request(asked.request_id)
     if operation is None:
-        work = _sampled(services, principal, asked.request_id)
+        body_max_bytes = TINKER_INLINE_MAX_BYTES if asked.allow_metadata_only else None
+        work = _sampled(services, principal, asked.request_id, body_max_bytes)
     else:
         in_json = PROTOBUF not in request.headers.get("accept", "")
         work = _operated(services, principal, operation, in_json=in_json)
@@ -79,9 +80,15 @@ async def cancel_future(request: AnyRequest) -> Response[bytes]:
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 
-async def _sampled(services: Services, principal: Principal, request_id: str) -> Response[bytes]:
-    outcome = await services.futures.result(principal.tenant_id, request_id, TINKER_POLL_S)
+async def _sampled(
+    services: Services, principal: Principal, request_id: str, body_max_bytes: int | None
+) -> Response[bytes]:
+    outcome = await services.futures.result(
+        principal.tenant_id, request_id, TINKER_POLL_S, body_max_bytes=body_max_bytes
+    )
     match outcome:
+        case Large():
+            return told(bodies.MetadataOnly(response_payload_size=outcome.size_bytes))
         case Done():
             return Response(outcome.body, media_type=PROTOBUF)
         case Pending():

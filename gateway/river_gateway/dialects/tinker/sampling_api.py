@@ -136,7 +136,12 @@ async def asample(request: AnyRequest) -> Response[bytes]:
         size_bytes = samples.size_of(response)
         return await beside_the_loop(size_bytes, samples.message_of, response, wanted)
 
-    request_id = services.futures.submit(principal.tenant_id, draw, identity=identity)
+    request_id = services.futures.submit(
+        principal.tenant_id,
+        draw,
+        asked_bytes=sampling.kept_bytes(wanted.request),
+        identity=identity,
+    )
     sequence_ids = [f"{request_id}:{index}" for index in range(asked.num_samples)]
     return told(bodies.Accepted(request_id=request_id, sample_sequence_ids=sequence_ids))
 

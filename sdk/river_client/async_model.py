@@ -238,6 +238,11 @@ class AsyncModel(AsyncOperations):
         )
         return await pending.result()
 
+    async def unload(self, *, expected_policy: str | None = None) -> TrainingResult:
+        """Lets the trainer forget the model once it is stored; what is asked of it later brings it back as it was."""
+        pending = await self.submit_unload(expected_policy=expected_policy)
+        return await pending.result()
+
     async def log(self, metrics: Mapping[str, SupportsFloat], *, step: int | None = None) -> None:
         """Keeps metrics of your own with the run; `step` absent means the current one."""
         body = wire.LogMetrics(

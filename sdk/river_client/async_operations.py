@@ -192,6 +192,12 @@ class AsyncOperations:
             training_result,
         )
 
+    async def submit_unload(
+        self, *, expected_policy: str | None = None
+    ) -> AsyncPendingOp[TrainingResult]:
+        """`unload`, without waiting."""
+        return await self._submit(wire.Unload(expected_policy=expected_policy), training_result)
+
     async def _submit(
         self, operation: wire.AnyOperation, convert: Callable[[wire.OperationResult], Result]
     ) -> AsyncPendingOp[Result]:

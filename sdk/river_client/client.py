@@ -78,6 +78,7 @@ class Model(Blocking):
     train_step = blocking(AsyncModel.train_step)
     save_weights = blocking(AsyncModel.save_weights)
     load_weights = blocking(AsyncModel.load_weights)
+    unload = blocking(AsyncModel.unload)
     log = blocking(AsyncModel.log)
     log_samples = blocking(AsyncModel.log_samples)
     sample = blocking(AsyncModel.sample)
@@ -92,6 +93,7 @@ class Model(Blocking):
     submit_batch = handing(AsyncModel.submit_batch, PendingOp)
     submit_save_weights = handing(AsyncModel.submit_save_weights, PendingOp)
     submit_load_weights = handing(AsyncModel.submit_load_weights, PendingOp)
+    submit_unload = handing(AsyncModel.submit_unload, PendingOp)
 
 
 class Session(Blocking):

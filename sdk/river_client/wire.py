@@ -201,7 +201,13 @@ class LoadWeights(Operation, frozen=True, kw_only=True, tag="load_weights"):
     optimizer: bool = True
 
 
-AnyOperation = Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights
+class Unload(Operation, frozen=True, kw_only=True, tag="unload"):
+    """Lets the trainer forget the run, once a snapshot of it is stored; any later operation brings it back."""
+
+
+AnyOperation = (
+    Forward | ForwardBackward | OptimStep | TrainStep | SaveWeights | LoadWeights | Unload
+)
 
 
 class SubmitOperation(Wire, frozen=True):

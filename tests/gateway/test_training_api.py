@@ -63,6 +63,7 @@ async def test_conditions_reach_the_trainer(rig: Rig) -> None:
         wire.OptimStep(adam=ADAM, expected_policy=version),
         wire.TrainStep(data=[DATUM], adam=ADAM, expected_policy=version, zero_gradients=True),
         wire.SaveWeights(name="x", expected_policy=version),
+        wire.Unload(expected_policy=version),
     ]
     for seq, operation in enumerate(asked, 1):
         accepted = await rig.tenant.submit(run.run_id, seq, operation)
@@ -70,13 +71,9 @@ async def test_conditions_reach_the_trainer(rig: Rig) -> None:
         await rig.tenant.result(f"{run.run_id}-{seq}")
     tasks = [message.task for message in rig.trainer.messages[1:]]
     assert [task.expected_policy for task in tasks] == [version] * len(asked)
-    assert [getattr(task, "zero_gradients", None) for task in tasks] == [
-        None,
-        True,
-        None,
-        True,
-        None,
-    ]
+    zeroing = [getattr(task, "zero_gradients", None) for task in tasks]
+    assert zeroing == [None, True, None, True, None, None]
+    assert isinstance(tasks[-1], protocol.Unload)
     wrong = wire.OptimStep(adam=ADAM, expected_policy="run_other@0")
     refused = await rig.tenant.submit(run.run_id, len(asked) + 1, wrong)
     assert refused.status_code == 422

@@ -54,6 +54,7 @@ from river_trainer.protocol import (
     TrainMessage,
     TrainResult,
     TrainStep,
+    Unload,
     operation_id,
     policy_version,
 )
@@ -143,10 +144,12 @@ class Executor:
             # A run whose train_step has only been computed has to wait with what comes after it.
             stepping = {done.run.run_id for done in computed}
             self._optimize(batch, computed, stepping)
-            for work in batch.take(SaveWeights, Refused, waiting=stepping):
+            for work in batch.take(SaveWeights, Unload, Refused, waiting=stepping):
                 task = work.message.task
                 if isinstance(task, Refused):
                     self._fail(batch, work, task.error)
+                elif isinstance(task, Unload):
+                    self._guard(batch, work, lambda work=work: self._let_go(work))
                 else:
                     self._guard(batch, work, lambda work=work: self._save(work))
         return batch.outcomes(), report
@@ -357,6 +360,10 @@ class Executor:
         if version not in self._frozen:
             self._frozen[version] = run.frozen()
         return Outcome(work, _result(message, run), frozen=self._frozen[version])
+
+    def _let_go(self, work: Work) -> Outcome:
+        """Only says that it may go; the service sees to it once a snapshot is stored."""
+        return Outcome(work, _result(work.message, self._expected_run(work)))
 
     # ---- Outcomes ------------------------------------------------------------------------------
 

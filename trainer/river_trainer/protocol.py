@@ -194,6 +194,10 @@ class TaskError(Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
+class Unload(Task, frozen=True, kw_only=True, tag="unload"):
+    """The run need not be in memory any more: it is snapshotted, and comes back with its next operation."""
+
+
 class Refused(Task, frozen=True, kw_only=True, tag="refused"):
     """An operation that the gateway found to be wrong: in its turn it fails with `error`, and changes nothing.
 
@@ -213,6 +217,7 @@ AnyTask = (
     | OptimStep
     | TrainStep
     | SaveWeights
+    | Unload
     | LoadWeights
     | Refused
 )

@@ -161,6 +161,14 @@ class Residency:
         if self._device_budget_bytes is not None:
             self._make_room(0, run_ids)
 
+    def drop(self, run_id: str) -> None:
+        """Forgets a run, wherever it is."""
+        self._runs.pop(run_id, None)
+        self._used.pop(run_id, None)
+        self._away.discard(run_id)
+        if self._spilled.pop(run_id, None) is not None:
+            self._path(run_id).unlink(missing_ok=True)
+
     def _use(self, run_ids: set[str]) -> None:
         for run_id in run_ids:
             self._used[run_id] = None

@@ -41,6 +41,7 @@ from river_trainer.protocol import (
     TaskError,
     TrainerRecord,
     TrainResult,
+    Unload,
     operation_id,
 )
 from river_trainer.queue_state import QueueStates
@@ -270,6 +271,7 @@ class Service:
                 next_scan = now + limits.SCAN_INTERVAL_S
                 await self._look_at_gaps(now)
                 await self._snapshot_idle_runs()
+                await self._drop_runs()
             self._arrived.clear()
             batch = self._scheduler.take(
                 self._batch_tokens, now, ready=self._is_ready, admit=self._admission()
@@ -351,6 +353,8 @@ class Service:
             progress = self._snapshotting.of(entry.run_id)
             progress.stream_seq = max(progress.stream_seq, entry.stream_seq)
             progress.used_at = time.monotonic()
+            asked_to = isinstance(outcome.message.task, Unload)
+            progress.leaving = asked_to and outcome.result.error is None
             self._conclude(outcome)
         for run_id in {entry.run_id for entry, _ in works}:
             self._consider_snapshot(run_id)
@@ -445,6 +449,15 @@ class Service:
             if self._effects.settled(run_id) and self._residency.holds(run_id):
                 await self._in_worker(self._residency.reach, {run_id})
                 self._consider_snapshot(run_id, idle=True)
+
+    async def _drop_runs(self) -> None:
+        """Lets runs go that were unloaded and are snapshotted; their next operation loads them again."""
+        for run_id in self._snapshotting.gone():
+            self._snapshotting.of(run_id).leaving = False
+            if isinstance(self._executor.runs.get(run_id), FailedRun):
+                continue
+            await self._in_worker(self._residency.drop, run_id)
+            logger.info("unloaded", extra={"run": run_id})
 
     async def _beat(self) -> None:
         """Keeps the record by which gateways find this trainer."""

@@ -20,7 +20,8 @@ from river_trainer.scheduling import Scheduler
 class Progress:
     """Where a run stands between memory, snapshot and journal. `tried_at`, `used_at` are monotonic times in seconds.
 
-    `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed.
+    `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed. A run
+    that is `leaving` was asked to be unloaded by its newest operation.
     """
 
     snapshot_seq: int = -1
@@ -30,6 +31,7 @@ class Progress:
     used_at: float = 0.0
     bodies: list[str] = field(default_factory=list[str])
     writing: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,17 @@ class Snapshotting:
         return [
             run_id
             for run_id, progress in self._progress.items()
-            if progress.stream_seq and now - progress.used_at >= self._idle_s
+            if progress.stream_seq
+            and (progress.leaving or now - progress.used_at >= self._idle_s)
+            and not progress.writing
+        ]
+
+    def gone(self) -> list[str]:
+        """Runs that were to be unloaded and are safe without their memory and without their journal."""
+        return [
+            run_id
+            for run_id, progress in self._progress.items()
+            if progress.leaving and not progress.stream_seq and not progress.writing
         ]
 
     def consider(

@@ -18,10 +18,11 @@ from river_trainer.protocol import (
     TaskError,
     TrainMessage,
     TrainResult,
+    Unload,
 )
 from river_trainer.runs import Run
 
-PURE = (Forward, SaveWeights, Refused)
+PURE = (Forward, SaveWeights, Unload, Refused)
 """Tasks that leave no trace in the run: replaying the journal may skip them."""
 LOADING = (CreateRun, LoadWeights)
 """Tasks that may read a checkpoint, which may be gone when the journal is replayed."""

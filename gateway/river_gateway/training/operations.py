@@ -79,6 +79,8 @@ async def _task(
     match operation:
         case wire.SaveWeights() as save:
             return await saving.save_task(services, run, tenant_id, seq, save)
+        case wire.Unload():
+            return protocol.Unload()
         case wire.LoadWeights() as load:
             source = await find_source(services, load.path, tenant_id)
             check_source(

@@ -58,7 +58,9 @@ async def uses(rig: Rig, path: str) -> list[int]:
 async def test_a_published_checkpoint_is_for_everybody_to_use(rig: Rig) -> None:
     """By its path, from the moment it is published until it is not; what was copied meanwhile stays."""
     run = await rig.tenant.new_run()
-    saved = await rig.tenant.save(run.run_id, 1, "shared", mode="inference")
+    saved = await rig.tenant.save(
+        run.run_id, 1, "shared", mode="inference", user_metadata={"note": "mine"}
+    )
     assert await uses(rig, saved.path) == [404] * 4
     assert (await publish(rig, saved.path)).status_code == 204
     (listed,) = (await rig.tenant.get("/checkpoints")).json()["checkpoints"]
@@ -68,6 +70,7 @@ async def test_a_published_checkpoint_is_for_everybody_to_use(rig: Rig) -> None:
     assert await uses(rig, saved.path) == [404] * 4
     (copy,) = (await rig.stranger.get("/checkpoints")).json()["checkpoints"]
     assert copy["name"] == "shared"
+    assert copy.get("user_metadata", {}) == {}  # The owner's notes are the owner's.
     sampled = wire.SampleRequest(model=copy["path"], prompts=["x"], max_tokens=2)
     assert (await rig.stranger.post("/sample", sampled)).status_code == 200
 

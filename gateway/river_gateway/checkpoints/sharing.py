@@ -93,7 +93,8 @@ async def copy_checkpoint(
 ) -> wire.Checkpoint:
     """A copy of one's own checkpoint, or of one that is shown to all; the same place again is the same copy.
 
-    It has the name and the kind of what it is a copy of, and a time to live of its own.
+    It has the name and the kind of what it is a copy of, and a time to live of its own. What another
+    tenant wrote on it does not go along.
 
     Raises:
         NotFoundError: there is no such checkpoint or session.
@@ -132,7 +133,7 @@ def _copy_of(
         size_bytes=original.size_bytes,
         created_at=now,
         expires_at=None if ttl_s is None else now + ttl_s,
-        user_metadata=original.user_metadata,
+        user_metadata=original.user_metadata if row.tenant_id == tenant_id else {},
     )
 
 
@@ -154,7 +155,7 @@ async def _write(
         lora=source.lora,
         context_length=source.context_length,
         imported=True,
-        user_metadata=source.user_metadata,
+        user_metadata=source.user_metadata if row.tenant_id == saved.tenant_id else {},
         model_seq_id=place.model_seq_id,
     )
     if not is_new:

@@ -54,7 +54,7 @@ update run set model_seq_id = $3 where run_id = $1 and tenant_id = $2 and model_
 """
 _FIND_RUN_OF_SESSION = "select run_id from run where session_id = $1 and model_seq_id = $2"
 _DESCRIBE = """
-update session set display_name = coalesce($3, display_name), user_metadata = user_metadata || $4::jsonb,
+update session set display_name = coalesce($3, display_name), user_metadata = coalesce($4::jsonb, user_metadata),
                    project_id = coalesce($5, project_id)
 where session_id = $1 and tenant_id = $2 returning session_id
 """
@@ -178,7 +178,7 @@ async def describe_session(
     Raises:
         NotFoundError: it is unknown.
     """
-    metadata = _json(user_metadata or {})
+    metadata = None if user_metadata is None else _json(user_metadata)
     values = (session_id, tenant_id, display_name, metadata, project_id)
     if await database.fetchval(_DESCRIBE, *values) is None:
         raise _unknown(session_id)

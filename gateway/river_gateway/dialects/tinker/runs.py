@@ -37,15 +37,23 @@ async def river_path(services: Services, text: str, tenant_id: str, *, field: st
     try:
         await services.runs.find(run_id, tenant_id)
     except NotFoundError:
-        run_id = await _run_of_another(services, path) or run_id
+        return await _path_of_another(services, path, tenant_id) or path.river(run_id)
     return path.river(run_id)
 
 
-async def _run_of_another(services: Services, path: TinkerPath) -> str | None:
+async def _path_of_another(services: Services, path: TinkerPath, tenant_id: str) -> str | None:
+    """The path of what another tenant shows to all; what it does not show is not even named."""
     parts = model_parts(path.model)
     if parts is None:
         return None
     session_id, number = parts
-    return await session_list.find_run_of_session(
+    run_id = await session_list.find_run_of_session(
         services.pool, session_id=session_id, model_seq_id=number
     )
+    if run_id is None:
+        return None
+    try:
+        await services.names.checkpoint(path.river(run_id), tenant_id)
+    except NotFoundError:
+        return None
+    return path.river(run_id)

@@ -183,6 +183,23 @@ def _check_refused(refused: dict[str, list[str]], run_id: str, private: str) -> 
         assert sentence in said, (name, said)
 
 
+async def test_the_cookbook_s_download(rig: Rig, tmp_path: Path) -> None:
+    """It gets the files of a training checkpoint by way of an encrypted export, which it deletes afterwards."""
+    user = TinkerUser(rig.tenant)
+    path = await saved(user, await user.new_model(), 1, "state")
+    program = PROGRAM.parent / "tinker_download.py"
+    ended = await client(rig, rig.tenant, program, path, str(tmp_path / "weights"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    came = json.loads(ended.stdout.splitlines()[-1])
+    assert came["files"] == {
+        "adapter_config.json": b"{}".hex(),
+        "adapter_model.safetensors": bytes(range(100)).hex(),
+    }
+    assert "there is no checkpoint" in came["refused"]
+    listed = (await user.get("/checkpoints")).json()["checkpoints"]
+    assert [one["tinker_path"] for one in listed] == [path]
+
+
 # ---- The SDK's program -----------------------------------------------------------------------------------------------
 
 

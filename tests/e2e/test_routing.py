@@ -47,7 +47,7 @@ def test_routing_goes_round(client: river.Client, tokenizer: PreTrainedTokenizer
             data, loss_fn="importance_sampling", lr=1e-3, force_routing_replay=True
         )
     assert plain.metrics["expert_flip"] < 1e-3
-    assert "expert_flip" not in replayed.metrics
+    assert replayed.metrics["expert_flip"] < 1e-3
     for metrics in (replayed.metrics, stepped.metrics, again.metrics):
         assert all(math.isfinite(value) for value in metrics.values())
     assert replayed.metrics["kl"] == pytest.approx(0.0, abs=1e-5)

@@ -40,7 +40,8 @@ from river_engine.limits import (
     PRELOAD_INTEREST_S,
     PRELOAD_RUNS_MAX,
 )
-from river_engine.protocol import AdapterRef
+from river_engine.load_times import RecentLoads
+from river_engine.protocol import AdapterRef, HeldAdapter
 from river_engine.shared_experts import shared_directory, write_shared
 
 _log = logging.getLogger("river.engine")
@@ -57,7 +58,10 @@ class LoraEngine(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Version:
-    """One adapter of this engine. `holders` need its bytes, `users` its weights in vLLM."""
+    """One adapter of this engine. `holders` need its bytes, `users` its weights in vLLM.
+
+    `loaded_at` and `used_at` are Unix times in seconds.
+    """
 
     ref: AdapterRef
     request: LoRARequest
@@ -66,6 +70,8 @@ class Version:
     users: int = 0
     fetched: bool = False
     resident: bool = False
+    loaded_at: float = 0.0
+    used_at: float = 0.0
     failure: EngineRefusal | None = None
     work: asyncio.Task[None] | None = None
     keeping: asyncio.Task[None] | None = None
@@ -104,6 +110,7 @@ class AdapterStore:
         self._rank_max = rank_max
         self._wait_s = wait_s
         self._shared_experts = shared_experts
+        self.times = RecentLoads()
         self._numbers = itertools.count(1)
         # Least recently used first.
         self._versions: dict[str, Version] = {}
@@ -117,6 +124,14 @@ class AdapterStore:
     def resident(self) -> list[str]:
         """Names of the adapters that are loaded, least recently used first."""
         return [name for name, version in self._versions.items() if version.resident]
+
+    def held(self) -> list[HeldAdapter]:
+        """The adapters that are loaded, least recently used first, and since when."""
+        return [
+            HeldAdapter(name=name, loaded_at=version.loaded_at, used_at=version.used_at)
+            for name, version in self._versions.items()
+            if version.resident
+        ]
 
     def loading(self) -> list[str]:
         """Names of those that somebody waits for, or has just stopped waiting for."""
@@ -233,6 +248,7 @@ class AdapterStore:
             await self._forget_unless_needed(version)
 
     async def _fetch(self, version: Version) -> None:
+        started = time.monotonic()
         if not version.directory.exists():
             await fetch_adapter(version.ref.location, version.directory)
         await asyncio.to_thread(
@@ -241,6 +257,7 @@ class AdapterStore:
         if self._shared_experts:
             await asyncio.to_thread(write_shared, version.directory, self._targets)
         version.fetched = True
+        self.times.fetched(time.monotonic() - started)
 
     async def _done(
         self,
@@ -345,6 +362,7 @@ class AdapterStore:
         await asyncio.to_thread(shutil.rmtree, version.directory, ignore_errors=True)
 
     def _touch(self, version: Version) -> None:
+        version.used_at = time.time()
         if self._versions.get(version.ref.name) is version:
             self._versions[version.ref.name] = self._versions.pop(version.ref.name)
 
@@ -352,10 +370,13 @@ class AdapterStore:
 
     async def _load(self, version: Version) -> None:
         async with self._loading:
+            started = time.monotonic()
             if not await self._make_room(version):
                 return
             await self._add(version)
             version.resident = True
+            version.loaded_at = version.used_at = time.time()
+            self.times.loaded(time.monotonic() - started)
             _log.info("adapter loaded", extra={"adapter": version.ref.name})
             self._manifest_is_old()
 

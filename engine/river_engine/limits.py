@@ -69,3 +69,8 @@ STORE_RETRY_TIMEOUT_S = 20.0
 FINAL_COUNTS_MAX = 10_000  # requests, the latest
 FINAL_COUNT_WAIT_S = 5.0
 COUNTS_INTERVAL_S = 10.0  # between two reports of what was produced, at least
+
+LOAD_TIMES_KEPT = 256  # of the adapters loaded last
+RATE_WINDOW_S = 10.0  # over which what happens "lately" is measured
+RESTART_DRAIN_S = 600.0
+"""How long requests may take to end when an engine is told to start again; told by a signal, it has less time."""

@@ -26,8 +26,12 @@ from river_engine.settings import EngineSettings, read_engine_settings
 _log = logging.getLogger("river.engine")
 
 PARENT_VARIABLE = "RIVER_ENGINE_PARENT"
+ENDS_VARIABLE = "RIVER_ENGINE_ENDS"
+"""How many server processes there were before; then, if the last died by itself, its exit code and the Unix time."""
 EXIT_DEAD = 70
 """The server's core died: start it again."""
+EXIT_AGAIN = 75
+"""The server was told to end and to be started again."""
 EXIT_UNFIT = 78
 """The server must not serve here: starting it again would not help."""
 
@@ -89,7 +93,7 @@ class Supervisor:
         """The exit code of the engine."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        failures = 0
+        failures = ends = 0
         while True:
             started = time.monotonic()
             code = self._run_server()
@@ -97,6 +101,12 @@ class Supervisor:
                 return 0
             if code == EXIT_UNFIT:
                 return code
+            ends += 1
+            self._environment[ENDS_VARIABLE] = f"{ends}"
+            if code == EXIT_AGAIN:
+                _log.info("server starts again, as it was told")
+                continue
+            self._environment[ENDS_VARIABLE] += f" {code} {time.time():.0f}"
             failures = 1 if time.monotonic() - started > limits.HEALTHY_AFTER_S else failures + 1
             if failures > limits.START_FAILURES_MAX:
                 _log.critical("server keeps dying", extra={"exit_code": code, "failures": failures})

@@ -11,8 +11,8 @@ HTTP, on the engine's own port, every request with `Authorization: Bearer <RIVER
 * `/healthz`, `/readyz`, `/metrics` without a token.
 
 NATS: an engine keeps an `EngineRecord` in the KV bucket `ENGINES_BUCKET` under its id, renewed every
-`HEARTBEAT_INTERVAL_S`, and listens on `publish_subject(base)` for `AdapterRef`s worth loading before anybody asks. Both
-are msgpack.
+`HEARTBEAT_INTERVAL_S`, and listens on `publish_subject(base)` for `AdapterRef`s worth loading before anybody asks. It
+answers a `Control` on `control_subject(id)` with a `Controlled`. All are msgpack.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ EXPERT_LAYOUT_METADATA = "expert_layout"
 """Of the file `adapter_model.safetensors`."""
 SHARED_OUTER = "shared_outer"
 """Its experts share the factors of the model's width."""
+ADAPTERS_TOLD_MAX = 64
+"""Of the adapters that an engine holds, how many its record describes: those used last."""
+PROBLEMS_TOLD_MAX = 12
+PROBLEM_CHARACTERS_MAX = 240
 
 
 def subject_token(name: str) -> str:
@@ -49,6 +53,11 @@ def publish_subject(base_model: str) -> str:
     return f"adapters.{subject_token(base_model)}"
 
 
+def control_subject(engine_id: str) -> str:
+    """Where an engine is told to drain or to start again."""
+    return f"engine-control.{subject_token(engine_id)}"
+
+
 class AdapterRef(Struct, frozen=True, kw_only=True):
     """One immutable adapter: `run_…@17` or a checkpoint id, and the directory URL that holds its PEFT files.
 
@@ -57,6 +66,59 @@ class AdapterRef(Struct, frozen=True, kw_only=True):
 
     name: str
     location: str
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """What a process has warned of, `count` times in a row, at `at` (Unix time in seconds) for the last time."""
+
+    at: float
+    message: str
+    count: int = 1
+
+
+class HeldAdapter(Struct, frozen=True, kw_only=True):
+    """An adapter that is loaded; `loaded_at` and `used_at` are Unix times in seconds."""
+
+    name: str
+    loaded_at: float
+    used_at: float
+
+
+class LoadTimes(Struct, frozen=True, kw_only=True):
+    """How long the last adapters took, milliseconds: to be fetched and checked, and to be put into vLLM.
+
+    `loads` is how many those are; there may be fewer of them than an engine has loaded in its life.
+    """
+
+    loads: int
+    fetch_median_ms: float
+    load_median_ms: float
+    load_p99_ms: float
+
+
+class EngineHealth(Struct, frozen=True, kw_only=True):
+    """How an engine is, for whoever watches it; an older engine says nothing of it.
+
+    `inside` prompts are being computed in vLLM and `waiting` wait for that; `batch` of at most `batch_max` sequences
+    are in its batch, and `slots_used` adapters. `kv_cache_used` and `prefix_hit_rate` are shares: of the cache's
+    blocks, and of the last prompts' tokens that were found there; None while nothing is known. `tokens_per_s` are
+    those generated lately. `adapters` come least recently used first, `problems` oldest first. `ends` is how often its
+    server process has ended and come back under the same supervisor.
+    """
+
+    started_at: float = 0.0
+    inside: int = 0
+    waiting: int = 0
+    batch: int = 0
+    batch_max: int = 0
+    slots_used: int = 0
+    kv_cache_used: float | None = None
+    prefix_hit_rate: float | None = None
+    tokens_per_s: float = 0.0
+    adapters: list[HeldAdapter] = field(default_factory=list[HeldAdapter])
+    load_times: LoadTimes | None = None
+    problems: list[Problem] = field(default_factory=list[Problem])
+    ends: int = 0
 
 
 class EngineRecord(Struct, frozen=True, kw_only=True):
@@ -81,6 +143,27 @@ class EngineRecord(Struct, frozen=True, kw_only=True):
     outstanding_tokens: int = 0
     draining: bool = False
     expert_routing: bool = False
+    health: EngineHealth = field(default_factory=EngineHealth)
+
+
+Action = Literal["drain", "undrain", "restart"]
+
+
+class Control(Struct, frozen=True, kw_only=True):
+    """What an engine or a trainer shall do.
+
+    `drain`: end what it has begun and begin nothing new. `undrain`: go on. `restart`: drain, then leave, to be started
+    again by whoever looks after it.
+    """
+
+    action: Action
+
+
+class Controlled(Struct, frozen=True, kw_only=True):
+    """What came of it: whether the process takes nothing new from now on, or why it does not do as it was told."""
+
+    draining: bool
+    refused: str | None = None
 
 
 class StreamUsage(Struct, frozen=True):

@@ -1,4 +1,6 @@
-"""Telling the others that this engine is there, and hearing of new adapters: over NATS, and not needed to serve.
+"""Telling the others that this engine is there, hearing of new adapters and from admins: all over NATS.
+
+None of it is needed to serve.
 
 While NATS is away the record expires by itself; when it is back the next heartbeat writes it again. An announced
 adapter is only a hint: an engine that missed it loads it when it is asked for.
@@ -28,12 +30,16 @@ from river_engine.adapters import AdapterStore
 from river_engine.counting import TokenCounts
 from river_engine.errors import EngineRefusal
 from river_engine.limits import NATS_CONNECT_TIMEOUT_S, NATS_RETRY_INTERVAL_S, PRELOAD_QUEUE_MAX
+from river_engine.obeying import obey
 from river_engine.protocol import (
     ENGINES_BUCKET,
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_LOST_AFTER_S,
     AdapterRef,
+    Control,
+    Controlled,
     EngineRecord,
+    control_subject,
     publish_subject,
 )
 
@@ -47,17 +53,18 @@ async def registered(
     record: Callable[[], EngineRecord],
     store: AdapterStore,
     changed: asyncio.Event | None = None,
+    control: Callable[[Control], Controlled] | None = None,
 ) -> AsyncIterator[None]:
     """In the block, the engine is known as `record` describes it at each heartbeat, and preloads what is announced.
 
-    Setting `changed` has it describe itself at once. Every `COUNTS_INTERVAL_S`, and last of all, it says what it has
-    produced in the block.
+    `control` does what admins ask for. Setting `changed` has it describe itself at once. Every `COUNTS_INTERVAL_S`, and
+    last of all, it says what it has produced in the block.
     """
     changed = changed or asyncio.Event()
     announced: asyncio.Queue[AdapterRef] = asyncio.Queue(PRELOAD_QUEUE_MAX)
     async with asyncio.TaskGroup() as group:
         tasks = (
-            group.create_task(_keep_registered(nats_url, record, announced, changed)),
+            group.create_task(_keep_registered(nats_url, record, announced, changed, control)),
             group.create_task(_preload(announced, store)),
         )
         try:
@@ -72,11 +79,14 @@ async def _keep_registered(
     record: Callable[[], EngineRecord],
     announced: asyncio.Queue[AdapterRef],
     changed: asyncio.Event,
+    control: Callable[[Control], Controlled] | None,
 ) -> None:
     client = await _connect(nats_url)
     counts = TokenCounts(record().engine_id, record().base_model)
     try:
         await _listen(client, publish_subject(record().base_model), announced)
+        if control is not None:
+            await obey(client, control_subject(record().engine_id), control)
         while True:
             try:
                 bucket = await _engines_bucket(client)

@@ -10,14 +10,12 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 import uvicorn
 import uvloop
@@ -36,17 +34,26 @@ from river_engine.adapter_files import model_targets
 from river_engine.adapters import AdapterStore
 from river_engine.admission import Bounds
 from river_engine.counting import counted, share_cached_count
+from river_engine.health import Health
 from river_engine.http import EngineDoor, show_own_adapter
 from river_engine.lifeline import die_with_parent
 from river_engine.logs import log_to_stderr
-from river_engine.main import EXIT_DEAD, EXIT_UNFIT, PARENT_VARIABLE
+from river_engine.main import (
+    ENDS_VARIABLE,
+    EXIT_AGAIN,
+    EXIT_DEAD,
+    EXIT_UNFIT,
+    PARENT_VARIABLE,
+)
 from river_engine.parsers import UnfitParserError, check_parsers, tool_parser_of
+from river_engine.problems import RecentProblems, listening
 from river_engine.protocol import SHARED_OUTER, EngineRecord
 from river_engine.registration import registered
 from river_engine.routing import RoutingShape, routing_shape
 from river_engine.sampling import Sampler
 from river_engine.selftest import SelfTestError, self_test
 from river_engine.settings import EngineSettings, read_engine_settings
+from river_engine.stopping import Controls, Stopping
 from river_engine.turns import AdmissionMetrics, Turnstile
 
 _log = logging.getLogger("river.engine")
@@ -57,7 +64,7 @@ class NoRoutingError(RuntimeError):
 
 
 def main() -> None:
-    """Serves until SIGTERM or SIGINT (exit 0), the death of vLLM's core, or a failed self-test."""
+    """Serves until SIGTERM or SIGINT (exit 0), an admin's restart, the death of vLLM's core, or a failed self-test."""
     try:
         settings = read_engine_settings()
     except SettingsError as error:
@@ -181,7 +188,9 @@ async def _serve(
     started: float,
 ) -> int:
     """The exit code."""
-    stop = _on_signals()
+    stopping = Stopping(settings.drain_s)
+    stopping.listen()
+    problems = listening("river.engine")
     async with AsyncExitStack() as stack:
         routing = await routing_shape(engine)
         door, store, turnstile = await _build(settings, arguments, engine, routing)
@@ -189,51 +198,24 @@ async def _serve(
         # Last in and first out: nobody is sent here before it answers, nor when it is about to stop.
         changed = asyncio.Event()
         if settings.nats_url:
-            record = _record_maker(settings, engine, store, turnstile, routing)
-            await stack.enter_async_context(registered(settings.nats_url, record, store, changed))
+            health = _health(engine, store, turnstile, problems)
+            record = _record_maker(settings, engine, store, turnstile, routing, health)
+            controls = Controls(turnstile, stopping, changed)
+            await stack.enter_async_context(
+                registered(settings.nats_url, record, store, changed, controls.do)
+            )
         _log.info(
             "ready",
             extra={"url": settings.public_url, "took_s": round(time.monotonic() - started, 1)},
         )
-        code = await _until_stopped(engine, stop.drain)
+        code = await _until_stopped(engine, stopping.asked)
         if code == 0:
-            await _drain(turnstile, changed, stop.leave, settings.drain_s)
+            # Says at once that new requests had better go elsewhere, and lets those that are here end.
+            turnstile.close()
+            changed.set()
+            await stopping.drained(turnstile)
+            code = EXIT_AGAIN if stopping.again else 0
         return code
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    """What signals have asked for: to end what runs and leave, and to leave at once."""
-
-    drain: asyncio.Event
-    leave: asyncio.Event
-
-
-def _on_signals() -> _Stop:
-    """The first signal drains, a second one ends the draining."""
-    stop = _Stop(asyncio.Event(), asyncio.Event())
-
-    def on_signal() -> None:
-        (stop.leave if stop.drain.is_set() else stop.drain).set()
-
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
-    return stop
-
-
-async def _drain(
-    turnstile: Turnstile, changed: asyncio.Event, leave: asyncio.Event, within_s: float
-) -> None:
-    """Says at once that new requests had better go elsewhere, and lets those that are here end."""
-    turnstile.close()
-    changed.set()
-    emptying = asyncio.create_task(turnstile.emptied(within_s))
-    leaving = asyncio.create_task(leave.wait())
-    await asyncio.wait({emptying, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    emptying.cancel()
-    if not turnstile.admission.is_idle():
-        _log.warning("requests cut off", extra={"count": turnstile.admission.turns_inside()})
 
 
 async def _build(
@@ -273,7 +255,7 @@ async def _build(
     await init_app_state(engine, inner.state, arguments, tasks)
     show_own_adapter(inner.state.openai_serving_models, settings.base_model)
     turnstile = Turnstile(_bounds(settings, engine), store)
-    AdmissionMetrics(turnstile.admission, settings.max_loras, REGISTRY)
+    AdmissionMetrics(turnstile, settings.max_loras, REGISTRY)
     sampler = Sampler(
         engine.generate,
         store,
@@ -346,6 +328,7 @@ def _record_maker(
     store: AdapterStore,
     turnstile: Turnstile,
     routing: RoutingShape | None,
+    health: Health,
 ) -> Callable[[], EngineRecord]:
     config = engine.model_config
     admission = turnstile.admission
@@ -366,9 +349,28 @@ def _record_maker(
             outstanding_tokens=admission.outstanding_tokens(),
             draining=turnstile.draining,
             expert_routing=routing is not None,
+            health=health.now(),
         )
 
     return record
+
+
+def _health(
+    engine: AsyncLLM, store: AdapterStore, turnstile: Turnstile, problems: RecentProblems
+) -> Health:
+    """Told by the supervisor what became of the server process before this one, if there was one."""
+    ends, *last = os.environ.get(ENDS_VARIABLE, "0").split()
+    if last:
+        code, ended_at = last
+        problems.note(f"the server process before this one ended with code {code}", float(ended_at))
+    return Health(
+        REGISTRY,
+        turnstile.admission,
+        store,
+        problems,
+        batch_max=engine.vllm_config.scheduler_config.max_num_seqs,
+        ends=int(ends),
+    )
 
 
 async def _until_stopped(engine: AsyncLLM, stop: asyncio.Event) -> int:

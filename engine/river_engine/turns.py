@@ -21,7 +21,7 @@ from river_engine.adapters import AdapterStore, Version
 from river_engine.admission import Admission, Bounds, QueueFullError, Turn
 from river_engine.counting import generating
 from river_engine.errors import EngineDraining, EngineFull
-from river_engine.limits import DRAIN_CHECK_INTERVAL_S, RETRY_AFTER_MAX_S
+from river_engine.limits import RETRY_AFTER_MAX_S
 
 _refused = Counter("river_engine_refused", "Requests refused at the door.", ["reason"])
 _waited = Histogram(
@@ -103,14 +103,9 @@ class Turnstile:
         """Takes no new requests from now on."""
         self.draining = True
 
-    async def emptied(self, within_s: float) -> bool:
-        """Waits for the end of the requests that are here; whether it came in time."""
-        deadline = time.monotonic() + within_s
-        while not self._admission.is_idle():
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(DRAIN_CHECK_INTERVAL_S)
-        return True
+    def open(self) -> None:
+        """Takes requests again."""
+        self.draining = False
 
     def _advance(self) -> None:
         for turn in self._admission.advance(time.monotonic()):
@@ -127,15 +122,15 @@ class Turnstile:
 
 
 class AdmissionMetrics(Collector):
-    """What `/metrics` says of the queue, when it is asked."""
+    """What `/metrics` says of the queue, and of whether it takes anybody, when it is asked."""
 
-    def __init__(self, admission: Admission, slots: int, registry: CollectorRegistry) -> None:
-        self._admission = admission
+    def __init__(self, turnstile: Turnstile, slots: int, registry: CollectorRegistry) -> None:
+        self._turnstile = turnstile
         self._slots = slots
         registry.register(self)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        admission = self._admission
+        admission = self._turnstile.admission
         waiting = GaugeMetricFamily(
             "river_engine_waiting", "Prompts that wait, by what for.", labels=["reason"]
         )
@@ -146,6 +141,7 @@ class AdmissionMetrics(Collector):
             ("inside", "Prompts that vLLM is working on.", admission.turns_inside()),
             ("slots_used", "Adapter slots in use.", admission.slots_used()),
             ("slots", "Adapter slots.", self._slots),
+            ("draining", "1 while nothing new is taken.", self._turnstile.draining),
             (
                 "outstanding_tokens",
                 "Tokens not yet computed, by estimate.",

@@ -162,6 +162,12 @@ class Effects:
         """Whether everything of the run has been told."""
         return run_id not in self._tails
 
+    async def all_told(self) -> None:
+        """Waits until everything that was submitted has happened."""
+        while self._pending:
+            self._fewer.clear()
+            await self._fewer.wait()
+
     async def room(self) -> None:
         """Waits while too much has not been told."""
         while (

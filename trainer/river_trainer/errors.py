@@ -2,6 +2,7 @@
 
     TrainerError
     ├── LeaseLostError             another trainer follows this base model now
+    ├── RestartAskedError          an admin has told the trainer to start again, and nothing is left to be done
     ├── ModelFormatError           the base model's checkpoint is stored in a way that the trainer does not know
     ├── DeviceError                there is no such device
     ├── ShardingError              the model cannot be divided among so many processes
@@ -34,6 +35,10 @@ class TrainerError(Exception):
 
 class LeaseLostError(TrainerError):
     """Somebody else holds the lease: this trainer has to stop."""
+
+
+class RestartAskedError(TrainerError):
+    """The process is to end and to be started again."""
 
 
 class ModelFormatError(TrainerError):

@@ -240,7 +240,9 @@ class Executor:
         started = time.perf_counter()
         outputs = self._run_jobs([job for _, _, job in jobs])
         seconds = time.perf_counter() - started
-        self._report.add("passes", seconds)
+        backward_s = seconds * self._passes.times.take().backward_share
+        self._report.add("forward", seconds - backward_s)
+        self._report.add("backward", backward_s)
         train_steps: list[_Computed] = []
         for (work, run, job), output in zip(jobs, outputs, strict=True):
             if isinstance(output, TaskError):

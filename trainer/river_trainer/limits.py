@@ -69,8 +69,10 @@ STOP_GRACE_S = 8.0
 GROUP_TIMEOUT_S = 300.0
 """How long processes that share a model wait for one that says nothing; one that dies is noticed at once."""
 GROUP_PULSE_INTERVAL_S = 10.0
-COUNTS_INTERVAL_S = 10.0
 """How often the first of them says that it is still there while nothing is to be done."""
+COUNTS_INTERVAL_S = 10.0
+PACE_WINDOW_S = 30.0
+"""Over which a trainer's record says how fast it is."""
 
 TRAIN_STREAM_MAX_BYTES = 2 * 1024**3
 RESULTS_STREAM_MAX_BYTES = 1024**3

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("river.trainer")
 
+EXIT_AGAIN = 75
+"""The trainer was told to end and to be started again, as an engine's server may be."""
+
 
 def main() -> None:
-    """Runs a trainer until SIGTERM or SIGINT, with settings from the environment."""
+    """Runs a trainer until SIGTERM or SIGINT, or until an admin has it started again (exit `EXIT_AGAIN`).
+
+    Its settings come from the environment.
+    """
     try:
         settings = read_settings(TrainerSettings)
     except SettingsError as error:
@@ -35,7 +41,7 @@ def main() -> None:
     # from each other: with both cores busy a step takes ten times as long. Torch reads it when loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if find_place().leads:
-        asyncio.run(_serve(settings))
+        sys.exit(asyncio.run(_serve(settings)))
     else:
         # Imported here because torch has to be loaded after the environment is set.
         from river_trainer.sharding.member import follow  # noqa: PLC0415
@@ -43,7 +49,8 @@ def main() -> None:
         follow(settings)
 
 
-async def _serve(settings: TrainerSettings) -> None:
+async def _serve(settings: TrainerSettings) -> int:
+    """The exit code."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,13 +62,16 @@ async def _serve(settings: TrainerSettings) -> None:
         working = asyncio.create_task(process.work())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-        _bound_the_end(exit_code=1 if working.done() else 0)
+        failed = working.done() and working.exception() is not None
+        code = (1 if failed else EXIT_AGAIN) if working.done() else 0
+        _bound_the_end(exit_code=code)
         stopping.cancel()
         working.cancel()
         try:
             await working
         except asyncio.CancelledError:
             logger.info("stopped")
+    return code
 
 
 class _Process:
@@ -78,7 +88,7 @@ class _Process:
         return b"" if self._service is None else self._service.metrics.page()
 
     async def work(self) -> None:
-        """Loads the model, connects, serves. Ends only by cancellation, a lost lease or a bug."""
+        """Loads the model, connects, serves. Ends when it is to be started again; else by cancellation or an error."""
         # Imported here because torch has to be loaded after main has set its environment.
         from river_trainer import assembly, journal  # noqa: PLC0415
         from river_trainer.service import Service  # noqa: PLC0415

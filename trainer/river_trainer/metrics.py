@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from river_trainer.protocol import TrainMessage, TrainResult
+from river_trainer.pace import Totals
+from river_trainer.protocol import OptimStep, TrainMessage, TrainResult, TrainStep
 from river_trainer.work import Report
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -21,6 +22,7 @@ class TrainerMetrics:
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.tokens = 0
+        self.totals = Totals()
         self._tokens = Counter(
             "river_trainer_tokens", "Training tokens of published results.", registry=registry
         )
@@ -55,8 +57,16 @@ class TrainerMetrics:
         )
         self._phase_seconds = Counter(
             "river_trainer_phase_seconds",
-            "Time of batches by phase: passes (forward and backward), optimizer.",
+            "Time of training by phase: load, forward, backward, optimizer; publish, beside the next batch.",
             ("phase",),
+            registry=registry,
+        )
+        self._steps = Counter(
+            "river_trainer_steps", "Optimizer steps of all runs.", registry=registry
+        )
+        self._snapshot_age = Gauge(
+            "river_trainer_snapshot_age_seconds",
+            "Age of the oldest newest snapshot of a run with operations that only the journal holds.",
             registry=registry,
         )
         self._runs = Gauge("river_trainer_runs", "Runs by place.", ("place",), registry=registry)
@@ -73,6 +83,9 @@ class TrainerMetrics:
         self._tokens.inc(result.training_tokens)
         self.tokens += result.training_tokens
         self._operations.labels(kind, outcome).inc()
+        if result.error is None and isinstance(message.task, OptimStep | TrainStep):
+            self._steps.inc()
+            self.totals.steps += 1
 
     def batch(self, report: Report, *, operations: int, budget: int, seconds: float) -> None:
         """A batch has been done."""
@@ -81,8 +94,19 @@ class TrainerMetrics:
         self._batch_seconds.observe(seconds)
         if report.tokens:
             self._batch_fill.observe(report.tokens / budget)
+        self.totals.batches += 1
+        self.totals.tokens += report.tokens
         for phase, spent in report.seconds.items():
-            self._phase_seconds.labels(phase).inc(spent)
+            self.spent(phase, spent)
+
+    def spent(self, phase: str, seconds: float) -> None:
+        """Time has gone into a phase."""
+        self._phase_seconds.labels(phase).inc(seconds)
+        self.totals.seconds[phase] = self.totals.seconds.get(phase, 0.0) + seconds
+
+    def snapshot_age(self, seconds: float) -> None:
+        """0 while everything is in snapshots."""
+        self._snapshot_age.set(seconds)
 
     def waiting(self, operations: int, tokens: int) -> None:
         self._waiting.set(operations)

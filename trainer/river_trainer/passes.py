@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,6 +36,7 @@ from river_trainer.lanes import Lanes
 from river_trainer.loss_specs import TEMPERATURE
 from river_trainer.losses import Loss, LossData, Sums, loss_data, metrics_of
 from river_trainer.packing import PackedBatch, pack, split_logprobs
+from river_trainer.pass_times import Moments, PassTimes, moment
 from river_trainer.routing import Flips
 from river_trainer.strands import (
     Job,
@@ -89,6 +90,7 @@ class Started:
     sums: list[Sums]
     compared: Sequence[int]
     per_token: int
+    moments: Moments | None = None
 
 
 _DIFFERENT = "different experts"
@@ -118,13 +120,19 @@ class Passes:
         self._tokens_max = tokens_max
         self._piece_tokens = piece_tokens
         self._width = lanes.count
+        self.times = PassTimes()
 
     def run(self, jobs: Sequence[Job]) -> list[JobOutput]:
         """The outputs of `jobs`, in their order."""
         strands = self.strands(jobs)
         by_lane = deal([strand for of_job in strands for strand in of_job], self._width)
-        self._lanes.map(lambda share: note(self.start(share)), by_lane)
+        self._lanes.map(lambda share: self._finish(self.start(share)), by_lane)
         return self._lanes.map(self._conclude, strands)
+
+    def _finish(self, passes: Sequence[Started]) -> None:
+        """Waits for `passes`, writes what came out of them into their pieces, and how long they took into `times`."""
+        note(passes)
+        self.times.add([started.moments for started in passes if started.moments])
 
     def strands(self, jobs: Sequence[Job]) -> list[list[Strand]]:
         """What each job is cut into."""
@@ -155,12 +163,14 @@ class Passes:
 
     def _run_pass(self, parts: Sequence[Part]) -> Started:
         cargo, slots = self._load(parts), self._slots(parts)
+        begun = moment(self._base.home.device)
         with torch.set_grad_enabled(any(strand.job.backward for strand, _ in parts)):
             logprobs, entropy_T = self._base.token_logprobs(cargo.batch, slots)
             started, losses = self._losses(parts, cargo, logprobs, entropy_T)
+        middle = moment(self._base.home.device)
         if losses:
             torch.autograd.backward(losses)
-        return started
+        return replace(started, moments=(begun, middle, moment(self._base.home.device)))
 
     def _load(self, parts: Sequence[Part]) -> Cargo:
         batch = pack(

@@ -16,17 +16,19 @@ JetStream (every body is msgpack, see `journal`):
 Core NATS:
 
 * `queue_subject(base)`: the trainer that has the lease answers the id of an operation (UTF-8) with its `QueueState`.
+* `trainer_control_subject(id)`: a trainer answers a `Control` with a `Controlled`, as engines do. One that is drained
+  ends what it has begun; what comes meanwhile waits in the journal.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct, field
 
 from river_billing import events
 from river_billing.events import CheckpointSaved
-from river_engine.protocol import AdapterRef, subject_token
+from river_engine.protocol import AdapterRef, Problem, subject_token
 
 TRAIN_STREAM = "TRAIN"
 RESULTS_STREAM = "RESULTS"
@@ -54,6 +56,11 @@ def train_subject(base_model: str, run_id: str) -> str:
 
 def queue_subject(base_model: str) -> str:
     return f"train-state.{subject_token(base_model)}"
+
+
+def trainer_control_subject(trainer_id: str) -> str:
+    """Where a trainer is told to drain or to start again."""
+    return f"trainer-control.{subject_token(trainer_id)}"
 
 
 operation_id = (
@@ -295,6 +302,47 @@ class LiveVersion(Struct, frozen=True, kw_only=True):
         return AdapterRef(name=policy_version(self.run_id, step), location=f"{folder}/{step}")
 
 
+Phase = Literal["load", "forward", "backward", "optimizer", "publish"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""What the time of training goes into: reading operations and bringing runs to where passes read them; the passes; the
+update; and telling what came of it, which happens beside the next batch."""
+
+
+class TrainerHealth(Struct, frozen=True, kw_only=True):
+    """How a trainer is, for whoever watches it; an older trainer says nothing of it.
+
+    Runs by where they are; `waiting` operations of so many tokens are known and not done. `steps` of the optimizer,
+    `tokens` that went through the model and the seconds by phase are those of the last `window_s`. `unsaved_runs` have
+    operations that only the journal holds; the oldest newest snapshot of those is `snapshot_age_s` old. `problems` come
+    oldest first.
+    """
+
+    started_at: float = 0.0
+    runs_device: int = 0
+    runs_memory: int = 0
+    runs_disk: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    window_s: float = 0.0
+    batches: int = 0
+    steps: int = 0
+    tokens: int = 0
+    phase_s: dict[str, float] = field(default_factory=dict[str, float])
+    unsaved_runs: int = 0
+    snapshot_age_s: float = 0.0
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    @property
+    def steps_per_s(self) -> float:
+        """Optimizer steps of all runs."""
+        return self.steps / self.window_s if self.window_s else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that went through the model."""
+        return self.tokens / self.window_s if self.window_s else 0.0
+
+
 class TrainerRecord(Struct, frozen=True, kw_only=True):
     """`heartbeat_at` is Unix time in seconds; `context_length` bounds T of a sequence.
 
@@ -311,3 +359,5 @@ class TrainerRecord(Struct, frozen=True, kw_only=True):
     num_experts: int = 0
     moe_layers: int = 0
     experts_per_token: int = 0
+    draining: bool = False
+    health: TrainerHealth = field(default_factory=TrainerHealth)

@@ -20,10 +20,15 @@ class QueueStates:
         self._subject = queue_subject(base_model)
         self._scheduler = scheduler
         self._running: frozenset[str] | None = None
+        self._draining = False
 
     def running(self, batch: Sequence[Entry]) -> None:
         """These operations are being done from now on, and those before no more."""
         self._running = frozenset(operation_id(entry.run_id, entry.seq) for entry in batch)
+
+    def drain(self, *, draining: bool) -> None:
+        """Whether anything new is begun."""
+        self._draining = draining
 
     async def answer(self) -> None:
         """Answers requests until cancelled; the connection makes the subscription anew after a loss."""
@@ -53,9 +58,10 @@ class QueueStates:
             )
         ahead = self._scheduler.ahead_of(run_id, seq)
         if ahead is not None:
-            return QueueState(
-                state="queued", reason=f"{ahead} other operations are waiting too", ahead=ahead
-            )
+            reason = f"{ahead} other operations are waiting too"
+            if self._draining:
+                reason = "an admin has told the trainer to begin nothing new for now"
+            return QueueState(state="queued", reason=reason, ahead=ahead)
         return QueueState(
             state="unknown", reason="the trainer has not seen it, or has just done it"
         )

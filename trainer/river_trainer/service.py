@@ -26,23 +26,29 @@ from nats.js import JetStreamContext
 from nats.js.errors import NotFoundError
 
 from river_billing import streams as billing
+from river_engine.obeying import obey
+from river_engine.problems import listening
 from river_trainer import journal, limits
 from river_trainer.assembly import Parts
+from river_trainer.controls import Controls
 from river_trainer.effects import Disk, Effects
-from river_trainer.errors import CorruptError, InvalidTaskError, RunLostError
+from river_trainer.errors import (
+    RestartAskedError,
+    RunLostError,
+)
 from river_trainer.follower import Follower
 from river_trainer.gaps import Gaps
+from river_trainer.heartbeat import Heartbeat
 from river_trainer.lease import Lease
 from river_trainer.metrics import TrainerMetrics
 from river_trainer.preparing import Preparing
 from river_trainer.protocol import (
-    HEARTBEAT_INTERVAL_S,
     TRAIN_STREAM,
     TaskError,
-    TrainerRecord,
     TrainResult,
     Unload,
     operation_id,
+    trainer_control_subject,
 )
 from river_trainer.queue_state import QueueStates
 from river_trainer.runs import FailedRun, Run
@@ -143,8 +149,22 @@ class Service:
             self._js, self._trainer_id, settings.base_model, lambda: self.metrics.tokens
         )
 
+        self._controls = Controls(self._arrived.set)
+        self._heartbeat = Heartbeat(
+            self._js,
+            settings,
+            self._trainer_id,
+            self._executor,
+            self._residency,
+            self._scheduler,
+            self._snapshotting,
+            self.metrics,
+            self._controls,
+            listening(logger.name),
+        )
+
     async def run(self) -> None:
-        """Works until cancelled.
+        """Works until cancelled, or until it is to be started again.
 
         Raises:
             ExceptionGroup: of a `LeaseLostError`, when another trainer of the base has taken over.
@@ -152,6 +172,7 @@ class Service:
         await journal.retry(lambda: journal.ensure_streams(self._js), doing="making the streams")
         await journal.retry(lambda: billing.ensure_streams(self._js), doing="making the streams")
         await self._lease.take()
+        await obey(self._client, trainer_control_subject(self._trainer_id), self._controls.do)
         try:
             async with self._tasks as tasks:
                 tasks.create_task(self._lease.keep())
@@ -159,8 +180,10 @@ class Service:
                 await self._recover()
                 tasks.create_task(self._listen())
                 tasks.create_task(self._work())
-                tasks.create_task(self._beat())
+                tasks.create_task(self._heartbeat.keep())
                 tasks.create_task(self._counts.tell())
+        except* RestartAskedError:
+            logger.info("leaving, to be started again")
         finally:
             # What the threads are still at may write files, which no other trainer should meet.
             await self._in_worker(lambda: None)
@@ -227,32 +250,13 @@ class Service:
         if self._residency.holds(run_id) or progress.snapshot_seq < 0:
             return
         try:
-            run = await self._store.until_done(self._load_snapshot, run_id)
+            sites, newest = self._executor.base.sites, progress.snapshot_seq
+            run = await self._store.until_done(self._snapshots.load_at, run_id, sites, newest)
         except RunLostError as error:
             run = FailedRun(run_id, error.as_task_error(), progress.snapshot_seq)
             logger.critical("a run is lost", extra={"run": run_id, "reason": str(error)})
         progress.snapshot_step = run.step if isinstance(run, Run) else 0
         await self._in_worker(self._residency.admit, run)
-
-    def _load_snapshot(self, run_id: str) -> Run | FailedRun:
-        """A run from its snapshot, which was there.
-
-        Raises:
-            StoreError: the store does not answer.
-            RunLostError: the snapshot is gone, damaged, or of another base model.
-        """
-        try:
-            run = self._snapshots.load(run_id, self._executor.base.sites)
-        except (CorruptError, InvalidTaskError) as error:
-            raise RunLostError(f"its snapshot cannot be used: {error}") from error
-        if run is None:
-            raise RunLostError("its snapshot is gone")
-        newest = self._snapshotting.of(run_id).snapshot_seq
-        if run.last_seq < newest:
-            # The journal was trimmed up to the newest one.
-            raise RunLostError(f"its snapshot after operation {newest} is gone")
-        assert run.last_seq == newest, "another trainer has gone on writing"
-        return run
 
     # ---- Following and working -------------------------------------------------------------------
 
@@ -273,6 +277,10 @@ class Service:
                 await self._snapshot_idle_runs()
                 await self._drop_runs()
             self._arrived.clear()
+            self._queue_states.drain(draining=self._controls.draining)
+            if self._controls.draining:
+                await self._stand_still()
+                continue
             batch = self._scheduler.take(
                 self._batch_tokens, now, ready=self._is_ready, admit=self._admission()
             )
@@ -280,11 +288,26 @@ class Service:
             if batch:
                 await self._perform(batch)
                 continue
-            self.ready |= self._follower.caught_up
-            self._queue_states.running([])
-            with suppress(TimeoutError):
-                async with asyncio.timeout(limits.SCAN_INTERVAL_S):
-                    await self._arrived.wait()
+            await self._rest()
+
+    async def _rest(self) -> None:
+        """Nothing is being computed: waits for news."""
+        self.ready |= self._follower.caught_up
+        self._queue_states.running([])
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limits.SCAN_INTERVAL_S):
+                await self._arrived.wait()
+
+    async def _stand_still(self) -> None:
+        """Begins nothing; what has been done is told all the same.
+
+        Raises:
+            RestartAskedError: that has happened, and the trainer is to leave.
+        """
+        if self._controls.leaving:
+            await self._effects.all_told()
+            raise RestartAskedError
+        await self._rest()
 
     def _is_ready(self, entry: Entry) -> bool:
         """Whether an operation can be done now; if not, it is seen to that it can be soon."""
@@ -325,6 +348,7 @@ class Service:
         """A batch of operations, to their effects, which go on after this."""
         self._queue_states.running(batch)
         works: list[tuple[Entry, Work]] = []
+        started = time.perf_counter()
         for entry in batch:
             prepared = await self._preparing.take(entry)
             message = prepared.work.message
@@ -341,6 +365,7 @@ class Service:
                 works.append((entry, prepared.work))
         if not works:
             return
+        self.metrics.spent("load", time.perf_counter() - started)
         started = time.perf_counter()
         outcomes, report = await self._in_worker(self._compute, [work for _, work in works])
         self.metrics.batch(
@@ -367,8 +392,12 @@ class Service:
 
     def _compute(self, works: list[Work]) -> tuple[list[Outcome], Report]:
         """In the worker, at one go: between bringing runs and working on them another could push them out again."""
+        started = time.perf_counter()
         self._residency.bring({work.message.run_id for work in works})
-        return self._executor.execute(works)
+        brought_s = time.perf_counter() - started
+        outcomes, report = self._executor.execute(works)
+        report.add("load", brought_s)
+        return outcomes, report
 
     def _consider_snapshot(self, run_id: str, *, idle: bool = False) -> None:
         run = self._executor.runs.get(run_id)
@@ -389,7 +418,9 @@ class Service:
             )
 
     async def _tell(self, outcome: Outcome) -> None:
+        started = time.perf_counter()
         result = await self._effects.tell(outcome)
+        self.metrics.spent("publish", time.perf_counter() - started)
         if outcome.frozen is not None and isinstance(outcome.message.task, LOADING):
             self._snapshotting.snapshotted(outcome.frozen)
         self.metrics.count(outcome.message, result)
@@ -458,30 +489,6 @@ class Service:
                 continue
             await self._in_worker(self._residency.drop, run_id)
             logger.info("unloaded", extra={"run": run_id})
-
-    async def _beat(self) -> None:
-        """Keeps the record by which gateways find this trainer."""
-        while True:
-            routed = self._executor.base.routed_experts
-            record = TrainerRecord(
-                trainer_id=self._trainer_id,
-                base_model=self._settings.base_model,
-                context_length=self._executor.context_length,
-                vocab_size=self._executor.base.vocab_size,
-                max_lora_rank=self._settings.max_lora_rank,
-                heartbeat_at=time.time(),
-                runs=len(self._snapshotting),
-                num_experts=routed.experts if routed else 0,
-                moe_layers=routed.layers if routed else 0,
-                experts_per_token=routed.per_token if routed else 0,
-            )
-
-            async def attempt(record: TrainerRecord = record) -> None:
-                bucket = await journal.trainers_bucket(self._js)
-                await bucket.put(record.trainer_id, journal.encode(record))
-
-            await journal.retry(attempt, doing="renewing the trainer's record")
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     async def _in_worker(
         self,

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from river_engine.protocol import subject_token
 from river_trainer.adapter import FlatTensors, adapter_from
-from river_trainer.errors import StoreError
+from river_trainer.errors import CorruptError, InvalidTaskError, RunLostError, StoreError
 from river_trainer.optimizer import STATE_FILE, AdamState
 from river_trainer.peft_files import import_adapter
 from river_trainer.protocol import TaskError
@@ -97,6 +97,25 @@ class Snapshots:
                 return FailedRun(run_id, error, facts.last_seq)
             return _restore(run_id, sites, files, facts)
         return None
+
+    def load_at(self, run_id: str, sites: tuple[Site, ...], newest_seq: int) -> Run | FailedRun:
+        """The run as the snapshot after operation `newest_seq` has it, which was there.
+
+        Raises:
+            StoreError: the store does not answer.
+            RunLostError: the snapshot is gone, damaged, or of another base model.
+        """
+        try:
+            run = self.load(run_id, sites)
+        except (CorruptError, InvalidTaskError) as error:
+            raise RunLostError(f"its snapshot cannot be used: {error}") from error
+        if run is None:
+            raise RunLostError("its snapshot is gone")
+        if run.last_seq < newest_seq:
+            # The journal was trimmed up to the newest one.
+            raise RunLostError(f"its snapshot after operation {newest_seq} is gone")
+        assert run.last_seq == newest_seq, "another trainer has gone on writing"
+        return run
 
     def _sequences(self, run_id: str) -> list[int]:
         return [int(name) for name in self._store.folders(f"{self._root}/{run_id}")]

@@ -18,7 +18,9 @@ from river_trainer.scheduling import Scheduler
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands between memory, snapshot and journal. `tried_at`, `used_at` are monotonic times in seconds.
+    """Where a run stands between memory, snapshot and journal. Times are monotonic, in seconds.
+
+    `saved_at` is when its newest snapshot was made; of a run without one, when it was first heard of.
 
     `stream_seq` is the place in the stream of the newest operation done, 0 once nothing is left to be trimmed. A run
     that is `leaving` was asked to be unloaded by its newest operation.
@@ -29,6 +31,7 @@ class Progress:
     tried_at: float = -math.inf
     stream_seq: int = 0
     used_at: float = 0.0
+    saved_at: float = field(default_factory=time.monotonic)
     bodies: list[str] = field(default_factory=list[str])
     writing: bool = False
     leaving: bool = False
@@ -101,6 +104,14 @@ class Snapshotting:
             if progress.leaving and not progress.stream_seq and not progress.writing
         ]
 
+    def unsaved(self) -> tuple[int, float]:
+        """How many runs have operations that only the journal holds, and the oldest age of their newest snapshots."""
+        now = time.monotonic()
+        ages = [
+            now - progress.saved_at for progress in self._progress.values() if progress.stream_seq
+        ]
+        return len(ages), max(ages, default=0.0)
+
     def consider(
         self, tasks: asyncio.TaskGroup, run: Run | FailedRun, *, idle: bool = False
     ) -> None:
@@ -141,6 +152,7 @@ class Snapshotting:
         progress = self.of(run.run_id)
         progress.snapshot_seq = run.last_seq
         progress.snapshot_step = run.step if isinstance(run, Run) else 0
+        progress.saved_at = time.monotonic()
 
     async def _keep(self, kept: _Kept) -> None:
         run, progress = kept.run, self.of(kept.run.run_id)

@@ -21,7 +21,8 @@ from river_trainer.gradients import GradientPool
 from river_trainer.jobs import make_job
 from river_trainer.lanes import Lanes
 from river_trainer.packing import TrainingSequence, pack
-from river_trainer.passes import Cargo, JobOutput, Passes, Started, note
+from river_trainer.pass_times import moment
+from river_trainer.passes import Cargo, JobOutput, Passes, Started
 from river_trainer.protocol import AdapterShape, ComputeTask
 from river_trainer.sharding.group import Group, in_step
 from river_trainer.sharding.messages import Batch
@@ -153,7 +154,7 @@ class ShardedPasses(Passes):
                 if isinstance(outcome, Started):
                     own.append(outcome)
                 failure = outcome if isinstance(outcome, str) else failure
-        note(own)
+        self._finish(own)
         return failure
 
     def _run_together(self, by_rank: Sequence[Sequence[Part]]) -> Started | str | None:
@@ -168,6 +169,7 @@ class ShardedPasses(Passes):
         backward = any(strand.job.backward for strand, _ in everything)
         cargo = _numbered(self._load(own), first_slot) if own else self._filler()
         outcome: Started | str | None = None
+        begun = moment(self._base.home.device)
         with torch.set_grad_enabled(backward):
             logprobs, entropy_T = self._base.token_logprobs(cargo.batch, slots)
             losses: list[torch.Tensor] = []
@@ -177,9 +179,13 @@ class ShardedPasses(Passes):
             except Exception as error:  # a supervisor: the others are in the backward pass already
                 logger.exception("a share of a pass failed")
                 outcome = f"{type(error).__name__} in rank {self._group.rank}"
+            middle = moment(self._base.home.device)
             if backward:
                 # Who has no loss of its own still has experts, and weights to gather, for the others' backward.
                 torch.autograd.backward(losses or [logprobs.sum() * 0.0])
+        if isinstance(outcome, Started):
+            end = moment(self._base.home.device)
+            outcome = replace(outcome, moments=(begun, middle, end))
         return outcome
 
     def _filler(self) -> Cargo:

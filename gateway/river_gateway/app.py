@@ -126,4 +126,4 @@ def create_app(services: Services) -> ASGIApp:
             answer = short_ways.get(scope["path"], litestar)
         await answer(scope, receive, send)
 
-    return cast("ASGIApp", Envelope(dispatch, services.telemetry))
+    return cast("ASGIApp", Envelope(dispatch, services.telemetry, services.health.window))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import nats
 import nats.errors
+from nats.js.api import KeyValueConfig, StorageType
 from nats.js.errors import BadRequestError, BucketNotFoundError, KeyNotFoundError
 from nats.js.kv import KeyValue
 
@@ -242,6 +243,29 @@ class Bus:
         except KeyNotFoundError:
             return None
         return entry.value
+
+    async def keep(
+        self, bucket: str, key: str, value: bytes, *, kept_s: float, size_max_bytes: int
+    ) -> None:
+        """Writes a key of a bucket in memory, which is made when there is none.
+
+        Raises:
+            UnavailableError: the connection is down.
+            BusError: the server does not take it.
+        """
+        self.require()
+        try:
+            handle = await self.jetstream.key_value(bucket)
+        except BucketNotFoundError:
+            handle = await self.jetstream.create_key_value(
+                KeyValueConfig(
+                    bucket=bucket,
+                    ttl=kept_s,
+                    max_bytes=size_max_bytes,
+                    storage=StorageType.MEMORY,
+                )
+            )
+        await handle.put(key, value)
 
     @asynccontextmanager
     async def watching(

@@ -16,6 +16,7 @@ from river_gateway.ids import uuid7
 if TYPE_CHECKING:
     from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+    from river_gateway.health.window import Window
     from river_gateway.telemetry import Telemetry
 
 logger = logging.getLogger("river.gateway")
@@ -25,12 +26,20 @@ _SCOPE_KEY = "river.context"
 
 @dataclass(slots=True)
 class RequestContext:
-    """`request_id` is a UUIDv7 and the identity of the usage event that the request may cause."""
+    """`request_id` is a UUIDv7 and the identity of the usage event that the request may cause.
+
+    `base_model` is known once it is known who answers, `first_token_s` is how long the first token of a stream took,
+    `broken` whether a stream ended in an error event, and `problem` what went wrong that is ours to mend.
+    """
 
     request_id: str = field(default_factory=uuid7)
     started_at: float = field(default_factory=time.perf_counter)
     status: int = 0
     tenant_id: str | None = None
+    base_model: str | None = None
+    first_token_s: float | None = None
+    broken: bool = False
+    problem: str | None = None
 
     def log_ids(self) -> dict[str, Any]:
         """The ids that every log line about this request carries."""
@@ -45,9 +54,10 @@ def context_of(scope: Scope) -> RequestContext:
 class Envelope:
     """Gives each request its id, and each answer `x-request-id` and `openai-processing-ms`."""
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, window: Window) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._window = window
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,6 +84,7 @@ class Envelope:
             # A template, not the path: labels must stay few.
             route = scope.get("path_template", "unmatched")
             self._telemetry.answered(route, scope["method"], context.status, elapsed_s)
+            self._window.count(context, route, elapsed_s)
             if logger.isEnabledFor(logging.INFO):
                 outcome = {
                     "method": scope["method"],

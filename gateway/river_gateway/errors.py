@@ -376,7 +376,15 @@ def _validation_param(error: HTTPException) -> str | None:
 
 
 def as_gateway_error(error: Exception, context: RequestContext) -> GatewayError:
-    """What any exception means to a client; what only we can mend is logged."""
+    """What any exception means to a client; what only we can mend is logged, and noted in the context."""
+    found = _meaning_of(error, context)
+    if int(found.status) >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        ours = found is error or isinstance(error, HTTPException)
+        context.problem = found.message if ours else f"{found.message} ({type(error).__name__})"
+    return found
+
+
+def _meaning_of(error: Exception, context: RequestContext) -> GatewayError:
     match error:
         case GatewayError():
             return error

@@ -320,3 +320,18 @@ DASHBOARD_LIVE_S = 1.0
 """How often the parts of an open page are looked at."""
 DASHBOARD_KEEP_ALIVE_S = 10.0
 DASHBOARD_STREAMS_MAX, DASHBOARD_STREAMS_OF_TENANT_MAX = 400, 50
+
+# ---- Health ----------------------------------------------------------------------------------------------------------
+
+HEALTH_KEPT_S = 1800.0
+HEALTH_SILENCE_S = 25.0
+"""A gateway hears at least its own word every ten seconds."""
+HEALTH_BUCKET_MAX_BYTES = 64 * 1024 * 1024
+HEALTH_SERIES_MAX = 64
+HEALTH_SLOTS_UNSENT_MAX = 180
+HEALTH_FAILURES_MAX = 10
+"""Of one gateway in ten seconds."""
+HEALTH_FAILURES_SHOWN = 50
+HEALTH_MESSAGE_MAX_CHARS = 240
+CONTROL_TIMEOUT_S = 3.0
+"""How long an engine or a trainer may take to say that it will do as it is told."""

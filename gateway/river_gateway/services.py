@@ -20,6 +20,8 @@ from river_gateway.engines.upstream import Upstream
 from river_gateway.feedback.learner import Learner
 from river_gateway.feedback.store import CompletionStore
 from river_gateway.feedback.store import sweep_forever as sweep_completions
+from river_gateway.health.metrics import HealthMetrics
+from river_gateway.health.shared import SharedHealth
 from river_gateway.inference.futures import Futures
 from river_gateway.inference.meter import Meter
 from river_gateway.inference.spool import Spool
@@ -71,6 +73,7 @@ class Services:
     meter: Meter
     telemetry: Telemetry
     url_signer: UrlSigner
+    health: SharedHealth
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     learning_wake: asyncio.Event = field(default_factory=asyncio.Event)
     imports: asyncio.Semaphore = field(
@@ -111,13 +114,21 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
     await bus.connect(settings.nats_url)
     pool = await open_pool(settings.postgres_url)
     telemetry = Telemetry()
-    engines = Engines(bus)
+    engines, quotas = Engines(bus), Quotas()
+    upstream = Upstream(
+        engines,
+        telemetry,
+        token=settings.engine_token,
+        hedge_after_s=settings.hedge_after_ms / 1000,
+    )
+    health = SharedHealth(bus, quotas.replicas.gateway_id, upstream.fleet.failing)
+    telemetry.registry.register(HealthMetrics(health.window))
     services = Services(
         settings=settings,
         pool=pool,
         bus=bus,
         keys=KeyCache(pool),
-        quotas=Quotas(),
+        quotas=quotas,
         credit=Credit(pool),
         runs=RunCache(pool),
         samplers=Samplers(pool),
@@ -128,15 +139,11 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
         futures=Futures(bus),
         engines=engines,
         trainers=Trainers(bus),
-        upstream=Upstream(
-            engines,
-            telemetry,
-            token=settings.engine_token,
-            hedge_after_s=settings.hedge_after_ms / 1000,
-        ),
+        upstream=upstream,
         meter=Meter(bus, telemetry, spool),
         telemetry=telemetry,
         url_signer=UrlSigner(pool, settings.url_secret),
+        health=health,
     )
     try:
         # Before results, so that a version is heard before the result that made it.
@@ -157,6 +164,8 @@ async def open_services(settings: Settings) -> AsyncGenerator[Services]:
                 tasks.create_task(services.trainers.watch(), name="trainers"),
                 tasks.create_task(services.meter.run(), name="usage"),
                 tasks.create_task(exchange.run(), name="limits"),
+                tasks.create_task(health.tell(), name="health told"),
+                tasks.create_task(health.watch(), name="health heard"),
                 tasks.create_task(services.credit.run(), name="credit"),
                 tasks.create_task(services.completions.run(), name="completions"),
                 tasks.create_task(

@@ -52,7 +52,8 @@ class Heartbeat:
 
     async def keep(self) -> None:
         """Renews the record until cancelled, at once when an admin has told the trainer something."""
-        while True:
+        # A cancellation that comes together with an answer of NATS is lost in the client's own waiting.
+        while not (task := asyncio.current_task()) or not task.cancelling():
             self._controls.changed.clear()
             record = self.record()
 

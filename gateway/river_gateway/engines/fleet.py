@@ -105,6 +105,11 @@ class Fleet:
         breaker = self._breakers.get(engine_id)
         return breaker is not None and breaker.is_open(self._clock())
 
+    def failing(self) -> list[str]:
+        """The engines that are left alone."""
+        now = self._clock()
+        return [engine_id for engine_id, breaker in self._breakers.items() if breaker.is_open(now)]
+
     def visit(self, engine_id: str, tokens: int) -> Visit:
         """A request of about so many tokens goes to an engine."""
         if (breaker := self._breakers.get(engine_id)) is not None:

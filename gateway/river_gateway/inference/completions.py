@@ -7,6 +7,7 @@ comes back as it is, but for usage that the client has not asked for.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from river_billing.events import UsageEvent, UsageKind
     from river_gateway.context import RequestContext
     from river_gateway.engines.upstream import Opened
+    from river_gateway.errors import GatewayError
     from river_gateway.feedback.keeping import Keeper
     from river_gateway.inference.asked import Asked
     from river_gateway.inference.dialects import Dialect, StreamReader
@@ -124,11 +126,12 @@ class Completions:
         with services.quotas.admit(principal, asked.tokens_guessed(len(body))) as ticket:
             wish = Wish(pin=pin, stick=_stick(fields))
             target = await resolve_model(services, asked.model, principal.tenant_id, wish)
+            context.base_model = target.base_model
             with await self._hold(principal, target, fields, len(body)) as hold:
                 exchange = _Exchange(
                     services,
                     self._dialect,
-                    context.request_id,
+                    context,
                     principal,
                     ticket,
                     hold,
@@ -209,7 +212,7 @@ class Completions:
                 for_engine,
                 target=target,
                 tenant_id=tenant_id,
-                request_id=exchange.request_id,
+                request_id=exchange.context.request_id,
                 content_type=_JSON,
                 model_name=asked.model,
                 affinity=affinity,
@@ -234,7 +237,7 @@ class _Exchange:
 
     services: Services
     dialect: Dialect
-    request_id: str
+    context: RequestContext
     principal: Principal
     ticket: Ticket
     hold: Hold
@@ -277,7 +280,8 @@ class _Exchange:
                 settle=settle,
                 keep_alive=self.dialect.keep_alive,
                 keep_alive_s=STREAM_KEEP_ALIVE_S,
-                error_event=lambda error: self.dialect.error_event(error, self.request_id),
+                error_event=self._error_event,
+                begun=self._begun,
             )
             if not self._settled:  # The client has left in the middle.
                 opened.close()
@@ -285,6 +289,15 @@ class _Exchange:
         finally:
             opened.close()
             self._settle_later(opened, usage)
+
+    def _begun(self) -> None:
+        self.context.first_token_s = time.perf_counter() - self.context.started_at
+
+    def _error_event(self, error: GatewayError) -> bytes:
+        """What a stream that has begun ends with."""
+        self.context.broken = True
+        self.context.problem = error.message
+        return self.dialect.error_event(error, self.context.request_id)
 
     async def _settle(self, opened: Opened, quantities: dict[UsageKind, int]) -> None:
         if self._settled:
@@ -294,7 +307,7 @@ class _Exchange:
 
     async def _settle_cut(self, opened: Opened, usage: StreamReader) -> None:
         """By what the engine produced, which may be more than has been read; by that if the engine cannot say."""
-        produced = await self.services.upstream.final_usage(opened.engine, self.request_id)
+        produced = await self.services.upstream.final_usage(opened.engine, self.context.request_id)
         await self._settle(
             opened, usage.quantities() if produced is None else stream_quantities(produced)
         )
@@ -323,7 +336,7 @@ class _Exchange:
         self._settled = True
         self.ticket.settle(sum(quantities.values()))
         return usage_event(
-            request_id=self.request_id,
+            request_id=self.context.request_id,
             principal=self.principal,
             target=self.target,
             context_length=opened.engine.context_length,
@@ -334,7 +347,7 @@ class _Exchange:
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         policy = (_POLICY_HEADER, self.target.policy_version.encode())
-        return [policy, *self.dialect.headers(self.request_id), *self.ticket.headers]
+        return [policy, *self.dialect.headers(self.context.request_id), *self.ticket.headers]
 
 
 def _pin(scope: Scope) -> str | None:

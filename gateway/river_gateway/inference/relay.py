@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from river_billing.events import UsageKind
 from river_gateway.disconnect import WhileClientStays
 from river_gateway.engines.http_client import EngineLostError
 from river_gateway.errors import ClientGoneError, UnavailableError
@@ -33,14 +34,17 @@ async def relay(
     keep_alive: bytes,
     keep_alive_s: float,
     error_event: Callable[[GatewayError], bytes],
+    begun: Callable[[], None],
 ) -> None:
     """Sends the events of an answer on until its end, or until the client leaves, which is no error.
 
     The answer's head must have been sent. `settle` is called before the final event leaves, so a client that saw the
     end can count on the bill; in every other case it is for the caller to settle what was counted by then. After
     `keep_alive_s` of silence `keep_alive` goes to the client, so that nothing in between takes the stream for dead.
+    `begun` is called when the first token has left.
     """
     splitter = EventSplitter()
+    waiting = True
     heartbeat = _Heartbeat(send, keep_alive, keep_alive_s)
     try:
         async with WhileClientStays(receive):
@@ -53,6 +57,9 @@ async def relay(
                     if shown:
                         heartbeat.postpone()
                         await _send_body(send, shown)
+                        if waiting and usage.quantities().get(UsageKind.COMPLETION):
+                            waiting = False
+                            begun()
             except (EngineLostError, EventTooLargeError) as error:
                 logger.warning("a stream broke: %s", error)
                 await settle()

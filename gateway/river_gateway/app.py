@@ -25,6 +25,7 @@ from river_gateway.dialects.tinker.app import tinker_router
 from river_gateway.errors import EXCEPTION_HANDLERS
 from river_gateway.feedback.feedback_api import FEEDBACK_HANDLERS
 from river_gateway.feedback.learning_api import LEARNING_HANDLERS
+from river_gateway.health.machines_api import MACHINE_HANDLERS
 from river_gateway.inference.openai_api import completion_apps, openai_router
 from river_gateway.limits import BODY_MAX_BYTES
 from river_gateway.services import Services, services_of
@@ -85,6 +86,7 @@ def create_litestar(services: Services) -> Litestar:
             *PRICE_HANDLERS,
             *USAGE_HANDLERS,
             *INVOICE_HANDLERS,
+            *MACHINE_HANDLERS,
             *AUDIT_HANDLERS,
         ],
         tags=["River"],

@@ -23,6 +23,7 @@ from river_client.async_feedback import (
 )
 from river_client.async_invoices import AsyncInvoices
 from river_client.async_learning import AsyncRunsLearning
+from river_client.async_machines import AsyncEngines, AsyncTrainers
 from river_client.async_model import AsyncModel, draw_samples
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions, usage_csv, usage_rows, usage_sums
@@ -79,6 +80,8 @@ class AsyncClient:
         self.budgets = AsyncBudgets(self._transport)
         self.invoices = AsyncInvoices(self._transport)
         self.audit = AsyncAudit(self._transport)
+        self.engines = AsyncEngines(self._transport)
+        self.trainers = AsyncTrainers(self._transport)
 
     def __reduce__(self) -> tuple[Callable[[str, float], AsyncClient], tuple[str, float]]:
         return _reopened, (self.base_url, self._retry_for_s)

@@ -24,7 +24,7 @@ AuditAction = Literal[
     "discounts.set",
     "engines.drain",
     "engines.restart",
-    "engines.resume",
+    "engines.undrain",
     "invoices.close",
     "keys.change",
     "keys.create",
@@ -37,7 +37,9 @@ AuditAction = Literal[
     "tenants.create",
     "tenants.limits",
     "tenants.retention",
+    "trainers.drain",
     "trainers.restart",
+    "trainers.undrain",
 ]
 
 

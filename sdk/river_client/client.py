@@ -15,6 +15,7 @@ from river_client.async_audit import AsyncAudit
 from river_client.async_client import AsyncClient, AsyncSession
 from river_client.async_credit import AsyncBudgets, AsyncCredit
 from river_client.async_invoices import AsyncInvoices
+from river_client.async_machines import AsyncEngines, AsyncTrainers
 from river_client.async_model import AsyncModel
 from river_client.async_resources import AsyncAdmin, AsyncCheckpoints, AsyncRuns
 from river_client.async_usage import UsageOptions
@@ -269,6 +270,32 @@ class Audit(Blocking):
     list = blocking(AsyncAudit.list)
 
 
+class Engines(Blocking):
+    """`client.engines`: what serves, for admins."""
+
+    def __init__(self, portal: Portal, twin: AsyncEngines) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncEngines.list)
+    drain = blocking(AsyncEngines.drain)
+    undrain = blocking(AsyncEngines.undrain)
+    restart = blocking(AsyncEngines.restart)
+
+
+class Trainers(Blocking):
+    """`client.trainers`: what trains, for admins."""
+
+    def __init__(self, portal: Portal, twin: AsyncTrainers) -> None:
+        self._portal = portal
+        self._twin = twin
+
+    list = blocking(AsyncTrainers.list)
+    drain = blocking(AsyncTrainers.drain)
+    undrain = blocking(AsyncTrainers.undrain)
+    restart = blocking(AsyncTrainers.restart)
+
+
 class Client(Blocking):
     """A River server, as seen with one API key.
 
@@ -300,6 +327,8 @@ class Client(Blocking):
         self.budgets = Budgets(self._portal, self._twin.budgets)
         self.invoices = Invoices(self._portal, self._twin.invoices)
         self.audit = Audit(self._portal, self._twin.audit)
+        self.engines = Engines(self._portal, self._twin.engines)
+        self.trainers = Trainers(self._portal, self._twin.trainers)
 
     def __reduce__(self) -> tuple[Callable[[str, float], Client], tuple[str, float]]:
         return _reopened, (self.base_url, self._retry_for_s)

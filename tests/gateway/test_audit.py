@@ -204,6 +204,30 @@ ACTIONS: dict[tuple[str, str], tuple[Act, str]] = {
         _by_tenant("DELETE", "/checkpoints?path=<path>"),
         "checkpoints.delete",
     ),
+    **{
+        ("POST", f"{API}/{kind}s/{{{kind}_id:str}}/{action}"): (
+            _by_admin("POST", f"/{kind}s/{name}/{action}"),
+            f"{kind}s.{action}",
+        )
+        for kind, name in (("engine", "eng_0"), ("trainer", "trn_1"))
+        for action in ("drain", "undrain")
+    },
+    ("POST", f"{API}/engines/{{engine_id:str}}/restart"): (
+        _by_admin("POST", "/engines/eng_0/restart"),
+        "engines.restart",
+    ),
+    ("POST", "/admin/machines/engines/{engine_id:str}"): (
+        _on_page("/machines/engines/eng_0", action="restart", confirmation="eng_0"),
+        "engines.restart",
+    ),
+    ("POST", "/admin/machines/trainers/{trainer_id:str}"): (
+        _on_page("/machines/trainers/trn_1", action="drain"),
+        "trainers.drain",
+    ),
+    ("POST", f"{API}/trainers/{{trainer_id:str}}/restart"): (
+        _by_admin("POST", "/trainers/trn_1/restart"),
+        "trainers.restart",
+    ),
     ("POST", "/admin/keys"): (
         _on_page("/keys", tenant="<tenant>", name="k", scopes="infer"),
         "keys.create",
@@ -331,7 +355,8 @@ async def test_every_route_that_changes_something_leaves_a_line(rig: Rig) -> Non
             )
             assert entry.through == ("dashboard" if on_page else "api")
             assert entry.subject
-            if action not in ("prices.set", "tenants.create"):
+            of_everybody = action.startswith(("engines.", "trainers."))
+            if action not in ("prices.set", "tenants.create") and not of_everybody:
                 assert (entry.tenant, entry.tenant_name) == (rig.tenant.tenant_id, "tenant")
 
 

@@ -254,6 +254,15 @@ NOTHING_TO_GUESS = {
 
 # Routes for administrators alone, who see all tenants.
 ADMIN_ONLY: dict[tuple[str, str], Attempt] = {
+    ("GET", f"{River}/engines"): _call("GET", f"{River}/engines"),
+    ("GET", f"{River}/trainers"): _call("GET", f"{River}/trainers"),
+    **{
+        ("POST", f"{River}/{kind}s/{{{kind}_id:str}}/{action}"): _call(
+            "POST", f"{River}/{kind}s/{name}/{action}"
+        )
+        for kind, name in (("engine", "eng_0"), ("trainer", "trn_1"))
+        for action in ("drain", "undrain", "restart")
+    },
     ("POST", f"{River}/tenants"): _call("POST", f"{River}/tenants", {"name": "x"}),
     ("GET", f"{River}/tenants"): _call("GET", f"{River}/tenants"),
     ("POST", f"{River}/keys"): _call("POST", f"{River}/keys", {"tenant": "tenant"}),

@@ -29,14 +29,20 @@ from support.stand_ins import BASE, PATIENCE_S, TOKEN, StandInEngine, StandInTra
 from river_billing import streams
 from river_billing.events import EVENTS_STREAM, UsageEvent
 from river_client import wire
-from river_engine.protocol import ENGINES_BUCKET, EngineRecord
+from river_engine.obeying import obey
+from river_engine.protocol import ENGINES_BUCKET, EngineRecord, control_subject
 from river_gateway.app import create_app
 from river_gateway.http_protocol import GatewayProtocol
 from river_gateway.services import Services, open_services
 from river_gateway.settings import Settings
 from river_gateway.tenancy.accounts import create_key, create_tenant
 from river_trainer import journal
-from river_trainer.protocol import RESULTS_STREAM, TRAIN_STREAM, TrainerRecord
+from river_trainer.protocol import (
+    RESULTS_STREAM,
+    TRAIN_STREAM,
+    TrainerRecord,
+    trainer_control_subject,
+)
 
 _TLS = ssl.create_default_context()
 """Never used, but each client makes one of its own otherwise, which takes longer than most requests here."""
@@ -176,6 +182,9 @@ async def running_rig(
         await _clean(client)
         trainer = StandInTrainer(client, store_url)
         trainer.subscription = await client.subscribe("train.>", cb=trainer.take)
+        await obey(client, trainer_control_subject("trn_1"), trainer.obey)
+        for stand_in in stand_ins:
+            await obey(client, control_subject(stand_in.engine_id), stand_in.obey)
         async with (
             served(stand_ins),
             _opened(settings) as services,

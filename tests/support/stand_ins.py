@@ -25,6 +25,8 @@ from river_engine.protocol import (
     FINAL_USAGE_PATH,
     MODEL_HEADER,
     AdapterRef,
+    Control,
+    Controlled,
     EngineError,
     EngineRecord,
     EngineSample,
@@ -82,12 +84,18 @@ class StandInEngine:
     behaviour: str = "ok"
     requests: list[tuple[dict[str, str], dict[str, Any]]] = field(default_factory=list)
     samples: list[EngineSample] = field(default_factory=list)
+    controls: list[str] = field(default_factory=list)
     cancelled: int = 0
     unloadable: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=dict)
     may_break: asyncio.Event = field(default_factory=asyncio.Event)
     final_usage: StreamUsage | None = (
         None  # what any request has used when it is over; none: nobody knows
     )
+
+    def obey(self, asked: Control) -> Controlled:
+        """Does nothing but keep in mind what it was told."""
+        self.controls.append(asked.action)
+        return Controlled(draining=asked.action != "undrain")
 
     def record(self, **changes: Any) -> EngineRecord:
         plain = EngineRecord(
@@ -340,7 +348,15 @@ class StandInTrainer:
         self.messages: list[TrainMessage] = []
         self.steps: dict[str, int] = {}
         self.answering = True
+        self.controls: list[str] = []
         self.subscription: Any = None
+
+    def obey(self, asked: Control) -> Controlled:
+        """Does nothing but keep in mind what it was told; leaves as soon as it has been told to."""
+        if "restart" in self.controls:
+            return Controlled(draining=True, refused="the trainer is about to leave")
+        self.controls.append(asked.action)
+        return Controlled(draining=asked.action != "undrain")
 
     @staticmethod
     def record(**changes: Any) -> TrainerRecord:

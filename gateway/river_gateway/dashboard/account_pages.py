@@ -1,4 +1,4 @@
-"""Tenants and keys, for admins: made, shown once, revoked; and the engines and trainers that serve them."""
+"""Tenants and keys, for admins: made, shown once, revoked."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from litestar import Request, Response, get, post
-from litestar.response import ServerSentEvent
 
 from river_client import wire
 from river_gateway.dashboard.forms import Typed, moment_typed
-from river_gateway.dashboard.pages import Page, follow, redirect, show
+from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.viewer import PATH, actor_of, admin_form, admin_of
 from river_gateway.errors import ConflictError, InvalidFieldError
 from river_gateway.services import services_of
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from river_gateway.dashboard.viewer import Viewer
 
 _KEYS_PAGE = Page("keys.html")
-_MACHINES_PAGE = Page("machines.html", {"machines": "parts/machines.html"})
 _KEYS_PATH = f"{PATH}/keys"
 
 
@@ -102,39 +100,9 @@ async def _show_keys(
     return show(_KEYS_PAGE, request, viewer, values, status=status)
 
 
-# ---- Engines and trainers --------------------------------------------------------------------------------------------
-
-
-@get("/machines", include_in_schema=False)
-async def machines_page(request: Request[Any, Any, Any]) -> Response[str]:
-    """Every engine and trainer that is alive."""
-    viewer = await admin_of(request)
-    return show(_MACHINES_PAGE, request, viewer, _read_machines(request))
-
-
-@get("/machines/live", include_in_schema=False)
-async def machines_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
-    """Their changes."""
-    viewer = await admin_of(request)
-
-    async def read() -> dict[str, Any]:
-        return _read_machines(request)
-
-    return follow(_MACHINES_PAGE, request, viewer, read)
-
-
-def _read_machines(request: Request[Any, Any, Any]) -> dict[str, Any]:
-    services = services_of(request)
-    engines = sorted(services.engines.alive(), key=lambda engine: engine.engine_id)
-    trainers = sorted(services.trainers.alive(), key=lambda trainer: trainer.trainer_id)
-    return {"engines": engines, "trainers": trainers}
-
-
 ACCOUNT_HANDLERS: list[Any] = [
     keys_page,
     create_key,
     revoke_key,
     create_tenant,
-    machines_page,
-    machines_live,
 ]

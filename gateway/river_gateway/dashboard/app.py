@@ -13,8 +13,10 @@ from river_gateway.dashboard.audit_pages import AUDIT_PAGES
 from river_gateway.dashboard.billing_pages import BILLING_HANDLERS
 from river_gateway.dashboard.chat_pages import CHAT_HANDLERS
 from river_gateway.dashboard.checkpoint_pages import CHECKPOINT_HANDLERS
+from river_gateway.dashboard.health_pages import HEALTH_HANDLERS
 from river_gateway.dashboard.key_pages import KEY_PAGES
 from river_gateway.dashboard.learning_pages import LEARNING_PAGE_HANDLERS
+from river_gateway.dashboard.machine_pages import MACHINE_PAGES
 from river_gateway.dashboard.overview import overview_live, overview_page
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.price_pages import PRICE_PAGES
@@ -60,6 +62,8 @@ dashboard_router = Router(
         *KEY_PAGES,
         *PRICE_PAGES,
         *AUDIT_PAGES,
+        *MACHINE_PAGES,
+        *HEALTH_HANDLERS,
         get_static,
     ],
     exception_handlers={Exception: _error_page},

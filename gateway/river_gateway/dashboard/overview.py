@@ -8,6 +8,7 @@ from litestar import Request, Response, get
 from litestar.response import ServerSentEvent
 
 from river_gateway.dashboard.figures import read_overview
+from river_gateway.dashboard.health_pages import read_health
 from river_gateway.dashboard.pages import Page, follow, show
 from river_gateway.dashboard.viewer import viewer_of
 from river_gateway.services import services_of
@@ -34,7 +35,10 @@ async def overview_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
 
 async def _read(request: Request[Any, Any, Any], viewer: Viewer) -> dict[str, Any]:
     services = services_of(request)
+    # What all gateways saw says how much others are asking for, so only those who may see everybody's see it.
+    fleet = read_health(services) if viewer.is_admin and viewer.tenant_id is None else None
     return {
+        "fleet": fleet,
         "overview": await read_overview(services.pool, viewer.tenant_id),
         "engines": services.engines.alive(),
         "trainers": services.trainers.alive(),

@@ -15,6 +15,9 @@ _BYTES = ((2**40, "TB"), (2**30, "GB"), (2**20, "MB"), (2**10, "kB"))
 _SPANS_S = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _SMALL = 0.001
 _LARGE = 10_000.0
+_LONG_S = 100.0
+_LITTLE_PERCENT = 0.01
+_LARGE_PERCENT = 10.0
 
 
 def count(value: float) -> Markup:
@@ -101,6 +104,23 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def seconds(value: float) -> str:
+    """A time that was measured: `85 ms`, `1.2 s`."""
+    if value < 1:
+        return f"{1e3 * value:.3g} ms"
+    return f"{value:.3g} s" if value < _LONG_S else span(value)
+
+
+def percent(share: float) -> str:
+    """A share: `12 %`, and how little it is where it is little."""
+    value = 100 * share
+    if 0 < value < _LITTLE_PERCENT:
+        return f"< {_LITTLE_PERCENT} %"
+    return (
+        f"{value:.0f} %" if value == round(value) or value >= _LARGE_PERCENT else f"{value:.2g} %"
+    )
+
+
 def spark(values: list[float]) -> list[tuple[float, float]]:
     """The points of a sparkline in a box of 100 by 24, zero at its bottom."""
     top = max(values, default=0.0)
@@ -130,5 +150,7 @@ FILTERS: dict[str, Any] = {
     "moment": datetime.fromisoformat,
     "number": number,
     "plain": plain,
+    "seconds": seconds,
+    "percent": percent,
     "spark": spark,
 }

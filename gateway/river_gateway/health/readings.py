@@ -44,6 +44,11 @@ class Curves:
     first_p50_ms: list[float]
     first_p99_ms: list[float]
 
+    def rows(self) -> list[tuple[float, float, float, float]]:
+        """The same as a table, newest first."""
+        columns = (self.per_s, self.failed_percent, self.first_p50_ms, self.first_p99_ms)
+        return list(zip(*columns, strict=True))[::-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Readings:

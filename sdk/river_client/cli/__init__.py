@@ -17,6 +17,7 @@ from river_client.cli import (
     credit,
     invoices,
     learning,
+    machines,
     prices,
     usage,
     work,
@@ -32,7 +33,7 @@ def river() -> None:
     """Train open models into your own, serve them, and look after both."""
 
 
-for module in (work, aliases, learning, accounts, usage, credit, invoices, prices, audit):
+for module in (work, aliases, learning, accounts, usage, credit, invoices, prices, audit, machines):
     for command in module.COMMANDS:
         river.add_command(command)
 

@@ -67,7 +67,8 @@ def test_rates_are_those_of_the_last_seconds(tmp_path: Path) -> None:
         queries.inc(100)
         hits.inc(75)
         generated.inc(40)
-        told = health.now()
+        health.now()
+    told = health.now()
     running.set(7)
     assert told.tokens_per_s == 20.0
     assert told.prefix_hit_rate == 0.75

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ from river_gateway.health.window import OTHER, Window
 from river_gateway.limits import HEALTH_FAILURES_MAX, HEALTH_MESSAGE_MAX_CHARS, HEALTH_SERIES_MAX
 
 COMPLETIONS = "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "hi"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 
 
 class Clock:

@@ -42,7 +42,8 @@ def test_the_pace_is_that_of_the_last_seconds() -> None:
         totals.steps += 2
         totals.tokens += 100
         totals.seconds["forward"] = totals.seconds.get("forward", 0.0) + 0.25
-        window_s, lately = pace.look()
+        pace.look()
+    window_s, lately = pace.look()
     assert window_s == PACE_WINDOW_S
     assert (lately.steps, lately.tokens) == (60, 3000)
     assert lately.seconds == {"forward": 7.5}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from litestar import Request, Response, get, post
 from litestar.response import ServerSentEvent
@@ -126,7 +126,7 @@ def _confirmed(form: dict[str, str], machine_id: str) -> MachineAction:
         raise InvalidFieldError(f"there is no action {action!r}", param="action")
     if action == _CONFIRMED and form.get("confirmation") != machine_id:
         raise InvalidFieldError("the id that was typed is another one", param="confirmation")
-    return cast("MachineAction", action)
+    return action
 
 
 MACHINE_PAGES: list[Any] = [

@@ -191,7 +191,7 @@ async def test_a_restart_has_to_be_typed(rig: Rig) -> None:
 
 async def test_only_admins_see_what_all_tenants_do(rig: Rig) -> None:
     """Rates of the whole fleet are on an admin's overview and health page, and on nobody else's."""
-    number = int(time.time() / SLOT_S) - 4
+    number = int(time.time() / SLOT_S) - 3
     failure = Failure(
         at=time.time() - 40,
         name="some/model",
@@ -200,21 +200,22 @@ async def test_only_admins_see_what_all_tenants_do(rig: Rig) -> None:
         message="no engine answers",
         request_id="req-1",
     )
-    rig.services.health.hear(
-        Slot(
-            gateway_id="gw_other",
-            number=number,
-            series={"some/model": Series(statuses={200: 3, 503: 1, 429: 4}, first={40: 4})},
-            failures=[failure],
+    for each in range(number, number + 5):
+        rig.services.health.hear(
+            Slot(
+                gateway_id="gw_other",
+                number=each,
+                series={"some/model": Series(statuses={200: 3, 503: 1, 429: 4}, first={40: 4})},
+                failures=[failure] if each == number else [],
+            )
         )
-    )
     async with signed_in(rig, rig.admin) as window:
         page = await window.page("/health")
         for text in ("some/model", "no engine answers", ">503 ", "req-1"):
             assert text in page, text
         overview = await window.page("")
         assert 'href="/admin/health"' in overview
-        assert "12 %" in overview or "13 %" in overview
+        assert "12 %" in overview, "one of eight"
         # As one tenant sees it.
         narrowed = await window.page(f"?tenant={rig.tenant.tenant_id}")
         assert 'href="/admin/health"' not in narrowed

@@ -152,9 +152,18 @@ def test_billing() -> None:
 def test_dashboard() -> None:
     """Every page is shown on a platform that has been in use, and what took too long is named."""
     found = report("dashboard")
-    assert {"overview", "runs", "run", "checkpoints", "usage", "engines", "keys"} <= set(
-        found["median_ms"]
-    )
+    assert {
+        "overview",
+        "runs",
+        "run",
+        "checkpoints",
+        "usage",
+        "engines",
+        "engine",
+        "trainer",
+        "health",
+        "keys",
+    } <= set(found["median_ms"])
     assert all(is_positive(value) for value in found["median_ms"].values())
     for page, value in found["median_ms"].items():
         assert value <= found["slowest_ms"][page]

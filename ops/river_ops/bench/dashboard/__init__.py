@@ -17,6 +17,7 @@ import httpx
 from msgspec import Struct
 
 from river_ops.bench.dashboard.data import LONG_RUN, SHOWN_KEY, Amounts, fill
+from river_ops.bench.dashboard.fleet import ENGINE, TRAINER, register
 from river_ops.bench.dashboard.pictures import take_pictures
 from river_ops.bench.gateway.platform import running_platform
 from river_ops.bench.measure import Machine, machine, median, significant
@@ -53,6 +54,9 @@ PAGES: Mapping[str, str] = {
     "learning": "/admin/learning",
     "usage": "/admin/usage?days=90&by=key",
     "engines": "/admin/machines",
+    "engine": f"/admin/machines/engines/{ENGINE}",
+    "trainer": f"/admin/machines/trainers/{TRAINER}",
+    "health": "/admin/health",
     "keys": "/admin/keys",
     "key": f"/admin/keys/{SHOWN_KEY}",
     "tenant": "/admin/tenants/tenant-01",
@@ -96,6 +100,7 @@ def run(
     ):
         say("making a month of data…")
         admin_key, _ = asyncio.run(fill(platform.postgres_url, amounts))
+        asyncio.run(register(platform.nats_url))
         base_url = f"http://127.0.0.1:{platform.gateway_port}"
         say("asking for every page…")
         times = page_times_ms(base_url, admin_key, {**PAGES, **PARTS}, rounds)

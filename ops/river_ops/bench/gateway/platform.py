@@ -60,6 +60,7 @@ class Platform:
     engine_port: int
     engine_token: str
     postgres_url: str
+    nats_url: str
     api_key: str
 
     @property
@@ -122,6 +123,7 @@ def running_platform(
             engine_port=ports["engine"],
             engine_token=token,
             postgres_url=postgres.url(),
+            nats_url=nats.url(),
             api_key=key,
         )
     finally:

@@ -222,7 +222,7 @@ def test_health_is_that_of_all_requests(
     expect(page.get_by_role("heading", name="Health")).to_be_visible()
     row = page.get_by_role("row", name=TINY_MOE_NAME)
     expect(row).to_be_visible(timeout=60_000)
-    expect(page.get_by_role("row", name="OpenAI API")).to_contain_text("404")
+    expect(page.get_by_role("row", name="OpenAI API")).to_contain_text("404", timeout=60_000)
     expect(page.get_by_text("None in the last half hour")).to_be_visible()
     page.get_by_text("By half minute").click()
     window.check()

@@ -10,7 +10,7 @@ from litestar.response import ServerSentEvent
 
 from river_gateway.dashboard.pages import Page, follow, show
 from river_gateway.dashboard.viewer import admin_of
-from river_gateway.health.readings import POINT_S, read
+from river_gateway.health.readings import POINT_S
 from river_gateway.health.slots import STREAM_BROKEN
 from river_gateway.services import services_of
 
@@ -41,7 +41,7 @@ async def health_live(request: Request[Any, Any, Any]) -> ServerSentEvent:
 def read_health(services: Services) -> dict[str, Any]:
     """What the page and the overview show."""
     return {
-        "readings": read(services.health.moments()),
+        "readings": services.health.readings(),
         "failures": [
             (datetime.fromtimestamp(failure.at, UTC), failure)
             for failure in services.health.failures()

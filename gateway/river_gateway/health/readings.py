@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from river_gateway.health.shared import together
+from river_gateway.health.moments import total_of
 from river_gateway.health.slots import SLOT_S, Outcome, Series, failed_share, outcomes, quantile_s
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from river_gateway.health.shared import Moment
+    from river_gateway.health.moments import Moment
 
 POINT_SLOTS = 3
 POINT_S = POINT_SLOTS * SLOT_S
@@ -65,20 +65,20 @@ def read(moments: Sequence[Moment]) -> Readings:
     """The readings of `SharedHealth.moments`."""
     whole = [_all_of([moment]) for moment in moments]
     points = [
-        reading("", _sum(whole[start : start + POINT_SLOTS]), POINT_S)
+        reading("", total_of(whole[start : start + POINT_SLOTS]), POINT_S)
         for start in range(0, len(whole), POINT_SLOTS)
     ]
     names = sorted({name for moment in moments for name in moment.series})
     kept_s = len(moments) * SLOT_S
     by_name = [
-        reading(name, _sum([m.series[name] for m in moments if name in m.series]), kept_s)
+        reading(name, total_of([m.series[name] for m in moments if name in m.series]), kept_s)
         for name in names
     ]
     recent = moments[-RECENT_SLOTS:]
     return Readings(
         gateways=len({gateway for moment in recent for gateway in moment.gateways}),
-        recent=reading("", _sum(whole[-RECENT_SLOTS:]), RECENT_S),
-        half_hour=reading("", _sum(whole), kept_s),
+        recent=reading("", total_of(whole[-RECENT_SLOTS:]), RECENT_S),
+        half_hour=reading("", total_of(whole), kept_s),
         by_name=sorted(by_name, key=lambda each: -each.requests),
         curves=Curves(
             per_s=[point.per_s for point in points],
@@ -107,11 +107,4 @@ def reading(name: str, series: Series, seconds: float) -> Reading:
 
 
 def _all_of(moments: Sequence[Moment]) -> Series:
-    return _sum([series for moment in moments for series in moment.series.values()])
-
-
-def _sum(found: Sequence[Series]) -> Series:
-    total = Series()
-    for series in found:
-        total = together(total, series)
-    return total
+    return total_of([series for moment in moments for series in moment.series.values()])

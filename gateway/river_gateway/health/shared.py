@@ -10,14 +10,15 @@ import asyncio
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from river_gateway.bus import BusError, NoBucketError
 from river_gateway.errors import UnavailableError
-from river_gateway.health.slots import SLOT_S, Failure, Series, Slot
+from river_gateway.health.moments import Moment
+from river_gateway.health.readings import read
+from river_gateway.health.slots import SLOT_S, Failure, Slot
 from river_gateway.health.window import Window
 from river_gateway.limits import (
     HEALTH_BUCKET_MAX_BYTES,
@@ -28,9 +29,10 @@ from river_gateway.limits import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable
 
     from river_gateway.bus import Bus, Change
+    from river_gateway.health.readings import Readings
 
 logger = logging.getLogger("river.gateway")
 
@@ -38,26 +40,6 @@ HEALTH_BUCKET = "health"
 SLOTS_KEPT = int(HEALTH_KEPT_S / SLOT_S)
 _LATE_S = 2 * SLOT_S
 """After this, a slot that a gateway has not told is one that it did not live through."""
-
-
-@dataclass(slots=True)
-class Moment:
-    """Ten seconds of all gateways."""
-
-    gateways: set[str] = field(default_factory=set[str])
-    series: dict[str, Series] = field(default_factory=dict[str, Series])
-    failing: dict[str, int] = field(default_factory=dict[str, int])
-
-    def add(self, slot: Slot) -> bool:
-        """Takes in a gateway's word, the first time it comes."""
-        if slot.gateway_id in self.gateways:
-            return False
-        self.gateways.add(slot.gateway_id)
-        for name, series in slot.series.items():
-            self.series[name] = together(self.series.get(name, Series()), series)
-        for engine_id in slot.failing:
-            self.failing[engine_id] = self.failing.get(engine_id, 0) + 1
-        return True
 
 
 class SharedHealth:
@@ -77,16 +59,28 @@ class SharedHealth:
         self._unsent: deque[Slot] = deque(maxlen=SLOTS_KEPT)
         self._moments: dict[int, Moment] = {}
         self._failures: deque[Failure] = deque(maxlen=HEALTH_FAILURES_SHOWN)
+        self._read: tuple[tuple[int, int], Readings] | None = None
+        self._heard = 0
 
     # ---- What is known -----------------------------------------------------------------------------------------------
 
     def moments(self) -> list[Moment]:
         """The last `SLOTS_KEPT` slots that all gateways have had time to tell, oldest first; some may be empty."""
-        newest = int((self._clock() - _LATE_S) / SLOT_S)
+        newest = self._newest()
         return [
             self._moments.get(number, Moment())
             for number in range(newest - SLOTS_KEPT + 1, newest + 1)
         ]
+
+    def readings(self) -> Readings:
+        """What they say, worked out once however many look at it."""
+        now = (self._newest(), self._heard)
+        if self._read is None or self._read[0] != now:
+            self._read = now, read(self.moments())
+        return self._read[1]
+
+    def _newest(self) -> int:
+        return int((self._clock() - _LATE_S) / SLOT_S)
 
     def failures(self) -> list[Failure]:
         """The last ones of all gateways, newest first."""
@@ -150,19 +144,4 @@ class SharedHealth:
             del self._moments[number]
         if self._moments.setdefault(slot.number, Moment()).add(slot):
             self._failures.extend(slot.failures)
-
-
-def together(first: Series, second: Series) -> Series:
-    """The sum of two."""
-    return Series(
-        statuses=_sum(first.statuses, second.statuses),
-        first=_sum(first.first, second.first),
-        whole=_sum(first.whole, second.whole),
-    )
-
-
-def _sum(first: Mapping[int, int], second: Mapping[int, int]) -> dict[int, int]:
-    found = dict(first)
-    for key, count in second.items():
-        found[key] = found.get(key, 0) + count
-    return found
+            self._heard += 1

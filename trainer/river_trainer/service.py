@@ -299,11 +299,7 @@ class Service:
                 await self._arrived.wait()
 
     async def _stand_still(self) -> None:
-        """Begins nothing; what has been done is told all the same.
-
-        Raises:
-            RestartAskedError: that has happened, and the trainer is to leave.
-        """
+        """Begins nothing; raises RestartAskedError when all has been told and the trainer is to leave."""
         if self._controls.leaving:
             await self._effects.all_told()
             raise RestartAskedError

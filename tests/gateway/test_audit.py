@@ -42,6 +42,11 @@ class World:
     run_id: str
     paths: list[str]
 
+    async def beat(self) -> None:
+        """Engines and trainers are alive, however long the test has taken so far."""
+        await self.rig.register(self.rig.engines[0].record())
+        await self.rig.register_trainer(self.rig.trainer.record())
+
     async def spare_key(self) -> str:
         """The id of another key of the tenant."""
         asked = wire.CreateKey(tenant=self.rig.tenant.tenant_id, name="spare")
@@ -68,6 +73,7 @@ def _by_admin(method: str, path: str, body: object = None) -> Act:
             key_id = await world.spare_key()
             url, text = url.replace("<key>", key_id), text.replace("<key>", key_id)
         content = b"" if body is None else text.encode()
+        await world.beat()
         return await world.rig.admin.http.request(method, url, content=content)
 
     return act
@@ -99,6 +105,7 @@ def _on_page(page: str, **fields: str) -> Act:
         if "<key>" in fields.values():
             fills["<key>"] = await world.spare_key()
         form = {name: fills.get(value, value) for name, value in fields.items()}
+        await world.beat()
         return await world.window.send(page, **form)
 
     return act

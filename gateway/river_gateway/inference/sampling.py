@@ -123,18 +123,22 @@ async def sample(
     return Sampled(response, ticket.headers)
 
 
-async def check_credit(
+async def check_affordable(
     services: Services, principal: Principal, asked: wire.SampleRequest, base_model: str
 ) -> None:
-    """Makes sure that a request which will be worked on later can be paid for, as far as is known now.
+    """Makes sure, before it is kept, that a request which will be worked on later is right and can be paid for.
 
     Raises:
-        OutOfCreditError: it cannot.
+        InvalidFieldError: a field is wrong.
+        OutOfCreditError: it cannot be paid for, as far as is known now.
         UnavailableError: that cannot be known at the moment.
     """
     known = services.engines.last_of(base_model)
     if known is None:
         raise UnavailableError(f"no engine of {base_model!r} has registered yet; try again")
+    limits = Limits(context_length=known.context_length, vocab_size=known.vocab_size)
+    ids_bytes = 4 * sum(len(ids) for ids in asked.prompt_token_ids or ())
+    await beside_the_loop(ids_bytes, check_sample, asked, limits)
     worst = _worst_case(asked, known.context_length)
     with await services.credit.hold(principal, base_model, known.context_length, worst):
         pass

@@ -203,6 +203,8 @@ def save_and_load(service: Any, training: Any, texts: list[list[int]]) -> dict[s
     whole = recorded(service.create_training_client_from_state_with_optimizer(path).result())
     return {
         "path": path,
+        "external": training.save_weights_external("out").result().path,
+        "copied": service.copy_weights(path).result(),
         "model_id": training.model_id,
         "expected": expected,
         "later": later,
@@ -325,6 +327,7 @@ async def deprecated(service: Any, texts: list[list[int]], path: str) -> dict[st
     served = await (await training.save_weights_for_sampler_async("async"))
     named = recorded(await training.create_sampling_client_async(served.path))
     await training.save_weights_and_get_sampling_client_async()
+    await (await training.save_weights_external_async("out"))
     info = await training.get_info_async()
     prompt = types.ModelInput.from_ints(texts[0])
     await named.sample_async(prompt, 1, GREEDY)
@@ -341,7 +344,7 @@ async def deprecated(service: Any, texts: list[list[int]], path: str) -> dict[st
 
 
 def main() -> None:
-    service = recorded(tinker.ServiceClient(user_metadata={"who": "test"}))
+    service = recorded(tinker.ServiceClient({"who": "test"}, project_id="default"))
     training = recorded(
         service.create_lora_training_client(
             base_model=BASE, rank=8, seed=1, user_metadata={"what": "sdk"}
@@ -369,6 +372,7 @@ def main() -> None:
     assert service.create_rest_client() is not None
     for client in (service, training):
         client.get_telemetry()
+    service.close("success").result()
     found["missed"] = missed()
     print(json.dumps(found, default=str))
 

@@ -220,9 +220,8 @@ def _datum(
 
 
 def _lengthened(values: Array) -> Array:
-    """[N] or [N, K] with one more row of filler, which River ignores."""
-    filler = np.zeros((1, *values.shape[1:]), dtype=values.dtype)
-    return np.concatenate([values, filler])
+    """[N] or [N, K] with its last row once more, which River ignores."""
+    return np.concatenate([values, values[-1:]])
 
 
 def _packed(values: Array) -> wire.Tensor:

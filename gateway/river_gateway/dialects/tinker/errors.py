@@ -45,10 +45,16 @@ _FIELDS = {
     "weights": "loss_fn_inputs.weights",
     "old_logprobs": "loss_fn_inputs.logprobs",
     "advantages": "loss_fn_inputs.advantages",
+    "clip_low": "loss_fn_inputs.clip_low_threshold",
+    "clip_high": "loss_fn_inputs.clip_high_threshold",
+    "sequence_mask": "loss_fn_inputs.sequence_ratio_mask",
 }
 _NAMES = {
     "adam.lr": "adam_params.learning_rate",
     "lora": "lora_config",
+    "loss_config.clip_low": "loss_fn_config.clip_low_threshold",
+    "loss_config.clip_high": "loss_fn_config.clip_high_threshold",
+    "loss_config.eps_max": "loss_fn_config.clip_high_threshold",
     "loss_config": "loss_fn_config",
     "num_samples": "num_samples",
     "max_tokens": "sampling_params.max_tokens",

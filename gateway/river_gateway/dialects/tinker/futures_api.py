@@ -21,7 +21,7 @@ from river_gateway.dialects.tinker.ids import OperationRequest, of_river, parse_
 from river_gateway.dialects.tinker.results import PROTOBUF
 from river_gateway.dialects.tinker.runs import find_run
 from river_gateway.disconnect import unless_client_leaves
-from river_gateway.errors import EngineRefusedError
+from river_gateway.errors import EngineRefusedError, NotFoundError
 from river_gateway.inference.futures import Done, Failed, Large, Pending
 from river_gateway.limits import TINKER_INLINE_MAX_BYTES, TINKER_POLL_S
 from river_gateway.services import services_of
@@ -145,7 +145,11 @@ def _told_of(asked: OperationRequest, result: wire.OperationResult) -> dict[str,
         case "save_weights_for_sampler" if asked.detail is not None:
             return {"type": asked.kind, "path": None, "sampling_session_id": asked.detail}
         case _:
-            assert result.checkpoint is not None
+            if result.checkpoint is None:
+                raise NotFoundError(
+                    f"there is no request {str(asked)!r}: that operation was another one",
+                    param="request_id",
+                )
             return {
                 "type": asked.kind,
                 "path": of_river(result.checkpoint.path, asked.model),

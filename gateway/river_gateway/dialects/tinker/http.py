@@ -36,6 +36,8 @@ async def read(request: AnyRequest, kind: type[Body]) -> Body:
         MalformedBodyError: it is no JSON.
         InvalidFieldError: it does not fit; names the field.
     """
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise MalformedBodyError("content-encoding: only the data of training may be compressed")
     return await read_with(request, lambda body: decode_body(body or b"{}", kind, JSON))
 
 

@@ -37,23 +37,22 @@ class TinkerLoss:
 
 _WEIGHTS = {"weights": "weights"}
 _POLICY = {"logprobs": "old_logprobs", "advantages": "advantages"}
+_CLIPPED = _WEIGHTS | {"clip_low_threshold": "clip_low", "clip_high_threshold": "clip_high"}
+_BOUNDS = {"clip_low_threshold": ("clip_low", 0.8), "clip_high_threshold": ("clip_high", 1.2)}
 
 LOSSES: Mapping[str, TinkerLoss] = {
     "cross_entropy": TinkerLoss("cross_entropy", takes=_WEIGHTS),
     "importance_sampling": TinkerLoss("importance_sampling", _POLICY, _WEIGHTS),
-    "ppo": TinkerLoss(
-        "ppo",
+    "ppo": TinkerLoss("ppo", _POLICY, _CLIPPED, _BOUNDS),
+    "cispo": TinkerLoss(
+        "cispo",
         _POLICY,
-        _WEIGHTS,
-        {"clip_low_threshold": ("clip_low", 0.8), "clip_high_threshold": ("clip_high", 1.2)},
+        _CLIPPED,
+        {"clip_low_threshold": ("clip_low", 0.0), "clip_high_threshold": ("eps_max", 4.0)},
     ),
-    "cispo": TinkerLoss("cispo", _POLICY, _WEIGHTS, {"clip_high_threshold": ("eps_max", 4.0)}),
     "dro": TinkerLoss("dro", _POLICY, _WEIGHTS, {"beta": ("beta", 0.05)}),
     "gspo": TinkerLoss(
-        "gspo",
-        _POLICY,
-        _WEIGHTS,
-        {"clip_low_threshold": ("clip_low", 0.8), "clip_high_threshold": ("clip_high", 1.2)},
+        "gspo", _POLICY, _CLIPPED | {"sequence_ratio_mask": "sequence_mask"}, _BOUNDS
     ),
 }
 _NOT_BUILT = {

@@ -127,7 +127,7 @@ async def asample(request: AnyRequest) -> Response[bytes]:
         base_model = await _base_of(services, principal, model, asked.model_path)
         identity = identity_of(request)
     wanted = await beside_the_loop(_size_of(asked), samples.request_of, asked, model)
-    await sampling.check_credit(services, principal, wanted.request, base_model)
+    await sampling.check_affordable(services, principal, wanted.request, base_model)
     usage_id = context_of(request.scope).request_id
 
     async def draw() -> bytes:

@@ -68,8 +68,11 @@ class Tensors:
                 values = wide.astype("<f4")
         if tensor.sparse_crow_indices is None and tensor.sparse_col_indices is None:
             return _shaped(values, tensor.shape or [len(values)], field)
-        crow = np.asarray(tensor.sparse_crow_indices or [], dtype=_INDEX)
-        col = np.asarray(tensor.sparse_col_indices or [], dtype=_INDEX)
+        try:
+            crow = np.asarray(tensor.sparse_crow_indices or [], dtype=_INDEX)
+            col = np.asarray(tensor.sparse_col_indices or [], dtype=_INDEX)
+        except OverflowError:
+            raise InvalidFieldError(f"{field}: an index is too large", param=field) from None
         return self._dense(values, crow, col, tensor.shape or [], field, padding)
 
     def _dense(
@@ -112,7 +115,7 @@ def message_of(array: Array) -> pb.Tensor:
 
 
 def _shaped(values: Array, shape: list[int], field: str) -> Array:
-    if len(shape) not in (1, 2) or min(shape) < 0:
+    if len(shape) not in (1, 2) or min(shape) < 0 or max(shape) > SPARSE_CELLS_MAX:
         raise InvalidFieldError(f"{field}: shape {shape}, must be [N] or [N, K]", param=field)
     if math.prod(shape) != len(values):
         raise InvalidFieldError(

@@ -19,6 +19,7 @@ from river_gateway.dialects.tinker.ids import OperationRequest, ephemeral_name, 
 from river_gateway.dialects.tinker.results import PROTOBUF
 from river_gateway.dialects.tinker.runs import find_run, river_path
 from river_gateway.errors import (
+    AheadError,
     ConflictError,
     GatewayError,
     InvalidFieldError,
@@ -177,27 +178,29 @@ async def save_weights_for_sampler(request: AnyRequest) -> Response[bytes]:
     services, principal = services_of(request), principal_of(request)
     run = await find_run(services, asked.model_id, principal.tenant_id)
     name, ttl_s, sampler = asked.path, asked.ttl_seconds, None
+    wrong: GatewayError | None = None
     if name is None:
         number = _number(asked.sampling_session_seq_id, "sampling_session_seq_id")
         name, ttl_s = ephemeral_name(number), SNAPSHOT_TTL_S
         live = f"{catalog.SCHEME}{run.run_id}"
         saved = catalog.checkpoint_path(run.run_id, "inference", name)
-        sampler = await samplers.open_sampler(
-            services,
-            principal,
-            session_id=run.session_id,
-            number=number,
-            base_model=run.base_model,
-            model=live if asked.kind == "inflight" else saved,
-            model_path=None,
-        )
-    return await _submit(
-        request,
-        OperationRequest(asked.model_id, asked.seq_id, "save_weights_for_sampler", sampler),
-        wire.SaveWeights(
-            name=name, mode="inference", ttl_s=ttl_s, user_metadata=asked.user_metadata or {}
-        ),
+        try:
+            sampler = await samplers.open_sampler(
+                services,
+                principal,
+                session_id=run.session_id,
+                number=number,
+                base_model=run.base_model,
+                model=live if asked.kind == "inflight" else saved,
+                model_path=None,
+            )
+        except (NotFoundError, ConflictError) as error:
+            wrong = error
+    request_id = OperationRequest(asked.model_id, asked.seq_id, "save_weights_for_sampler", sampler)
+    operation = wire.SaveWeights(
+        name=name, mode="inference", ttl_s=ttl_s, user_metadata=asked.user_metadata or {}
     )
+    return await _submit(request, request_id, wrong or operation)
 
 
 @post("/load_weights", guards=[_SCOPES], status_code=HTTPStatus.OK)
@@ -263,6 +266,8 @@ async def _submit(
         asked = wire.SubmitOperation(seq=request_id.seq, operation=operation)
         try:
             await submitting.submit(services, principal, run, asked)
+        except AheadError:
+            raise  # It only came too early, and is sent again.
         except (InvalidFieldError, NotFoundError, ConflictError, NotSupportedError) as error:
             wrong = (
                 error  # Where the run itself takes no operation now, it does not take this either.

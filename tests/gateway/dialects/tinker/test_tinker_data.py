@@ -10,9 +10,10 @@ import pytest
 from support.tinker import chunk, datum, forward_backward, plain_datum, tensor
 
 from river_client import wire
-from river_gateway.dialects.tinker import datums
+from river_gateway.dialects.tinker import bodies, datums
 from river_gateway.dialects.tinker import messages_pb2 as pb
 from river_gateway.dialects.tinker.errors import in_their_words
+from river_gateway.dialects.tinker.tensors import Tensors
 from river_gateway.errors import (
     GatewayError,
     InvalidFieldError,
@@ -59,8 +60,8 @@ def test_a_datum_gets_a_place_of_which_nothing_is_predicted() -> None:
     assert (made.loss_fn, made.loss_config) == ("cross_entropy", {})
     (given,) = made.data
     assert values(given.input_ids) == [1, 2, 3, 3]
-    assert values(given.target_tokens) == [2, 3, 9, 0]
-    assert values(given.weights) == [0.0, 1.0, 0.5, 0.0]
+    assert values(given.target_tokens) == [2, 3, 9, 9]
+    assert values(given.weights) == [0.0, 1.0, 0.5, 0.5]
     assert isinstance(operation(plain_datum(), forward_only=True), wire.Forward)
 
 
@@ -117,8 +118,29 @@ def test_sparse_arrays_are_spread_out() -> None:
             weights=sparse(weights, pb.DTYPE_FLOAT32, "<f4"),
         )
     )
-    assert values(made.data[0].target_tokens) == [*ids.tolist(), [0, 0, 0]]
-    assert values(made.data[0].weights) == [*weights.tolist(), [0, 0, 0]]
+    assert values(made.data[0].target_tokens) == [*ids.tolist(), ids[-1].tolist()]
+    assert values(made.data[0].weights) == [*weights.tolist(), weights[-1].tolist()]
+
+
+def test_each_loss_is_river_s_own_under_the_protocol_s_defaults() -> None:
+    """Bounds per token and the mask of a sequence's ratio are passed on; a bound left out is what the protocol says."""
+    bounds = {"clip_low_threshold": tensor([0.5, 0.6]), "clip_high_threshold": tensor([1.5, 1.6])}
+    mask = {"sequence_ratio_mask": tensor([0.0, 1.0])}
+    for loss, inputs, config in (
+        ("importance_sampling", {}, {}),
+        ("ppo", bounds, {"clip_low": 0.8, "clip_high": 1.2}),
+        ("cispo", bounds, {"clip_low": 0.0, "eps_max": 4.0}),
+        ("gspo", bounds | mask, {"clip_low": 0.8, "clip_high": 1.2}),
+        ("dro", {}, {"beta": 0.05}),
+    ):
+        made = operation(datum(chunk(1, 2), **POLICY, **inputs), loss_fn=loss)
+        assert (made.loss_fn, made.loss_config) == (loss, config)
+        (given,) = made.data
+        if inputs:
+            assert values(given.clip_low) == pytest.approx([0.5, 0.6, 0.6])
+            assert values(given.clip_high) == pytest.approx([1.5, 1.6, 1.6])
+        if mask.keys() <= inputs.keys():
+            assert values(given.sequence_mask) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -249,3 +271,20 @@ def test_what_is_not_offered_is_said_to_be_so() -> None:
 def test_our_names_of_fields_become_theirs(ours: str, theirs: str) -> None:
     """A sentence about a field calls it as the client does."""
     assert in_their_words(ours) == theirs
+
+
+def test_indices_that_are_too_large_are_named() -> None:
+    """A number beyond 64 bits, or a shape of an empty array beyond any, is the field's fault and not ours."""
+    huge = 10**30
+    for array in (
+        bodies.TensorData(
+            data=[1.0],
+            dtype="int64",
+            shape=[1, 1],
+            sparse_crow_indices=[0, huge],
+            sparse_col_indices=[0],
+        ),
+        bodies.TensorData(data=[], dtype="float32", shape=[0, huge]),
+    ):
+        with pytest.raises(InvalidFieldError, match=r"^field: "):
+            Tensors().of_json(array, "field")

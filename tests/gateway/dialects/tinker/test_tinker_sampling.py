@@ -145,7 +145,7 @@ async def test_legacy_requests_name_their_model_themselves(rig: Rig) -> None:
 
 
 async def test_what_is_wrong_is_told_before_it_is_taken(rig: Rig) -> None:
-    """A request that cannot be understood is refused at once; one whose values are out of range fails for good."""
+    """A request that cannot be understood, or asks for what is out of range, is refused before it is kept."""
     user = TinkerUser(rig.tenant)
     sampler = await new_sampler(user, await user.new_session())
     for changes, status, sentence in (
@@ -160,11 +160,17 @@ async def test_what_is_wrong_is_told_before_it_is_taken(rig: Rig) -> None:
         assert (answer.status_code, sentence in answer.json()["detail"]) == (status, True), (
             answer.text
         )
-    hot = asked(sampler, sampling_params={"max_tokens": 4, "temperature": -1.0})
-    accepted = await user.accepted("/asample", hot)
-    failed = (await user.result(accepted["request_id"])).json()
-    assert failed["category"] == "user"
-    assert failed["error"].startswith("sampling_params.temperature: -1")
+    params = {"max_tokens": 4}
+    for changes, sentence in (
+        ({"sampling_params": params | {"temperature": -1}}, "sampling_params.temperature: -1"),
+        ({"sampling_params": {"max_tokens": 10**6}}, "prompt: 1 tokens and 1000000 to be drawn"),
+        ({"prompt": {"chunks": [{"tokens": [10**6]}]}}, "prompt[0]: 1000000 is outside"),
+        ({"prompt": {"chunks": [{"tokens": [1] * 10**6}]}}, "prompt: 1000000 tokens and"),
+    ):
+        answer = await user.post("/asample", asked(sampler) | changes)
+        assert answer.status_code == 422
+        assert answer.json()["detail"].startswith(sentence), answer.text
+    assert not any(engine.samples for engine in rig.engines)
 
 
 async def test_too_much_at_once_is_back_pressure(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,3 +282,37 @@ async def test_a_body_that_is_no_json_is_400_with_a_sentence(rig: Rig) -> None:
     answer = await TinkerUser(rig.tenant).post("/create_model", content=b"{")
     assert answer.status_code == 400
     assert "not valid JSON" in msgspec.json.decode(answer.content)["detail"]
+
+
+async def test_an_operation_that_is_asked_for_as_another_is_none(rig: Rig) -> None:
+    """A request id that names an operation by another kind is 404, and no failure of ours."""
+    user = TinkerUser(rig.tenant)
+    model = await user.new_model()
+    step = {"model_id": model, "seq_id": 1, "adam_params": {}}
+    accepted = await user.accepted("/optim_step", step)
+    other = accepted["request_id"].replace("optim_step", "save_weights")
+    assert (await user.result(accepted["request_id"])).status_code == 200
+    assert (await user.result(other)).status_code == 404
+
+
+async def test_what_came_too_early_is_to_be_sent_again(rig: Rig) -> None:
+    """An operation far ahead of those done is 429, and nothing is stored in its place."""
+    user = TinkerUser(rig.tenant)
+    model = await user.new_model()
+    early = {"model_id": model, "seq_id": 10_000, "adam_params": {}}
+    answer = await user.post("/optim_step", early)
+    assert (answer.status_code, answer.json()["detail"][:7]) == (429, "seq_id:")
+    assert await _stored(rig) == 1
+
+
+async def test_a_sampling_session_of_another_model_fails_in_its_turn(rig: Rig) -> None:
+    """Weights saved for a sampling session whose number is taken keep their place among the operations."""
+    user = TinkerUser(rig.tenant)
+    session = await user.new_session()
+    model = await user.new_model(session)
+    taken = {"session_id": session, "sampling_session_seq_id": 0, "base_model": BASE}
+    await user.accepted("/create_sampling_session", taken)
+    body = {"model_id": model, "sampling_session_seq_id": 0, "seq_id": 1}
+    accepted = await user.accepted("/save_weights_for_sampler", body)
+    failed = (await user.result(accepted["request_id"])).json()
+    assert "is of another model already" in failed["error"]

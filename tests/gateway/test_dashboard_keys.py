@@ -45,6 +45,20 @@ async def test_a_key_is_rotated(rig: Rig) -> None:
         assert "must be 0 to 604800" in wrong.text
 
 
+async def test_the_same_form_again_is_the_same_rotation(rig: Rig) -> None:
+    """A second click or a reload ends the secret shown before, and what applications use goes on for its grace."""
+    async with signed_in(rig, rig.admin) as window:
+        page = await window.page(f"/keys/{rig.tenant.key_id}")
+        identity = re.search(r'name="identity" value="([\w-]+)"', page)
+        assert identity is not None
+        form = {"key_id": rig.tenant.key_id, "grace_s": "3600", "identity": identity[1]}
+        answers = [await window.send("/keys/rotate", **form) for _ in range(2)]
+        secrets = [re.findall(r'id="secret">(rv-[\w-]+)<', one.text)[0] for one in answers]
+        assert await _status(rig, secrets[0]) == 401
+        assert await _status(rig, secrets[1]) == await _status(rig, rig.tenant.secret) == 200
+        assert f'value="{identity[1]}"' not in answers[1].text
+
+
 async def test_rights_limits_and_budget_are_changed(rig: Rig) -> None:
     """Each form changes what it shows, empty fields end limits, expiry and budget, and the page shows what is."""
     key_id = rig.tenant.key_id
@@ -87,6 +101,8 @@ async def test_rights_limits_and_budget_are_changed(rig: Rig) -> None:
         ("/keys/limits", "requests_per_minute", "many", "is no whole number"),
         ("/keys/limits", "concurrent_requests", "0", "null is no limit"),
         ("/budgets", "monthly_budget_nano_usd", "-1", "must be 0 to"),
+        ("/budgets", "monthly_budget_nano_usd", "1e999999", "is no decimal number"),
+        ("/keys/limits", "tokens_per_minute", "9" * 5000, "is no whole number"),
         ("/budgets", "monthly_budget_nano_usd", "0.0000000001", "finer than a nano-dollar"),
     ],
 )

@@ -50,6 +50,8 @@ async def test_a_price_is_set_and_seen_exactly(rig: Rig) -> None:
         ({"kind": "thought"}, "kind"),
         ({"usd_per_million": "much"}, "usd_per_million"),
         ({"usd_per_million": "NaN"}, "usd_per_million"),
+        ({"usd_per_million": "1e999999"}, "usd_per_million"),
+        ({"usd_per_million": "1e-999999"}, "usd_per_million"),
         ({"usd_per_million": "-1"}, "usd_per_million"),
         ({"usd_per_million": "1001"}, "usd_per_million"),
         ({"usd_per_million": "0.1234567890123"}, "usd_per_million"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from river_billing.limits import NUMBER_MAX_CHARS
 from river_gateway.dashboard.words import NANO_USD_PER_USD
 from river_gateway.errors import GatewayError, InvalidFieldError
 from river_gateway.tenancy.money import parse_number
@@ -52,7 +53,7 @@ def whole_number(text: str, param: str) -> int | None:
     if not text:
         return None
     digits = text.replace(",", "")
-    if not digits.isdecimal() or not digits.isascii():
+    if not digits.isdecimal() or not digits.isascii() or len(digits) > NUMBER_MAX_CHARS:
         raise InvalidFieldError(f"{param}: {text[:50]!r} is no whole number", param=param)
     return int(digits)
 

@@ -14,6 +14,8 @@ from river_gateway.dashboard.forms import Typed, moment_typed, nano_usd, whole_n
 from river_gateway.dashboard.pages import Page, redirect, show
 from river_gateway.dashboard.viewer import PATH, actor_of, admin_form, admin_of
 from river_gateway.errors import InvalidFieldError
+from river_gateway.ids import uuid7
+from river_gateway.limits import IDEMPOTENCY_KEY_MAX_CHARS
 from river_gateway.services import services_of
 from river_gateway.tenancy import accounts, administration, money
 from river_gateway.tenancy.auth import SCOPES
@@ -84,7 +86,11 @@ async def rotate_key(request: Request[Any, Any, Any]) -> Response[Any]:
     try:
         grace_s = whole_number(form.get("grace_s", ""), "grace_s") or 0
         asked = RotateKey(grace_s=grace_s)
-        made = await administration.rotate_key(services_of(request), by, key_id, asked)
+        # The form again, by a second click or a reload, is the same rotation: what is in use goes on.
+        identity = form.get("identity", "")[:IDEMPOTENCY_KEY_MAX_CHARS] or None
+        made = await administration.rotate_key(
+            services_of(request), by, key_id, asked, identity=identity
+        )
     except InvalidFieldError as error:
         return await _show_key(request, viewer, key_id, Typed(form, error))
     return await _show_key(request, viewer, key_id, secret=made.secret)
@@ -108,6 +114,7 @@ async def _show_key(
         "scopes": SCOPES,
         "graces": GRACES,
         "secret": secret,
+        "identity": uuid7(),
         "is_own": key_id == viewer.principal.key_id,
     }
     refused = typed is not None and typed.error is not None

@@ -235,7 +235,13 @@ def parse_number(text: str, param: str) -> Decimal:
         number = Decimal(text)
     except InvalidOperation:
         number = None
-    if number is None or not number.is_finite() or len(text) > limits.NUMBER_MAX_CHARS:
+    # An exponent makes a few characters a number that nothing can be computed with.
+    plain = (
+        number is not None
+        and number.is_finite()
+        and abs(number.adjusted()) <= limits.NUMBER_MAX_CHARS
+    )
+    if number is None or not plain or len(text) > limits.NUMBER_MAX_CHARS:
         raise InvalidFieldError(f"{param}: {text[:50]!r} is no decimal number", param=param)
     return number
 

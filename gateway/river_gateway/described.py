@@ -115,18 +115,30 @@ def _described_path(path: str, item: Json) -> Json:
     operations: Json = {}
     for method, operation in item.items():
         answers: Json = operation["responses"]
-        operations[method] = operation | {"responses": _responses(path, answers)}
+        formats = _formats(operation.get("parameters") or [])
+        operations[method] = operation | {"responses": _responses(path, answers, formats)}
     return operations
 
 
-def _responses(path: str, found: Json) -> Json:
+def _formats(parameters: list[Json]) -> Json:
+    """What an operation answers with when `format` asks for it: text, by its media type."""
+    offered = [one["schema"].get("enum") or [] for one in parameters if one["name"] == "format"]
+    return {f"text/{name}": {"schema": _TEXT} for names in offered for name in names if name}
+
+
+def _responses(path: str, found: Json, formats: Json) -> Json:
     """An operation's answers. Litestar's own 400 is none of ours: errors have another shape here."""
     answers = {
-        status: _in_both_encodings(path, answer)
+        status: _with_content(_in_both_encodings(path, answer), formats)
         for status, answer in found.items()
         if int(status) < HTTPStatus.BAD_REQUEST
     }
     return answers | _errors(path)
+
+
+def _with_content(answer: Json, formats: Json) -> Json:
+    content: Json = answer.get("content") or {}
+    return answer | {"content": content | formats} if content else answer
 
 
 def _in_both_encodings(path: str, answer: Json) -> Json:

@@ -38,3 +38,16 @@ async def test_each_dialect_has_its_own_errors(rig: Rig) -> None:
     assert set(document["paths"]["/v1/embeddings"]["post"]["responses"]) == set(map(str, ERRORS))
     streamed = document["paths"]["/v1/responses"]["post"]["responses"]["200"]["content"]
     assert set(streamed) == {"application/json", "text/event-stream"}
+
+
+async def test_what_else_format_gives_is_described(rig: Rig) -> None:
+    """Where an address may ask for CSV or a page to print, the document has that media type, for answers alone."""
+    document: Any = (await rig.tenant.http.get("/schema/openapi.json")).json()
+    for path, media_type in (
+        ("/river/v1/audit", "text/csv"),
+        ("/river/v1/usage/series", "text/csv"),
+        ("/river/v1/invoices/{number}", "text/html"),
+    ):
+        answers = document["paths"][path]["get"]["responses"]
+        assert media_type in answers["200"]["content"]
+        assert media_type not in answers["404"]["content"]

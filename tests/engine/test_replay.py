@@ -155,7 +155,9 @@ def test_replay_takes_away_the_largest_differences_of_bfloat16(
         without = judge(base, adapter, groups, replay=False)
         assert 0 < without.flips.different < without.flips.compared * 0.05
         with_replay = judge(base, adapter, groups, replay=True)
-        assert with_replay.flips == Flips()
+        # Where the router would have gone is counted in a replay too, though the tokens went elsewhere.
+        assert with_replay.flips.compared == without.flips.compared
+        assert 0 < with_replay.flips.different < with_replay.flips.compared * 0.05
         plain.add(without)
         replayed.add(with_replay)
     for share in (0.999, 1.0):

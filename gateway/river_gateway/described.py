@@ -122,7 +122,9 @@ def _described_path(path: str, item: Json) -> Json:
 
 def _formats(parameters: list[Json]) -> Json:
     """What an operation answers with when `format` asks for it: text, by its media type."""
-    offered = [one["schema"].get("enum") or [] for one in parameters if one["name"] == "format"]
+    offered: list[list[str | None]] = [
+        one["schema"].get("enum") or [] for one in parameters if one["name"] == "format"
+    ]
     return {f"text/{name}": {"schema": _TEXT} for names in offered for name in names if name}
 
 

@@ -232,7 +232,8 @@ async def test_requests_are_counted_by_what_became_of_them(rig: Rig) -> None:
     assert counted["River API"].statuses[200] >= 1
     slots = window.take_ended()  # Others may have ended by the clock, and been told already.
     failures = [failure for slot in slots for failure in slot.failures]
-    broken, unready = [*reversed(rig.services.health.failures()), *failures]
+    told = {one.request_id: one for one in (*rig.services.health.failures(), *failures)}
+    broken, unready = sorted(told.values(), key=lambda one: one.at)
     assert "lost" in broken.message
     assert (unready.status, unready.name, unready.route) == (503, BASE, COMPLETIONS)
     text = (await rig.tenant.http.get("/metrics")).text

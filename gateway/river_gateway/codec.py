@@ -45,17 +45,18 @@ class WireRequest(Request[Any, Any, Any]):
         return decode_body(await self.body(), field.annotation, content_type)
 
 
-def idempotency_key(request: Request[Any, Any, Any]) -> str | None:
-    """What a client marks a request and its repetitions with.
+def idempotency_key(
+    request: Request[Any, Any, Any], header: str = IDEMPOTENCY_HEADER
+) -> str | None:
+    """What a client marks a request and its repetitions with, in a `header` that dialects name differently.
 
     Raises:
         InvalidFieldError: it is too long.
     """
-    key = request.headers.get(IDEMPOTENCY_HEADER)
+    key = request.headers.get(header)
     if key is not None and len(key) > IDEMPOTENCY_KEY_MAX_CHARS:
         raise InvalidFieldError(
-            f"{IDEMPOTENCY_HEADER}: {len(key)} characters, at most {IDEMPOTENCY_KEY_MAX_CHARS}",
-            param=IDEMPOTENCY_HEADER,
+            f"{header}: {len(key)} characters, at most {IDEMPOTENCY_KEY_MAX_CHARS}", param=header
         )
     return key or None
 

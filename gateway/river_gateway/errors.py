@@ -311,6 +311,13 @@ def error_answer(
             body = msgspec.msgpack.encode(envelope)
         else:
             body = msgspec.json.encode(envelope)
+    headers |= headers_of(error, scheme="Bearer")
+    return ErrorAnswer(status, media_type, headers, body)
+
+
+def headers_of(error: GatewayError, *, scheme: str) -> dict[str, str]:
+    """What tells a client when to try again, what is left of its limits, and by which `scheme` to show a key."""
+    headers: dict[str, str] = {}
     if error.retry_after_s is not None:
         # Whole seconds are what the standard knows; OpenAI's clients look for the milliseconds first.
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
@@ -318,8 +325,8 @@ def error_answer(
     if isinstance(error, RateLimitedError):
         headers |= {name.decode(): value.decode() for name, value in error.headers}
     if isinstance(error, UnauthenticatedError):
-        headers["www-authenticate"] = "Bearer"
-    return ErrorAnswer(status, media_type, headers, body)
+        headers["www-authenticate"] = scheme
+    return headers
 
 
 def is_openai(path: str) -> bool:

@@ -339,14 +339,8 @@ async def find_checkpoint(
     Raises:
         NotFoundError: there is none.
     """
-    parsed = parse_path(path)
-    row = None
-    if parsed is not None and parsed.name is not None:
-        query = _FIND_READABLE_CHECKPOINT if public else _FIND_CHECKPOINT
-        row = await database.fetchrow(query, parsed.run_id, parsed.mode, parsed.name, tenant_id)
-    if row is None:
-        raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
-    return _checkpoint(row)
+    query = _FIND_READABLE_CHECKPOINT if public else _FIND_CHECKPOINT
+    return _checkpoint(await _row_at(database, path, query, tenant_id))
 
 
 async def set_expiry(
@@ -357,15 +351,22 @@ async def set_expiry(
     Raises:
         NotFoundError: there is none.
     """
+    return _checkpoint(await _row_at(database, path, _SET_EXPIRY, tenant_id, ttl_s))
+
+
+async def _row_at(database: Database, path: str, query: str, *arguments: object) -> Row:
+    """What `query` answers for the parts of a path, the `arguments` following them.
+
+    Raises:
+        NotFoundError: nothing.
+    """
     parsed = parse_path(path)
     row = None
     if parsed is not None and parsed.name is not None:
-        row = await database.fetchrow(
-            _SET_EXPIRY, parsed.run_id, parsed.mode, parsed.name, tenant_id, ttl_s
-        )
+        row = await database.fetchrow(query, parsed.run_id, parsed.mode, parsed.name, *arguments)
     if row is None:
         raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
-    return _checkpoint(row)
+    return row
 
 
 async def find_checkpoint_of_step(
@@ -400,14 +401,7 @@ async def delete_checkpoint(
     Raises:
         NotFoundError: there never was one.
     """
-    parsed = parse_path(path)
-    row = None
-    if parsed is not None and parsed.name is not None:
-        row = await database.fetchrow(
-            _DELETE_CHECKPOINT, parsed.run_id, parsed.mode, parsed.name, tenant_id
-        )
-    if row is None:
-        raise NotFoundError(f"there is no checkpoint {path!r}", param="path")
+    row = await _row_at(database, path, _DELETE_CHECKPOINT, tenant_id)
     if row["files_removed_at"] or await database.fetchval(_IS_SHARED, row["location"]) is not None:
         return None
     return row["checkpoint_id"], row["location"]

@@ -166,6 +166,8 @@ class Futures:
         self._tenants: dict[str, _TenantWork] = {}
         self._answering: set[asyncio.Task[None]] = set()
         self._made = 0
+        self._unfinished = 0
+        self._asked_bytes = 0
         self._kept_bytes = 0
         self._stopped = False
 
@@ -199,6 +201,8 @@ class Futures:
         tenant = self._tenants.setdefault(tenant_id, _TenantWork())
         tenant.unfinished += 1
         tenant.asked_bytes += asked_bytes
+        self._unfinished += 1
+        self._asked_bytes += asked_bytes
         entry.task = asyncio.create_task(self._patiently(entry, tenant, work), name=request_id)
         entry.task.add_done_callback(lambda task: self._finish(request_id, entry, task))
         return request_id
@@ -278,9 +282,8 @@ class Futures:
                 f"{FUTURES_OF_TENANT_MAX_BYTES} at once",
                 retry_after_s=RETRY_AFTER_S,
             )
-        unfinished = sum(one.unfinished for one in self._tenants.values())
-        waiting_bytes = sum(one.asked_bytes for one in self._tenants.values())
-        if unfinished >= FUTURES_MAX or waiting_bytes + asked_bytes > FUTURES_MAX_BYTES:
+        is_full = self._asked_bytes + asked_bytes > FUTURES_MAX_BYTES
+        if is_full or self._unfinished >= FUTURES_MAX:
             raise RateLimitedError(
                 "this server has as much unfinished work as it takes; try again",
                 retry_after_s=RETRY_AFTER_S,
@@ -310,6 +313,8 @@ class Futures:
         tenant = self._tenants[entry.tenant_id]
         tenant.unfinished -= 1
         tenant.asked_bytes -= entry.asked_bytes
+        self._unfinished -= 1
+        self._asked_bytes -= entry.asked_bytes
         tenant.kept_bytes += entry.size_bytes
         self._kept_bytes += entry.size_bytes
         entry.changed.set()

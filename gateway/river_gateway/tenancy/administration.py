@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +12,10 @@ from river_gateway.tenancy import accounts, audit
 from river_gateway.tenancy.messages import AccountChanged
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from river_client import feedback_wire, wire
+    from river_client.audit_wire import AuditAction
     from river_gateway.services import Services
     from river_gateway.tenancy.audit import Actor
 
@@ -74,10 +78,9 @@ async def create_key(services: Services, by: Actor, asked: wire.CreateKey) -> wi
 
 async def revoke_key(services: Services, by: Actor, key_id: str) -> None:
     """Ends a key, at once on all gateways; on one that NATS does not reach within `KEY_CACHE_FRESH_S`."""
-    async with audit.recorded(services.pool, by, "keys.revoke") as line:
+    async with _changing_key(services, by, "keys.revoke", key_id) as line:
         key = await accounts.revoke_key(line.connection, key_id)
         line.about(key_id, tenant_id=key.tenant, details={"name": key.name})
-    await accounts.announce(services, AccountChanged(key_id=key_id))
 
 
 async def rotate_key(
@@ -89,10 +92,9 @@ async def rotate_key(
     identity: str | None = None,
 ) -> wire.ApiKey:
     """Gives a key a new secret, in this answer and nowhere else; the old one goes on for its grace period."""
-    async with audit.recorded(services.pool, by, "keys.rotate") as line:
+    async with _changing_key(services, by, "keys.rotate", key_id) as line:
         key = await accounts.rotate_key(line.connection, key_id, asked.grace_s, identity=identity)
         line.about(key_id, tenant_id=key.tenant, details=asked)
-    await accounts.announce(services, AccountChanged(key_id=key_id))
     return key
 
 
@@ -100,10 +102,9 @@ async def change_key(
     services: Services, by: Actor, key_id: str, change: wire.ChangeKey
 ) -> wire.ApiKey:
     """Changes name, scopes and expiry of a key, with the next request."""
-    async with audit.recorded(services.pool, by, "keys.change") as line:
+    async with _changing_key(services, by, "keys.change", key_id) as line:
         key = await accounts.change_key(line.connection, key_id, change)
         line.about(key_id, tenant_id=key.tenant, details=change)
-    await accounts.announce(services, AccountChanged(key_id=key_id))
     return key
 
 
@@ -111,11 +112,20 @@ async def change_key_limits(
     services: Services, by: Actor, key_id: str, change: wire.ChangeLimits
 ) -> wire.ApiKey:
     """Changes limits of a key, with the next request."""
-    async with audit.recorded(services.pool, by, "keys.limits") as line:
+    async with _changing_key(services, by, "keys.limits", key_id) as line:
         key = await accounts.change_key_limits(line.connection, key_id, change)
         line.about(key_id, tenant_id=key.tenant, details=change)
-    await accounts.announce(services, AccountChanged(key_id=key_id))
     return key
+
+
+@asynccontextmanager
+async def _changing_key(
+    services: Services, by: Actor, action: AuditAction, key_id: str
+) -> AsyncGenerator[audit.Line]:
+    """The block that changes a key, recorded with it; all gateways are told once it is written."""
+    async with audit.recorded(services.pool, by, action) as line:
+        yield line
+    await accounts.announce(services, AccountChanged(key_id=key_id))
 
 
 def _said(key: wire.ApiKey) -> dict[str, object]:

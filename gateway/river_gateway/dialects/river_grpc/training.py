@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from google.protobuf.message import DecodeError
 
@@ -221,7 +221,7 @@ def _size_of(given: pb.ForwardBackwardInput) -> int:
 
 def _loss_name(given: pb.ForwardBackwardInput) -> wire.LossName:
     """The loss; whether there is such a one is checked with all else."""
-    return given.loss_fn or "cross_entropy"  # type: ignore[return-value]
+    return cast("wire.LossName", given.loss_fn or "cross_entropy")
 
 
 def _replays(given: pb.ForwardBackwardInput) -> bool:

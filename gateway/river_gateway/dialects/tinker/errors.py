@@ -11,11 +11,10 @@ What was wrong with a field is told by the names that its client used.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from litestar import Request, Response
@@ -28,12 +27,10 @@ from river_gateway.errors import (
     GatewayError,
     NotSupportedError,
     RateLimitedError,
-    UnauthenticatedError,
     as_gateway_error,
+    headers_of,
 )
 from river_gateway.limits import RETRY_AFTER_S
-
-Category = Literal["unknown", "server", "user"]
 
 _JSON = "application/json"
 
@@ -98,21 +95,9 @@ def status_of(error: GatewayError) -> int:
     return int(error.status)
 
 
-def category_of(error: GatewayError) -> Category:
-    """Whose fault it is."""
-    return "user" if status_of(error) < HTTPStatus.INTERNAL_SERVER_ERROR else "server"
-
-
 def answer_to(error: GatewayError) -> Response[bytes]:
     """The answer to a request that failed."""
-    headers: dict[str, str] = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
-        headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
-    if isinstance(error, RateLimitedError):
-        headers |= {name.decode(): value.decode() for name, value in error.headers}
-    if isinstance(error, UnauthenticatedError):
-        headers["www-authenticate"] = "ApiKey"
+    headers = headers_of(error, scheme="ApiKey")
     body = msgspec.json.encode({"detail": in_their_words(error.message)})
     return Response(body, status_code=status_of(error), media_type=_JSON, headers=headers)
 

@@ -9,12 +9,11 @@ import msgspec
 import zstandard
 from litestar import Request, Response
 
-from river_gateway.codec import JSON, decode_body
+from river_gateway.codec import JSON, decode_body, idempotency_key
 from river_gateway.decoding import beside_the_loop
 from river_gateway.dialects.tinker.bodies import Told
-from river_gateway.errors import InvalidFieldError, MalformedBodyError, TooLargeError
+from river_gateway.errors import MalformedBodyError, TooLargeError
 from river_gateway.limits import (
-    IDEMPOTENCY_KEY_MAX_CHARS,
     UNPACKED_MAX_BYTES,
     ZSTD_WINDOW_MAX_BYTES,
 )
@@ -82,15 +81,5 @@ def told(value: Told, status: int = HTTPStatus.OK) -> Response[bytes]:
 
 
 def identity_of(request: AnyRequest) -> str | None:
-    """What the client marks a request and its repetitions with.
-
-    Raises:
-        InvalidFieldError: it is too long.
-    """
-    key = request.headers.get(_IDEMPOTENCY_HEADER)
-    if key is not None and len(key) > IDEMPOTENCY_KEY_MAX_CHARS:
-        raise InvalidFieldError(
-            f"{_IDEMPOTENCY_HEADER}: {len(key)} characters, at most {IDEMPOTENCY_KEY_MAX_CHARS}",
-            param=_IDEMPOTENCY_HEADER,
-        )
-    return key or None
+    """What the client marks a request and its repetitions with; raises as `idempotency_key` does."""
+    return idempotency_key(request, _IDEMPOTENCY_HEADER)

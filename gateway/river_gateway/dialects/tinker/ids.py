@@ -80,7 +80,12 @@ def model_parts(model: str) -> tuple[str, int] | None:
 
 def name_of(run: RunRow) -> str:
     """What clients call a run."""
-    return run.run_id if run.model_seq_id is None else model_id(run.session_id, run.model_seq_id)
+    return run_name(run.run_id, run.session_id, run.model_seq_id)
+
+
+def run_name(run_id: str, session_id: str, model_seq_id: int | None) -> str:
+    """The same: River's own name of it, unless it has a number in its session."""
+    return run_id if model_seq_id is None else model_id(session_id, model_seq_id)
 
 
 # ---- Sampling sessions -----------------------------------------------------------------------------------------------

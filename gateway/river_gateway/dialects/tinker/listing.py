@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from river_gateway.checkpoints import catalog
 from river_gateway.dialects.tinker import rest_bodies as bodies
-from river_gateway.dialects.tinker.ids import EPHEMERAL_PREFIX, model_id, of_river
-from river_gateway.dialects.tinker.ids import name_of as name_of_run
+from river_gateway.dialects.tinker.ids import EPHEMERAL_PREFIX, name_of, of_river, run_name
 from river_gateway.errors import InvalidFieldError
 from river_gateway.limits import PAGE_ROWS_MAX
 
@@ -52,11 +51,6 @@ where r.tenant_id = $1 and ($2::text is null or s.project_id = $2)
 _MODELS = "select run_id, session_id, model_seq_id from run where run_id = any($1)"
 
 
-def name_of(run_id: str, session_id: str, model_seq_id: int | None) -> str:
-    """What clients call a run: River's own name of it, unless it has a number in its session."""
-    return run_id if model_seq_id is None else model_id(session_id, model_seq_id)
-
-
 def checkpoint_of(checkpoint: wire.Checkpoint, model: str) -> bodies.Checkpoint:
     """A checkpoint of the run that clients call `model`."""
     path = of_river(checkpoint.path, model)
@@ -97,7 +91,7 @@ async def _named(
         database, checkpoint_ids=checkpoint_ids, tenant_id=tenant_id
     )
     run_ids = list({row.checkpoint.run_id for row in found})
-    names = {row["run_id"]: name_of(**dict(row)) for row in await database.fetch(_MODELS, run_ids)}
+    names = {row["run_id"]: run_name(**dict(row)) for row in await database.fetch(_MODELS, run_ids)}
     by_id = {row.checkpoint.checkpoint_id: row.checkpoint for row in found}
     return [
         (found.run_id, checkpoint_of(found, names[found.run_id]))
@@ -126,7 +120,7 @@ async def training_runs(
     newest = {(run_id, checkpoint.checkpoint_type): checkpoint for run_id, checkpoint in named}
     return [
         bodies.TrainingRun(
-            training_run_id=name_of_run(run),
+            training_run_id=name_of(run),
             base_model=run.base_model,
             model_owner=tenant_id,
             lora_rank=run.lora.rank,

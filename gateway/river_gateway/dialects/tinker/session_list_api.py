@@ -11,6 +11,7 @@ from litestar import Response, get, post, put
 from river_gateway.dialects.tinker import listing, samplers
 from river_gateway.dialects.tinker import rest_bodies as bodies
 from river_gateway.dialects.tinker.http import AnyRequest, read, told
+from river_gateway.dialects.tinker.ids import run_name
 from river_gateway.errors import InvalidFieldError
 from river_gateway.limits import TAG_MAX_CHARS
 from river_gateway.services import services_of
@@ -49,9 +50,7 @@ async def get_session(request: AnyRequest, session_id: str) -> Response[bytes]:
     runs = await session_list.runs_of_session(pool, **known)
     return told(
         bodies.SessionInfo(
-            training_run_ids=[
-                listing.name_of(run_id, session_id, number) for run_id, number in runs
-            ],
+            training_run_ids=[run_name(run_id, session_id, number) for run_id, number in runs],
             sampler_ids=await samplers.of_session(pool, session_id, tenant_id),
             user_metadata=found.user_metadata,
             display_name=found.display_name,

@@ -16,7 +16,13 @@ from pathlib import Path
 import httpx
 from msgspec import Struct
 
-from river_ops.bench.dashboard.data import LONG_RUN, SHOWN_KEY, Amounts, fill
+from river_ops.bench.dashboard.data import (
+    LONG_RUN,
+    SHOWN_CHECKPOINT,
+    SHOWN_KEY,
+    Amounts,
+    fill,
+)
 from river_ops.bench.dashboard.fleet import ENGINE, TRAINER, register
 from river_ops.bench.dashboard.pictures import take_pictures
 from river_ops.bench.gateway.platform import running_platform
@@ -50,9 +56,11 @@ PAGES: Mapping[str, str] = {
     "run": f"/admin/runs/{LONG_RUN}",
     "samples": f"/admin/runs/{LONG_RUN}/samples?reward_min=0.5",
     "checkpoints": "/admin/checkpoints",
+    "checkpoint": f"/admin/checkpoint?path=river://{LONG_RUN}/weights/{SHOWN_CHECKPOINT}",
     "chat": "/admin/chat?left=river/model-0&right=river/model-1",
     "learning": "/admin/learning",
     "usage": "/admin/usage?days=90&by=key",
+    "invoice": "/admin/invoices/1",
     "engines": "/admin/machines",
     "engine": f"/admin/machines/engines/{ENGINE}",
     "trainer": f"/admin/machines/trainers/{TRAINER}",
@@ -99,7 +107,8 @@ def run(
         ) as platform,
     ):
         say("making a month of data…")
-        admin_key, _ = asyncio.run(fill(platform.postgres_url, amounts))
+        store_url = (Path(name) / "shown").as_uri()
+        admin_key, _ = asyncio.run(fill(platform.postgres_url, store_url, amounts))
         asyncio.run(register(platform.nats_url))
         base_url = f"http://127.0.0.1:{platform.gateway_port}"
         say("asking for every page…")

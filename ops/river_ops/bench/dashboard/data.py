@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from river_gateway.limits import LOGGED_PER_RUN_MAX
 from river_gateway.tenancy.accounts import create_key, create_tenant
+from river_trainer.store import FileSets
 
 _MONTHS = """
 select create_usage_partition(month::date)
@@ -66,6 +67,27 @@ select 'ckpt_' || r.run_id || '_' || n, r.tenant_id, r.run_id, r.base_model,
        'file:///nowhere/' || r.run_id || '/' || n, 40000000 + n, r.created_at + make_interval(mins => n)
 from run r, generate_series(1, $1::int) n
 """
+# Of the checkpoints only one has files: that whose page is asked for.
+_SHOWN_CHECKPOINT = """
+update checkpoint set location = $1, size_bytes = $2
+where run_id = $3 and mode = 'training' and name = $4
+"""
+_INVOICE = """
+with of as (select tenant_id, name, date_trunc('month', now() - interval '2 months')::date as month
+            from tenant where name = 'tenant-00'),
+     line as (select n, 1000 * n as quantity, 5000000 * n as amount from generate_series(1, $1::int) n),
+     closed as (
+       insert into invoice (number, tenant_id, tenant_name, month, amount_nano_usd, credit_used_nano_usd,
+                            carried_nano_usd, due_cents, credit_before_nano_usd, credit_added_nano_usd)
+       select 1, tenant_id, name, month, (select sum(amount) from line), 0,
+              (select sum(amount) from line) % 10000000, (select sum(amount) from line) / 10000000, 0, 0
+       from of returning number, month)
+insert into invoice_line (number, line, month, base_model, kind, context_length, nano_usd_per_unit, quantity, events,
+                          amount_nano_usd, credit_used_nano_usd)
+select number, n, month, 'river/model-' || n % 3, (array['prompt', 'completion', 'training'])[1 + n % 3],
+       32768, 5000, quantity, n, amount, 0
+from closed, line
+"""
 _EVENTS = """
 insert into usage_event (event_id, kind, occurred_at, tenant_id, key_id, run_id, base_model, context_length, quantity,
                          amount_nano_usd)
@@ -120,6 +142,9 @@ join (select *, row_number() over (order by key_id) - 1 as at, count(*) over () 
 """
 _LEARNING_RUNS = 60
 LONG_RUN = "run_" + "1".zfill(20)
+SHOWN_CHECKPOINT = "step-200"
+_SHOWN_BYTES = 1_000_000
+_INVOICE_LINES = 60
 
 
 class Amounts(Struct, frozen=True, kw_only=True):
@@ -134,7 +159,7 @@ class Amounts(Struct, frozen=True, kw_only=True):
     audit_lines: int
 
 
-async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
+async def fill(postgres_url: str, store_url: str, amounts: Amounts) -> tuple[str, str]:
     """Makes all of it; returns the keys of an admin and of a tenant."""
     connection = await asyncpg.connect(postgres_url)
     try:
@@ -155,6 +180,12 @@ async def fill(postgres_url: str, amounts: Amounts) -> tuple[str, str]:
         await connection.execute(_SAMPLES, LONG_RUN, LOGGED_PER_RUN_MAX)
         await connection.execute(_LEARNINGS, _LEARNING_RUNS)
         await connection.execute(_CHECKPOINTS, amounts.checkpoints_per_run)
+        files = FileSets(store_url)
+        size_bytes = files.write("shown", {"adapter_model.safetensors": bytes(_SHOWN_BYTES)}, {})
+        await connection.execute(
+            _SHOWN_CHECKPOINT, files.location("shown"), size_bytes, LONG_RUN, SHOWN_CHECKPOINT
+        )
+        await connection.execute(_INVOICE, _INVOICE_LINES)
         await connection.execute(_EVENTS, amounts.usage_events)
         await connection.execute(_HOURS)
         await connection.execute(_OF_RUNS)
